@@ -78,7 +78,7 @@ class Pattern(ABC):
         units; None is allowed where the pattern has one density only.
         """
 
-    def check(self, shape: Sequence[int], run: int | None = None) -> None:
+    def check(self, shape: Sequence[int], run: int | None = None) -> None:  # noqa: B027
         """Raise `PatternError` with the reason when a matrix cannot take this pattern.
 
         Args:

@@ -78,9 +78,7 @@ def radix_threshold(
         return (1 << 16) - 1 - position, wanted - before
 
     high, rest = bucket_of(histogram(lambda k: (k >> 16) + (1 << 15)), keep)
-    low, ties = bucket_of(
-        histogram(lambda k: (k[((k >> 16) + (1 << 15)) == high] & 0xFFFF)), rest
-    )
+    low, ties = bucket_of(histogram(lambda k: k[((k >> 16) + (1 << 15)) == high] & 0xFFFF), rest)
     return ((high - (1 << 15)) << 16) | low, ties
 
 

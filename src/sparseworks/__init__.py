@@ -1,0 +1,75 @@
+"""Sparsity that works: make any PyTorch model sparse, prove what it cost, skip the rest.
+
+The whole surface is reachable from here and is imported on first use:
+
+    import sparseworks as sw
+
+    sw.prune(model, "wanda", sparsity=0.5, data=batches)
+    run = sw.sparsify(model, optimizer, "rigl", sparsity=0.9, steps=N)
+    sw.slim(model, example, flops=0.5)
+    fast = sw.compile(model, example)
+    sw.save(model, path); sw.load(path, model); sw.from_pretrained(folder)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sparseworks import weights as _weights  # registers the methods of the room; imports no torch
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "prune": "sparseworks.weights.oneshot.prune",
+    "refit": "sparseworks.weights.oneshot.refit",
+    "save": "sparseworks.io",
+    "load": "sparseworks.io",
+    "from_pretrained": "sparseworks.io",
+    "export_dense": "sparseworks.io",
+    "sparsify": "sparseworks.training",
+    "experiment": "sparseworks.training",
+    "transform": "sparseworks.training",
+    "slim": "sparseworks.weights.structured",
+    "compile": "sparseworks.engine",
+    "compile_decoder": "sparseworks.engine",
+    "load_compiled": "sparseworks.engine",
+    "masks": "sparseworks.core.masks",
+    "attach": "sparseworks.core.masks",
+    "Masks": "sparseworks.core.masks",
+    "find_prunable": "sparseworks.models.views",
+    "NM": "sparseworks.core.patterns",
+    "Unstructured": "sparseworks.core.patterns",
+    "Block": "sparseworks.core.patterns",
+    "Group": "sparseworks.core.patterns",
+    "IndexGroups": "sparseworks.core.patterns",
+    "Banded": "sparseworks.core.patterns",
+    "parse_pattern": "sparseworks.core.patterns",
+    "by_sensitivity": "sparseworks.core.budgets",
+    "SparseworksError": "sparseworks.core.errors",
+}
+_MODULES = {"methods", "schedules", "zoo"}
+
+__all__ = ["__version__", *_LAZY, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name == "methods":
+        value = importlib.import_module("sparseworks.methods")
+    elif name == "schedules":
+        value = importlib.import_module("sparseworks.core.schedules")
+    elif name == "zoo":
+        value = importlib.import_module("sparseworks.models.zoo")
+    else:
+        raise AttributeError(f"module 'sparseworks' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+del _weights

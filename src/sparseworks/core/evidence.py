@@ -1,0 +1,124 @@
+"""Evidence: what calibration shows about the inputs of a matrix, in one streaming pass.
+
+A collector belongs to one parameter. Its matrix may be several, one per group (experts, groups of
+a convolution, packed projections): inputs arrive per group, results carry a leading group axis.
+All sums are fp32 on the parameter's device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from sparseworks.core.errors import DataError
+
+__all__ = ["Collector", "Hessian", "InputMoments", "InputNorm"]
+
+
+class Collector(ABC):
+    """Streams inputs `[tokens, in]` of each group.
+
+    Args:
+        groups: number of matrices that share the parameter.
+        inputs: number of input features of each.
+        device: where the sums live.
+    """
+
+    def __init__(self, groups: int, inputs: int, device: torch.device | str = "cpu") -> None:
+        self.groups, self.inputs = groups, inputs
+        self.device = torch.device(device)
+        self.tokens = torch.zeros(groups, dtype=torch.int64)
+        self.samples = 0
+
+    def update(self, inputs: Tensor, group: int) -> None:
+        """Add inputs `[tokens, in]` seen by one group."""
+        if inputs.numel() == 0:
+            return
+        self.tokens[group] += inputs.shape[0]
+        self._add(inputs.float(), group)
+
+    @abstractmethod
+    def _add(self, inputs: Tensor, group: int) -> None: ...
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The running sums, which must stay finite."""
+
+    def check(self, name: str) -> None:
+        """Raise when the evidence holds NaN or Inf.
+
+        Raises:
+            DataError: with the name of the tensor whose inputs were not finite.
+        """
+        for tensor in self.tensors():
+            if not bool(torch.isfinite(tensor).all()):
+                raise DataError(
+                    f"{name}: the calibration data gives NaN or Inf at the input of this tensor"
+                )
+
+    def unseen_groups(self) -> list[int]:
+        """Groups (experts) that no token reached."""
+        return [g for g in range(self.groups) if int(self.tokens[g]) == 0]
+
+
+class InputNorm(Collector):
+    """norm_j = sqrt(sum over samples and tokens of x_j^2 / samples), `[groups, in]`."""
+
+    def __init__(self, groups: int, inputs: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(groups, inputs, device)
+        self.squares = torch.zeros(groups, inputs, device=self.device)
+
+    def _add(self, inputs: Tensor, group: int) -> None:
+        self.squares[group] += inputs.square().sum(0)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.squares,)
+
+    @property
+    def norm(self) -> Tensor:
+        return (self.squares / max(1, self.samples)).sqrt()
+
+
+class InputMoments(Collector):
+    """Mean and (population) variance of every input, `[groups, in]`, by Chan's update."""
+
+    def __init__(self, groups: int, inputs: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(groups, inputs, device)
+        self.mean = torch.zeros(groups, inputs, device=self.device)
+        self._m2 = torch.zeros(groups, inputs, device=self.device)
+
+    def _add(self, inputs: Tensor, group: int) -> None:
+        new, total = inputs.shape[0], int(self.tokens[group])
+        mean = inputs.mean(0)
+        delta = mean - self.mean[group]
+        self._m2[group] += (inputs - mean).square().sum(0) + delta.square() * (
+            (total - new) * new / total
+        )
+        self.mean[group] += delta * (new / total)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.mean, self._m2)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._m2 / self.tokens.clamp_min(1)[:, None].to(self.device)
+
+
+class Hessian(Collector):
+    """H = (2 / samples) sum x x^T, `[groups, in, in]`: the Hessian of ||W x - W' x||^2."""
+
+    def __init__(self, groups: int, inputs: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(groups, inputs, device)
+        self.gram = torch.zeros(groups, inputs, inputs, device=self.device)
+
+    def _add(self, inputs: Tensor, group: int) -> None:
+        self.gram[group].addmm_(inputs.t(), inputs)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.gram,)
+
+    def hessian(self, group: int) -> Tensor:
+        """H of one group, `[in, in]`, a new tensor."""
+        return self.gram[group] * (2.0 / max(1, self.samples))

@@ -1,0 +1,17 @@
+"""Methods that zero or factor parameters. Each family registers its methods here by name only."""
+
+from sparseworks.core import registry
+
+_ROOM = "sparseworks.weights"
+
+registry.register(
+    {
+        "random": f"{_ROOM}.oneshot.random:Random",
+        "magnitude": f"{_ROOM}.oneshot.magnitude:Magnitude",
+        "snip": f"{_ROOM}.oneshot.snip:Snip",
+        "grasp": f"{_ROOM}.oneshot.grasp:Grasp",
+        "synflow": f"{_ROOM}.oneshot.synflow:SynFlow",
+        "wanda": f"{_ROOM}.oneshot.wanda:Wanda",
+        "sparsegpt": f"{_ROOM}.oneshot.sparsegpt:SparseGPT",
+    }
+)

@@ -1,0 +1,1 @@
+"""Sparse training: masks that move while the model trains."""

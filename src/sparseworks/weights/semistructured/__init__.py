@@ -1,0 +1,1 @@
+"""N:M and block methods."""

@@ -1,0 +1,1 @@
+"""Lottery tickets and searches over masks."""
