@@ -22,7 +22,6 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "prune": "sparseworks.weights.oneshot.prune",
-    "refit": "sparseworks.weights.oneshot.refit",
     "save": "sparseworks.io",
     "load": "sparseworks.io",
     "from_pretrained": "sparseworks.io",

@@ -203,24 +203,26 @@ class NM(Pattern):
 
     def _select_runs(self, runs: Tensor) -> Tensor:
         """Keep the n largest of each row of `[runs, m]`; ties keep the lowest index."""
-        if self.m > 32:
-            order = torch.sort(runs, dim=1, descending=True, stable=True).indices[:, : self.n]
-            mask = torch.zeros(runs.shape, dtype=torch.bool, device=runs.device)
-            mask.scatter_(1, order, True)
-        else:
-            columns = runs.t().contiguous()  # rank of column i = how many columns beat it
-            rank = torch.zeros(columns.shape, dtype=torch.int8, device=runs.device)
-            for i in range(self.m):
-                for j in range(i + 1, self.m):
-                    first_wins = columns[i] >= columns[j]
-                    rank[j] += first_wins
-                    rank[i] += ~first_wins
-            mask = (rank < self.n).t()
+        mask = self.select_columns(runs.t().contiguous()).t()
         if bool((mask & torch.isneginf(runs)).any()):
             raise InvalidArgument(
                 f"pattern {self}: a run has fewer than {self.n} eligible scores (-inf elsewhere)"
             )
         return mask
+
+    def select_columns(self, scores: Tensor) -> Tensor:
+        """Mask of the n largest of every column of `[m, runs]`; ties keep the lowest index."""
+        if self.m > 32:
+            order = torch.sort(scores, dim=0, descending=True, stable=True).indices[: self.n]
+            mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+            return mask.scatter_(0, order, True)
+        rank = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+        for i in range(self.m):  # rank of an entry = how many others beat it
+            for j in range(i + 1, self.m):
+                first_wins = scores[i] >= scores[j]
+                rank[j] += first_wins
+                rank[i] += ~first_wins
+        return rank < self.n
 
 
 @dataclass(frozen=True)

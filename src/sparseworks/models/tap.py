@@ -1,0 +1,207 @@
+"""Evidence at the operation: see the inputs of a parameter wherever it is multiplied.
+
+Module hooks miss packed projections, functional calls and banks of experts. So the tap listens to
+the dispatched operations (matrix products and convolutions) and recognises a parameter by its
+storage; slices of it (one expert, the query part of an in-projection) are told apart by offset.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparseworks.core.evidence import Collector
+from sparseworks.models.views import View
+
+__all__ = ["EvidenceTap", "calibration_mode", "conv_patches"]
+
+_aten = torch.ops.aten
+Listener = Callable[[View, Tensor, range], None]
+
+
+def conv_patches(
+    inputs: Tensor,
+    kernel: tuple[int, ...],
+    stride: Iterable[int],
+    padding: Iterable[int],
+    dilation: Iterable[int],
+) -> Tensor:
+    """Patches `[batch * positions, taps, channels]` that a convolution multiplies, for any rank."""
+    stride, padding, dilation = list(stride), list(padding), list(dilation)
+    rank = len(kernel)
+    stride, padding, dilation = (
+        list(v) * rank if len(list(v)) == 1 else list(v) for v in (stride, padding, dilation)
+    )
+    pads = [p for pair in zip(reversed(padding), reversed(padding)) for p in pair]
+    padded = nn.functional.pad(inputs, pads)
+    sizes = [
+        (padded.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in range(rank)
+    ]
+    taps = []
+    for tap in itertools.product(*(range(k) for k in kernel)):
+        window = padded
+        for axis, offset in enumerate(tap):
+            start = offset * dilation[axis]
+            stop = start + stride[axis] * (sizes[axis] - 1) + 1
+            window = window[(slice(None),) * (2 + axis) + (slice(start, stop, stride[axis]),)]
+        taps.append(window.flatten(2).transpose(1, 2).flatten(0, 1))
+    return torch.stack(taps, dim=1)
+
+
+class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Calls a listener with the inputs `[tokens, in]` of watched parameters.
+
+    Args:
+        views: the parameters to watch.
+        listener: called with (view, inputs, groups); `groups` are the matrices of the view that
+            see these inputs.
+
+    Set `padding` to a bool mask `[batch, tokens]` to leave padded tokens out.
+    """
+
+    def __init__(self, views: Iterable[View], listener: Listener) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.listener = listener
+        self.padding: Tensor | None = None
+        self._by_storage: dict[int, list[View]] = {}
+        for view in views:
+            pointer = view.parameter.untyped_storage().data_ptr()
+            self._by_storage.setdefault(pointer, []).append(view)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            handler(self, args)
+        return func(*args, **(kwargs or {}))
+
+    def _find(self, operand: Any) -> tuple[View, range] | None:
+        """The watched view this operand is (a part of), and the groups it covers."""
+        if not isinstance(operand, Tensor) or operand.is_sparse:
+            return None
+        views = self._by_storage.get(operand.untyped_storage().data_ptr())
+        for view in views or ():
+            parameter = view.parameter
+            offset = operand.storage_offset() - parameter.storage_offset()
+            if 0 <= offset < parameter.numel() and operand.numel() <= parameter.numel():
+                size = parameter.numel() // view.groups
+                first = offset // size
+                return view, range(first, first + max(1, operand.numel() // size))
+        return None
+
+    def product(self, left: Tensor, right: Tensor) -> None:
+        """left [tokens, in] @ right [in, out], where either may be the parameter."""
+        if (found := self._find(right)) is not None:
+            self._tell(*found, left)
+        elif (found := self._find(left)) is not None:
+            self._tell(*found, right.t())
+
+    def batched_product(self, left: Tensor, right: Tensor) -> None:
+        """left [e, tokens, in] @ right [e, in, out], one product per group."""
+        if (found := self._find(right)) is not None:
+            inputs = left
+        elif (found := self._find(left)) is not None:
+            inputs = right.transpose(1, 2)
+        else:
+            return
+        view, groups = found
+        if len(groups) == inputs.shape[0]:
+            for group, part in zip(groups, inputs):
+                self._tell(view, range(group, group + 1), part)
+        else:
+            self._tell(view, groups, inputs.flatten(0, 1))
+
+    def grouped_product(self, left: Tensor, right: Tensor, ends: Tensor | None) -> None:
+        """Rows of left [tokens, in] in runs that end at `ends`, one per matrix of right."""
+        found = self._find(right)
+        if found is None or ends is None or left.ndim != 2:
+            return
+        view, groups = found
+        start = 0
+        for group, end in zip(groups, ends.tolist()):
+            if end > start:
+                self._tell(view, range(group, group + 1), left[start:end])
+            start = end
+
+    def convolution(self, args: tuple[Any, ...]) -> None:
+        inputs, weight, _, stride, padding, dilation, transposed = args[:7]
+        found = self._find(weight)
+        if found is None or transposed:
+            return
+        view, _ = found
+        channels = weight.shape[1]
+        for start in range(0, inputs.shape[0], 16):
+            part = inputs[start : start + 16]
+            patches = conv_patches(part, tuple(weight.shape[2:]), stride, padding, dilation)
+            for group in range(view.groups):
+                own = patches[:, :, group * channels : (group + 1) * channels]
+                self.listener(view, own.flatten(1), range(group, group + 1))
+
+    def _tell(self, view: View, groups: range, inputs: Tensor) -> None:
+        if inputs.shape[-1] != view.shape[1]:
+            return
+        inputs = inputs.reshape(-1, inputs.shape[-1])
+        if self.padding is not None and inputs.shape[0] == self.padding.numel():
+            inputs = inputs[self.padding.flatten().to(inputs.device)]
+        self.listener(view, inputs, groups)
+
+
+_HANDLERS: dict[Any, Callable[[EvidenceTap, tuple[Any, ...]], None]] = {
+    _aten.mm.default: lambda tap, a: tap.product(a[0], a[1]),
+    _aten.addmm.default: lambda tap, a: tap.product(a[1], a[2]),
+    _aten._addmm_activation.default: lambda tap, a: tap.product(a[1], a[2]),
+    _aten.mv.default: lambda tap, a: tap.product(a[0], a[1][:, None]),
+    _aten.addmv.default: lambda tap, a: tap.product(a[1], a[2][:, None]),
+    _aten.linear.default: lambda tap, a: tap.product(a[0].flatten(0, -2), a[1].t()),
+    _aten.bmm.default: lambda tap, a: tap.batched_product(a[0], a[1]),
+    _aten.baddbmm.default: lambda tap, a: tap.batched_product(a[1], a[2]),
+    _aten.convolution.default: lambda tap, a: tap.convolution(a),
+}
+if hasattr(_aten, "_grouped_mm"):
+    _HANDLERS[_aten._grouped_mm.default] = lambda tap, a: tap.grouped_product(
+        a[0], a[1], a[2] if len(a) > 2 else None
+    )
+
+
+def collect_into(collectors: Mapping[str, Iterable[Collector]]) -> Listener:
+    """A listener that adds inputs to the collectors of each view's name."""
+
+    def listen(view: View, inputs: Tensor, groups: range) -> None:
+        for collector in collectors.get(view.name, ()):
+            for group in groups:
+                collector.update(inputs.detach(), group)
+
+    return listen
+
+
+@contextmanager
+def calibration_mode(model: nn.Module) -> Any:
+    """Evaluation mode without gradients, caches, or fused paths that hide the products."""
+    training = {m: m.training for m in model.modules()}
+    changed: list[tuple[Any, str, Any]] = []
+    for sub in {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values():
+        for key, value in (("use_cache", False), ("_experts_implementation", "eager")):
+            if sub is not None and getattr(sub, key, None) not in (None, value):
+                changed.append((sub, key, getattr(sub, key)))
+                setattr(sub, key, value)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for owner, key, value in changed:
+                setattr(owner, key, value)
+            for module, was in training.items():
+                module.training = was

@@ -1,0 +1,100 @@
+"""What a one-shot method is: a score, and sometimes a solver. `prune` does the rest."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparseworks.core.evidence import Collector
+from sparseworks.core.patterns import Pattern
+from sparseworks.core.registry import MethodInfo
+from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.views import View
+
+__all__ = ["OneShot", "Solution", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that is about to be pruned.
+
+    Args:
+        view: its matrix view.
+        pattern: the zeros that are legal.
+        keep: units to keep.
+        allowed: bool matrix, False where an earlier call masked the weight; None: all allowed.
+        seed: for methods that draw at random.
+    """
+
+    view: View
+    pattern: Pattern
+    keep: int
+    allowed: Tensor | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """New weights and their mask, both as matrices `[groups * out, in]`.
+
+    Args:
+        weight: fp32, masked entries exactly 0.
+        mask: bool.
+        error: relative output error, where the solver knows it.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    error: float | None = None
+
+
+class OneShot(ABC):
+    """Base of one-shot methods; subclasses are frozen dataclasses whose fields are options."""
+
+    info: ClassVar[MethodInfo]
+    pattern: ClassVar[str] = "unstructured"
+    budget: ClassVar[str] = "uniform"
+    rounds: ClassVar[int] = 1
+    collector: ClassVar[type[Collector] | None] = None
+    propagate: Literal["pruned", "dense"] = "pruned"
+
+    def score(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:
+        """fp32 scores of the weights, higher = keep; `[groups, out, in]` as `weight` is."""
+        raise NotImplementedError
+
+    def select(self, target: Target, scores: Tensor) -> Tensor:
+        """The mask `[groups * out, in]`; a method with its own comparison group overrides this."""
+        return target.pattern.select(scores, target.keep)
+
+    def gather(
+        self,
+        model: nn.Module,
+        views: Sequence[View],
+        batches: Sequence[Batch],
+        loss: Loss | None,
+    ) -> Mapping[str, Any]:
+        """Evidence that needs the whole model (gradients), per tensor name."""
+        return {}
+
+    def solve(self, target: Target, weight: Tensor, evidence: Any) -> Solution:
+        """Mask the lowest scores; solvers that also change the kept weights override this.
+
+        Args:
+            weight: fp32 matrix `[groups * out, in]`.
+        """
+        scores = self.matrix_scores(target, weight, evidence)
+        mask = self.select(target, scores)
+        return Solution(torch.where(mask, weight, 0.0), mask)
+
+    def matrix_scores(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:
+        """Scores `[groups * out, in]`, -inf where the weight is already masked."""
+        grouped = weight.view(target.view.groups, -1, weight.shape[1])
+        scores = self.score(target, grouped, evidence).reshape(weight.shape)
+        if target.allowed is not None:
+            scores = scores.masked_fill(~target.allowed, -torch.inf)
+        return scores

@@ -1,0 +1,233 @@
+"""One call of `prune` at work: rounds, budgets, streaming, and undoing it all on failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseworks.core.budgets import Budget, TensorSpec, shortfall
+from sparseworks.core.errors import InvalidArgument, SparseworksError
+from sparseworks.core.evidence import Collector, Hessian
+from sparseworks.core.masks import Masks, attach, masks
+from sparseworks.core.patterns import Pattern
+from sparseworks.core.types import TensorResult
+from sparseworks.models.calibration import Calibration, Progress, collect, stream
+from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.views import View
+from sparseworks.weights.oneshot.base import OneShot, Solution, Target
+from sparseworks.weights.oneshot.obs import prepare_hessian
+from sparseworks.weights.oneshot.refit import refit_rows
+
+__all__ = ["Job"]
+
+_ROLLBACK_BYTES = 1 << 30
+_REFIT_DAMPING = 0.01
+
+
+class Job:
+    """One call: the state that must be undone when it fails."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: OneShot,
+        pattern: Pattern,
+        budget: Budget,
+        batches: Sequence[Batch] | None,
+        loss: Loss | None,
+        recovery: str | None,
+        seed: int,
+        resume: bool,
+    ) -> None:
+        self.model, self.method, self.pattern, self.budget = model, method, pattern, budget
+        self.batches, self.loss, self.recovery, self.seed = batches, loss, recovery, seed
+        self.calibration: Calibration | None = None
+        before = masks(model)
+        self.record = before if before is not None else Masks()
+        self.record = Masks({n: self.record.entry(n) for n in self.record}, method.info.name)
+        self.finished = set(self.record) if resume else set()
+        self.results: dict[str, TensorResult] = {}
+        self.warnings: list[str] = []
+        self.shortfall = 0
+
+    def run(
+        self,
+        views: Sequence[View],
+        ladder: Sequence[float],
+        skipped: dict[str, str],
+        progress: Progress | None,
+    ) -> None:
+        before = masks(self.model)
+        size = sum(v.parameter.numel() * v.parameter.element_size() for v in views)
+        backup = (
+            {v.name: v.parameter.detach().clone() for v in views}
+            if size < _ROLLBACK_BYTES
+            else None
+        )
+        try:
+            for position, sparsity in enumerate(ladder):
+                report = progress if position == len(ladder) - 1 else None
+                self.round(views, sparsity, skipped, report)
+                if progress is not None and len(ladder) > 1:
+                    progress(position + 1, len(ladder), f"round {position + 1}")
+            attach(self.model, self.record)
+        except BaseException as error:
+            if backup is not None:
+                with torch.no_grad():
+                    for view in views:
+                        view.parameter.copy_(backup[view.name])
+                attach(self.model, before)
+            else:
+                attach(self.model, self.record)
+                if isinstance(error, SparseworksError):
+                    raise type(error)(
+                        f"{error}; {len(self.results)} of {len(views)} tensors are done and keep "
+                        "their masks, call again with resume=True"
+                    ) from error
+            raise
+
+    def round(
+        self,
+        views: Sequence[View],
+        sparsity: float,
+        skipped: dict[str, str],
+        progress: Progress | None,
+    ) -> None:
+        open_ = [v for v in views if v.name not in self.finished]
+        specs = [v.spec(self.pattern) for v in views]
+        streamed = self.method.collector is not None or self.recovery is not None
+        evidence = {}
+        if self.method.collector is None and self.batches is not None:
+            evidence = dict(self.method.gather(self.model, views, self.batches, self.loss))
+        keep = self.allot(views, specs, sparsity, evidence)
+        self.shortfall = shortfall(specs, keep, sparsity)
+        if not streamed:
+            for done, view in enumerate(open_):
+                self.prune_one(view, keep[view.name], evidence.get(view.name), None)
+                if progress is not None:
+                    progress(done + 1, len(open_), view.name)
+            return
+        assert self.calibration is not None
+        both = (self.method.collector, Hessian if self.recovery else None)
+        kinds: list[type[Collector]] = list(dict.fromkeys(k for k in both if k is not None))
+        remaining = {v.name for v in open_}
+
+        def make(view: View, device: torch.device) -> list[Collector]:
+            if view.name not in remaining:
+                return []
+            return [kind(view.groups, view.shape[1], device) for kind in kinds]
+
+        def visit(view: View, collectors: Sequence[Collector]) -> None:
+            if view.name in remaining:
+                own = evidence.get(view.name) if self.method.collector is None else collectors[0]
+                self.prune_one(view, keep[view.name], own, collectors)
+
+        unused = stream(self.model, views, self.calibration, make, visit)
+        for name in unused:
+            skipped[name] = "the calibration data did not use it"
+            self.warnings.append(f"{name} was not used by the calibration data and is left dense")
+
+    def allot(
+        self,
+        views: Sequence[View],
+        specs: Sequence[TensorSpec],
+        sparsity: float,
+        evidence: Mapping[str, Any],
+    ) -> dict[str, int]:
+        """Units to keep per tensor; scores are computed up front only for budgets that compare."""
+        if getattr(self.budget, "__name__", "") != "global_":
+            return self.budget(specs, sparsity, None)
+        if self.method.collector is Hessian:
+            raise InvalidArgument(
+                f"{self.method.info.name} scores weights while it changes them, so budget 'global' "
+                "cannot compare them; use 'uniform', 'erk' or sparsities per tensor"
+            )
+        if self.method.collector is not None:
+            assert self.calibration is not None
+            kind = self.method.collector
+            seen = collect(
+                self.model, views, self.calibration, lambda v, d: [kind(v.groups, v.shape[1], d)]
+            )
+            evidence = {n: c[0] for n, c in seen.items()}
+        scores = {}
+        for view in views:
+            target = self.target(view, 0)
+            weight = view.matrix().float()
+            scores[view.name] = self.method.matrix_scores(target, weight, evidence.get(view.name))
+        return self.budget(specs, sparsity, scores)
+
+    def target(self, view: View, keep: int) -> Target:
+        allowed = view.matrix(self.record[view.name]) if view.name in self.record else None
+        if allowed is not None:
+            allowed = allowed.to(view.parameter.device)
+        return Target(view, self.pattern, keep, allowed, self.seed)
+
+    @torch.no_grad()
+    def prune_one(
+        self, view: View, keep: int, evidence: Any, collectors: Sequence[Collector] | None
+    ) -> None:
+        began = time.perf_counter()
+        dense = view.matrix().float()
+        target = self.target(view, keep)
+        try:
+            solution = self.method.solve(target, dense, evidence)
+        except InvalidArgument as reason:
+            raise InvalidArgument(f"{view.name}: {reason}") from None
+        note = ""
+        for collector in collectors or ():
+            if unseen := collector.unseen_groups():
+                note = f"no calibration token reached groups {unseen}; pruned by magnitude"
+                self.warnings.append(f"{view.name}: {note}")
+                break
+        if self.recovery == "refit" and collectors:
+            solution = _refit(
+                view, dense, solution, next(c for c in collectors if isinstance(c, Hessian))
+            )
+        error = solution.error
+        if error is None and collectors:
+            error = _diagonal_error(view, dense, solution.weight, collectors[0])
+        view.write(solution.weight)
+        mask = view.from_matrix(solution.mask)
+        self.record = self.record.with_mask(view.name, mask, str(self.pattern))
+        entry = self.record.entry(view.name)
+        self.results[view.name] = TensorResult(
+            view.name,
+            entry.shape,
+            str(self.pattern),
+            entry.kept,
+            mask.numel(),
+            error,
+            time.perf_counter() - began,
+            note,
+        )
+
+
+def _refit(view: View, dense: Tensor, solution: Solution, evidence: Hessian) -> Solution:
+    rows = dense.shape[0] // view.groups
+    parts = []
+    change = energy = 0.0
+    for group in range(view.groups):
+        part = slice(group * rows, (group + 1) * rows)
+        hessian, _ = prepare_hessian(evidence.hessian(group), _REFIT_DAMPING)
+        new = refit_rows(dense[part], solution.mask[part], hessian, start=solution.weight[part])
+        delta = new - dense[part]
+        change += float(((delta @ hessian) * delta).sum())
+        energy += float(((dense[part] @ hessian) * dense[part]).sum())
+        parts.append(new)
+    return replace(solution, weight=torch.cat(parts), error=change / energy if energy > 0 else 0.0)
+
+
+def _diagonal_error(view: View, dense: Tensor, new: Tensor, evidence: Collector) -> float | None:
+    """sum (dW_ij n_j)^2 / sum (W_ij n_j)^2: the output error if inputs were uncorrelated."""
+    norm = getattr(evidence, "norm", None)
+    if norm is None:
+        return None
+    shape = (view.groups, -1, dense.shape[1])
+    change = (((dense - new).view(shape)) * norm[:, None, :]).square().sum()
+    energy = (dense.view(shape) * norm[:, None, :]).square().sum()
+    return float(change / energy) if float(energy) > 0 else 0.0

@@ -1,0 +1,205 @@
+"""`sparseworks.prune`: make a trained model sparse in one call, without training."""
+
+from __future__ import annotations
+
+import copy as copying
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseworks.core import registry
+from sparseworks.core.budgets import Budget, get_budget, uniform
+from sparseworks.core.errors import InvalidArgument, ModelError, PatternError
+from sparseworks.core.masks import masks
+from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
+from sparseworks.core.schedules import exponential_rounds
+from sparseworks.core.types import PruneResult
+from sparseworks.models.calibration import Calibration, Progress
+from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.views import View, find_prunable
+from sparseworks.weights.oneshot.base import OneShot
+from sparseworks.weights.oneshot.job import Job
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: nn.Module,
+    method: str | OneShot,
+    *,
+    sparsity: float | None = None,
+    pattern: str | Pattern | None = None,
+    budget: str | Mapping[str, float] | Budget | None = None,
+    data: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    skip_indivisible: bool = False,
+    rounds: int | None = None,
+    recovery: str | None = None,
+    seed: int = 0,
+    copy: bool = False,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    spill: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Zero weights of a trained model with a one-shot method and attach the mask record.
+
+    A second call starts from the masks of the first: what is masked stays masked.
+
+    Args:
+        model: changed in place, unless `copy`.
+        method: registered name ("magnitude", "wanda", "sparsegpt", ...) or a method object.
+        sparsity: fraction of zeros in [0, 1) over the pruned tensors; may be left out with N:M.
+        pattern: the legal zeros ("unstructured", "row", "2:4", "block16x16", "rows", ...); None:
+            the method's own.
+        budget: "uniform", "erk", "global", a mapping name -> sparsity, or a function; None: the
+            method's own.
+        data: calibration batches (Tensor, mapping, or (inputs, target)), re-iterable.
+        loss: `(model, batch) -> scalar` for gradient methods; cross-entropy when None.
+        include: name patterns of the only weights to prune.
+        exclude: name patterns of weights to leave dense.
+        skip_indivisible: leave tensors dense that cannot take the pattern, instead of an error.
+        rounds: prune in this many steps of equal relative size; None: the method's own.
+        recovery: "refit" re-solves the kept weights of every row by least squares, or None.
+        seed: for methods that draw at random.
+        copy: prune a copy; the model given stays as it is.
+        resume: go on after an interrupted call on a large model; tensors that already have a mask
+            are kept as they are.
+        device: compute blocks there, one at a time; None: where they live.
+        spill: folder for the calibration activations, instead of memory.
+        progress: called with (done, total, what).
+        options: fields of the method.
+
+    Returns:
+        What was done per tensor; printable.
+
+    Raises:
+        InvalidArgument: an option cannot be used; nothing was changed.
+        ModelError: nothing to prune, or weights that are not finite; nothing was changed.
+        DataError: calibration data is missing or not finite. A model below 1 GiB is left as it
+            was; of a larger one the finished tensors keep their masks and `resume=True` goes on.
+    """
+    began = time.perf_counter()
+    chosen = registry.build(method, **options)
+    if not isinstance(chosen, OneShot):
+        kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
+        raise InvalidArgument(
+            f"method {method!r} is {kind}, not one-shot; see `sparseworks methods`"
+        )
+    legal = parse_pattern(chosen.pattern if pattern is None else pattern)
+    wanted = _resolve_sparsity(legal, sparsity)
+    if recovery not in (None, "refit"):
+        raise InvalidArgument(f"recovery={recovery!r}; 'refit' or None")
+    steps = chosen.rounds if rounds is None else rounds
+    ladder = [wanted] if legal.fixed_density is not None else exponential_rounds(steps, wanted)
+    batches = _batches(chosen, data, recovery)
+    allot = get_budget(chosen.budget if budget is None else budget)
+    if legal.fixed_density is not None and budget is None:
+        allot = uniform
+    found = find_prunable(model, include, exclude)
+    views, skipped = _fitting(found.views, legal, skip_indivisible)
+    skipped = {s.name: s.reason for s in found.skipped} | skipped
+    _check_finite(views)
+
+    target = model
+    if copy:
+        target = copying.deepcopy(model)
+        twins = find_prunable(target, include, exclude).by_name()
+        views = [twins[v.name] for v in views]
+    job = Job(target, chosen, legal, allot, batches, loss, recovery, seed, resume)
+    job.calibration = (
+        None if batches is None else Calibration(batches, device, chosen.propagate, spill, progress)
+    )
+    job.run(views, ladder, skipped, progress)
+    settings = {
+        "sparsity": wanted,
+        "pattern": str(legal),
+        "budget": _budget_name(budget, chosen, legal),
+        "rounds": steps,
+        "recovery": recovery,
+        "seed": seed,
+        **(asdict(chosen) if is_dataclass(chosen) else {}),
+    }
+    record = masks(target)
+    assert record is not None
+    return PruneResult(
+        chosen.info.name,
+        settings,
+        tuple(job.results[v.name] for v in views if v.name in job.results),
+        skipped,
+        record,
+        target,
+        job.shortfall,
+        time.perf_counter() - began,
+        tuple(job.warnings),
+    )
+
+
+def _resolve_sparsity(pattern: Pattern, sparsity: float | None) -> float:
+    density = pattern.fixed_density
+    if density is None:
+        if sparsity is None:
+            raise InvalidArgument(f"pattern {pattern} needs `sparsity`, a fraction in [0, 1)")
+        return check_sparsity(sparsity)
+    if sparsity is not None and abs(check_sparsity(sparsity) - (1 - density)) > 1e-9:
+        raise InvalidArgument(
+            f"pattern {pattern} has sparsity {1 - density:g}, which contradicts "
+            f"sparsity={sparsity:g}; leave `sparsity` out"
+        )
+    return 1 - density
+
+
+def _batches(
+    method: OneShot, data: Iterable[Batch] | None, recovery: str | None
+) -> Sequence[Batch] | None:
+    needed = "data" in method.info.needs or recovery is not None
+    if data is None:
+        if needed:
+            what = method.info.name if "data" in method.info.needs else f"recovery={recovery!r}"
+            raise InvalidArgument(f"{what} needs calibration batches: give `data=`")
+        return None
+    if isinstance(data, (Tensor, Mapping)):
+        data = [data]
+    return data if isinstance(data, Sequence) else list(data)
+
+
+def _fitting(
+    views: Sequence[View], pattern: Pattern, skip: bool
+) -> tuple[list[View], dict[str, str]]:
+    """The views that can take the pattern; the others skipped by name, or an error."""
+    fitting, skipped = [], {}
+    for view in views:
+        try:
+            pattern.check(view.shape, view.run)
+            fitting.append(view)
+        except PatternError as error:
+            if not skip:
+                raise PatternError(
+                    f"{view.name}: {error}; exclude it, or skip such tensors (skip_indivisible)"
+                ) from None
+            skipped[view.name] = str(error)
+    if not fitting:
+        raise ModelError(f"no weight can take pattern {pattern}: {next(iter(skipped.items()))}")
+    return fitting, skipped
+
+
+def _check_finite(views: Sequence[View]) -> None:
+    for view in views:
+        total = view.parameter.detach().float().sum() if view.parameter.numel() else None
+        if total is not None and not bool(torch.isfinite(total)):
+            bad = int((~torch.isfinite(view.parameter)).sum())
+            if bad:
+                raise ModelError(f"{view.name}: {bad} weights are NaN or Inf; nothing was pruned")
+
+
+def _budget_name(given: Any, method: OneShot, pattern: Pattern) -> str:
+    if given is None:
+        return "uniform" if pattern.fixed_density is not None else method.budget
+    return given if isinstance(given, str) else getattr(given, "__name__", "per tensor")
