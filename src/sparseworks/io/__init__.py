@@ -1,1 +1,38 @@
+"""Lossless sparse checkpoints: packed safetensors files, Hugging Face folders, others' formats.
 
+sw.save(model, "model.safetensors")        # one packed file of any nn.Module
+sw.load("model.safetensors", model)        # fill a model: values, buffers, mask record
+sw.save(model, "folder", tokenizer=tok)    # a Hugging Face folder, weights packed
+model = sw.from_pretrained("folder")       # build the model from any Hugging Face folder
+sw.export_dense(model, "plain")            # for tools that know nothing of sparsity
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_LAZY = {
+    "CheckpointInfo": "summary",
+    "TensorInfo": "summary",
+    "inspect": "summary",
+    "save": "writing",
+    "export_dense": "folders",
+    "load": "loading",
+    "from_pretrained": "huggingface",
+    "infer_masks": "zeros",
+}
+
+__all__ = list(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sparseworks.io' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sparseworks.io.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,100 @@
+"""Files that are either whole or not there.
+
+A file is written under a temporary name in the folder where it will live (a rename is atomic
+only within one file system), flushed to the disk, then renamed. Whatever stood there before is
+untouched until that moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparseworks.core.errors import CheckpointError
+
+__all__ = ["atomic_file", "atomic_folder", "need_space", "sync_folder"]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut (a no-op where folders cannot be opened)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def _parent(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+    return path.parent
+
+
+def need_space(path: Path, size: int) -> None:
+    """Raise before anything is written when the disk cannot take `size` more bytes."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise CheckpointError(
+            f"{path}: needs {size / 1e6:.1f} MB, but the disk has {free / 1e6:.1f} MB free"
+        )
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; becomes `path` when the block ends without an error."""
+    parent = _parent(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; a file cannot take its place")
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, last: str) -> Iterator[Path]:
+    """A temporary folder to fill; its files become those of `path` when the block ends well.
+
+    A folder that did not exist appears at once. Into one that exists the files are renamed one by
+    one, each atomically, and `last` (the weights) after all others; files of other names stay.
+    """
+    parent = _parent(path)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; a folder cannot take its place")
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        for file in files:
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        if not path.exists():
+            os.rename(temporary, path)
+        else:
+            for file in sorted(files, key=lambda p: p.name == last):
+                target = path / file.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+            sync_folder(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(parent)

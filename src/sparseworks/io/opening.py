@@ -1,0 +1,63 @@
+"""Which checkpoint is at a path: a packed file, plain safetensors, or a folder of either."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sparseworks.core.errors import CheckpointError
+from sparseworks.io.checkpoint import Checkpoint
+from sparseworks.io.container import Container, refuse_pickle
+from sparseworks.io.packed import PackedCheckpoint
+
+__all__ = ["PACKED_NAME", "open_checkpoint"]
+
+PACKED_NAME = "sparseworks.safetensors"
+"""The packed file of a folder. Tools that do not know it find no weights and say so, instead of
+reading a part of them."""
+_PLAIN_NAME = "model.safetensors"
+_INDEX_NAME = "model.safetensors.index.json"
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint and check everything that its headers can tell.
+
+    Raises:
+        CheckpointError: nothing there, a pickle, or not sound.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    refuse_pickle(path)
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    from sparseworks.io.plain import PlainCheckpoint
+
+    container = Container(path)
+    try:
+        if PackedCheckpoint.recognises(container):
+            return PackedCheckpoint(container)
+        return PlainCheckpoint(path, {path: container})
+    except BaseException:
+        container.close()
+        raise
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / PACKED_NAME).is_file():
+        return _open_file(folder / PACKED_NAME)
+    from sparseworks.io.plain import open_plain_folder
+
+    for name in (_PLAIN_NAME, _INDEX_NAME):
+        if (folder / name).is_file():
+            return open_plain_folder(folder, folder / name)
+    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+    if pickles:
+        refuse_pickle(folder / pickles[0])
+    raise CheckpointError(
+        f"{folder}: no weights: neither {PACKED_NAME} nor {_PLAIN_NAME} nor {_INDEX_NAME}"
+    )

@@ -1,0 +1,189 @@
+"""`sparseworks.save`: a model as one packed safetensors file, or as a Hugging Face folder.
+
+The file is a valid safetensors file: any reader of the format can list and read its parts (see
+`records` for their names). Its header says how each tensor is stored and carries a hash for each
+tensor and one for itself, so that damage is found and the tensor is named. Tensors are written one
+at a time, a slice at a time: beside the model, memory holds one slice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.io.atomic import atomic_file, need_space
+from sparseworks.io.container import Part, as_bytes, header_bytes, refuse_pickle
+from sparseworks.io.encoding import Plan, encode, plan
+from sparseworks.io.gather import ModelTensors, gather, masks_by_tensor
+from sparseworks.io.packed import DIGEST_KEY, ZERO_DIGEST, hasher, header_digest
+from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, part_name
+from sparseworks.io.summary import CheckpointInfo, of_records
+
+__all__ = ["Progress", "save"]
+
+Progress = Callable[[int, int, str], None]
+FORMATS = ("file", "huggingface")
+
+
+@torch.no_grad()
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> CheckpointInfo:
+    """Save a model, every bit of it, in as few bytes as its zeros allow.
+
+    Parameters and persistent buffers are stored, tied ones once, each in the smallest of three
+    layouts: dense; a bitmask and the kept values (n/8 + kept * width bytes of n weights); for N:M
+    masks a code per run and the kept values. The mask record (`sw.masks(model)`) is kept: a weight
+    that is zero but not masked stays so. The write is atomic: a call that fails or is killed
+    leaves what was there.
+
+    Args:
+        model: any module; its tensors may be on any device and of any dtype.
+        path: of a file ("model.safetensors"), or of a folder for a transformers model.
+        format: "file", "huggingface" (a folder with config.json, sparseworks.safetensors,
+            generation config and tokenizer), or None: a file if `path` ends in ".safetensors".
+        tokenizer: for a folder: a tokenizer or processor, or the folder to copy its files from;
+            None: the folder the model was loaded from, where it is known.
+        progress: called with (tensors done, tensors in all, name).
+
+    Returns:
+        What was written, per tensor.
+
+    Raises:
+        InvalidArgument: a path or format that cannot be used.
+        ModelError: the model holds something that cannot be stored (a DTensor, say).
+        CheckpointError: the disk is full or the place cannot be written.
+    """
+    path = Path(path)
+    refuse_pickle_target(path)
+    if format is None:
+        format = "file" if path.suffix == ".safetensors" else "huggingface"
+    if format not in FORMATS:
+        raise InvalidArgument(f"format={format!r}: 'file' or 'huggingface'")
+    if format == "huggingface":
+        from sparseworks.io.folders import save_folder
+
+        return save_folder(model, path, tokenizer, progress)
+    if tokenizer is not None:
+        raise InvalidArgument(f"{path}: a tokenizer can only be saved into a folder")
+    with atomic_file(path) as temporary:
+        records = write_packed(model, temporary, progress)
+    return of_records(path, records, path.stat().st_size)
+
+
+def refuse_pickle_target(path: Path) -> None:
+    """Saving under a pickle's name would make every reader guess wrong."""
+    try:
+        refuse_pickle(path)
+    except ValueError:
+        raise InvalidArgument(
+            f"{path}: {path.suffix} is the name of a pickle; use a name that ends in .safetensors"
+        ) from None
+
+
+@torch.no_grad()
+def write_packed(
+    model: nn.Module, path: Path, progress: Progress | None = None
+) -> dict[str, Record]:
+    """Write a packed file at `path` (no renaming, no flush) and return its records."""
+    found = gather(model)
+    entries, method = masks_by_tensor(model, found)
+    plans = {
+        name: plan(name, tensor, *entries.get(name, (None, ())))
+        for name, tensor in found.tensors.items()
+    }
+    parts = lay_out(plans)
+    records = {name: replace(p.record, hash=ZERO_DIGEST) for name, p in plans.items()}
+    header = _header(parts, records, found, method, type(model).__name__, ZERO_DIGEST)
+    size = len(header) + sum(p.nbytes for p in parts.values())
+    need_space(path, size)
+    with open(path, "wb", buffering=0) as file:
+        file.truncate(size)
+        for i, (name, p) in enumerate(plans.items()):
+            if progress is not None:
+                progress(i, len(plans), name)
+            digest = _write_tensor(file.fileno(), name, p, parts, len(header))
+            records[name] = replace(p.record, hash=digest)
+        if progress is not None:
+            progress(len(plans), len(plans), "header")
+        header = _header(parts, records, found, method, type(model).__name__, ZERO_DIGEST)
+        own = header_digest(header[8:], ZERO_DIGEST)
+        header = _header(parts, records, found, method, type(model).__name__, own)
+        _write_at(file.fileno(), memoryview(header), 0)
+    return records
+
+
+def lay_out(plans: Mapping[str, Plan]) -> dict[str, Part]:
+    """Where each part goes: wide dtypes first, so that all are aligned and no gaps are needed."""
+    wanted = [
+        (part_name(name, part), dtype, shape)
+        for name, p in plans.items()
+        for part, (dtype, shape) in p.record.parts().items()
+    ]
+    wanted.sort(key=lambda w: -w[1].itemsize)
+    parts: dict[str, Part] = {}
+    position = 0
+    for name, dtype, shape in wanted:
+        if name in parts:
+            raise ModelError(f"{name}: a tensor of the model has the name of a stored part")
+        size = dtype.itemsize * torch.Size(shape).numel()
+        parts[name] = Part(name, dtype, shape, position, position + size)
+        position += size
+    return parts
+
+
+def _header(
+    parts: Mapping[str, Part],
+    records: Mapping[str, Record],
+    found: ModelTensors,
+    method: str,
+    model: str,
+    digest: str,
+) -> bytes:
+    own = {
+        "version": FORMAT_VERSION,
+        "method": method,
+        "model": model,
+        "ties": found.ties,
+        "tensors": {name: r.to_json() for name, r in records.items()},
+    }
+    text = json.dumps(own, separators=(",", ":"))
+    return header_bytes(parts, {"format": "pt", METADATA_KEY: text, DIGEST_KEY: digest})
+
+
+def _write_tensor(
+    descriptor: int, name: str, p: Plan, parts: Mapping[str, Part], data_start: int
+) -> str:
+    """Write every part of a tensor where it belongs; returns the hash."""
+    h = hasher()
+    h.update(p.record.seal())
+    written = dict.fromkeys(p.record.parts(), 0)
+    for part, values in encode(p):
+        view = as_bytes(values)
+        place = parts[part_name(name, part)]
+        if written[part] + len(view) <= place.nbytes:
+            _write_at(descriptor, view, data_start + place.start + written[part])
+        written[part] += len(view)
+        h.update(view)
+    if any(size != parts[part_name(name, part)].nbytes for part, size in written.items()):
+        raise ModelError(f"{name}: changed while it was being saved; stop training first")
+    return str(h.hexdigest())
+
+
+def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
+    while len(view):
+        done = os.pwrite(descriptor, view, offset)
+        view, offset = view[done:], offset + done
