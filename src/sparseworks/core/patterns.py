@@ -216,12 +216,14 @@ class NM(Pattern):
             order = torch.sort(scores, dim=0, descending=True, stable=True).indices[: self.n]
             mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
             return mask.scatter_(0, order, True)
-        rank = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+        rank = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
         for i in range(self.m):  # rank of an entry = how many others beat it
+            rank[i] = self.m - 1 - i
+        for i in range(self.m):
             for j in range(i + 1, self.m):
-                first_wins = scores[i] >= scores[j]
+                first_wins = (scores[i] >= scores[j]).view(torch.int8)
                 rank[j] += first_wins
-                rank[i] += ~first_wins
+                rank[i] -= first_wins
         return rank < self.n
 
 

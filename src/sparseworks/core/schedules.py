@@ -41,7 +41,7 @@ def linear(step: int, *, begin: int, end: int, final: float, initial: float = 0.
 def cubic(step: int, *, begin: int, end: int, final: float, initial: float = 0.0) -> float:
     """s = s_f + (s_i - s_f) * (1 - t)^3 (Zhu & Gupta 2017, To Prune, or Not to Prune).
 
-    >>> cubic(5, begin=0, end=10, final=0.8)
+    >>> round(cubic(5, begin=0, end=10, final=0.8), 6)
     0.7
     """
     return final + (initial - final) * (1.0 - _progress(step, begin, end)) ** 3

@@ -45,6 +45,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """U, upper triangular, with H^-1 = U^T U.
 
     With J the reversal of the axes and J H J = L L^T, R = J L J is upper and H = R R^T; U = R^-1.
+    The result is stored by columns: its transpose is contiguous.
 
     Raises:
         ModelError: H is not positive definite even after damping.
@@ -56,24 +57,23 @@ def inverse_factor(hessian: Tensor) -> Tensor:
             "the Hessian of the calibration inputs is not positive definite; "
             "give more calibration data or a larger `damping`"
         )
-    return _upper_inverse(lower.flip(0, 1).contiguous())
+    inverse = torch.zeros_like(lower.mT, memory_format=torch.contiguous_format)
+    _invert_lower(lower.mT.flip(0, 1), inverse)
+    return inverse.mT
 
 
-def _upper_inverse(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix, by halves: n^3 / 3 multiply-adds, mostly products."""
-    size = upper.shape[0]
+def _invert_lower(lower: Tensor, inverse: Tensor) -> None:
+    """Inverse of a lower triangular matrix, by halves: n^3 / 3 multiply-adds, mostly products."""
+    size = lower.shape[0]
     if size <= 256:
-        eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        small: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-        return small
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverse.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
     half = (size // 2 + 63) // 64 * 64
-    first = _upper_inverse(upper[:half, :half])
-    second = _upper_inverse(upper[half:, half:])
-    inverse = upper.new_zeros(size, size)
-    inverse[:half, :half] = first
-    inverse[half:, half:] = second
-    inverse[:half, half:] = -(first @ upper[:half, half:]) @ second
-    return inverse
+    _invert_lower(lower[:half, :half], inverse[:half, :half])
+    _invert_lower(lower[half:, half:], inverse[half:, half:])
+    product = inverse[half:, half:] @ lower[half:, :half]
+    inverse[half:, :half].addmm_(product, inverse[:half, :half], beta=0.0, alpha=-1.0)
 
 
 def column_solve(
@@ -132,7 +132,8 @@ def column_solve(
             if last < end:
                 part = factor[first:last, last:end].t()
                 work[last:end].addmm_(part, errors[first - start : last - start], alpha=-1.0)
-        loss += float(errors.square().sum()) / 2
+        flat = errors.view(-1)
+        loss += float(torch.dot(flat, flat)) / 2
         if end < columns:
             work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
     return work.t(), mask.t(), loss
