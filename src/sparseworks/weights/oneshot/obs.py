@@ -104,7 +104,8 @@ def column_solve(
     chooser = _Chooser(pattern, keep, rows, columns)
     block = chooser.align(min(block, columns))
     sub = chooser.align(min(_SUB, block))
-    work = weight.t().contiguous()  # [in, out]: a column of W is a contiguous row
+    work = torch.empty(columns, rows, dtype=weight.dtype, device=weight.device)
+    work.copy_(weight.t())  # [in, out]: a column of W is a contiguous row
     mask = torch.ones(work.shape, dtype=torch.bool, device=work.device)
     free = None if allowed is None else allowed.t().contiguous()
     diagonal = factor.diagonal()

@@ -5,13 +5,13 @@ score_ij ~ U(0, 1), from a generator keyed by (seed, tensor name).
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
 from sparseworks.weights.oneshot.base import OneShot, Target
 
@@ -32,7 +32,5 @@ class Random(OneShot):
     )
 
     def score(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:
-        generator = torch.Generator().manual_seed(
-            (target.seed << 32) ^ zlib.crc32(target.view.name.encode())
-        )
+        generator = generator_for(target.seed, target.view.name)
         return torch.rand(weight.shape, generator=generator).to(weight.device)
