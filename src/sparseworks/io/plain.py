@@ -29,12 +29,18 @@ class PlainCheckpoint(Checkpoint):
     def __init__(self, path: Path, files: Mapping[Path, Container]) -> None:
         super().__init__(path)
         self._files = dict(files)
+        self.ties: dict[str, str] = {}
         self._where: dict[str, tuple[Container, Part]] = {}
         for file, container in self._files.items():
             for name, part in container.parts.items():
                 if name in self._where:
                     raise CheckpointError(f"{file}: tensor {name!r} is in another shard too")
                 self._where[name] = container, part
+            self.ties |= {
+                alias: name
+                for alias, name in container.metadata.items()
+                if name in container.parts and alias not in container.parts and alias != "format"
+            }
         self.tensors = {
             name: Stored(p.dtype, p.shape, "dense", p.nbytes)
             for name, (_, p) in self._where.items()
@@ -74,8 +80,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def open_plain_folder(folder: Path, first: Path) -> Checkpoint:
     """The checkpoint of a folder, from its model.safetensors or its index of shards."""
+    from sparseworks.io.bitmask import FORMATS, BitmaskCheckpoint, sparsity_format
+
+    config = folder / "config.json"
+    format = sparsity_format(read_json(config)) if config.is_file() else ""
     files = {first: Container(first)} if first.suffix == ".safetensors" else _shards(folder, first)
-    return PlainCheckpoint(folder, files)
+    try:
+        plain = PlainCheckpoint(folder, files)
+        if format in FORMATS:
+            return BitmaskCheckpoint(plain, format)
+        if format not in ("", "dense"):
+            raise CheckpointError(
+                f"{folder}: compressed-tensors format {format!r} is not read; only {FORMATS} are"
+            )
+    except BaseException:
+        for container in files.values():
+            container.close()
+        raise
+    return plain
 
 
 def _shards(folder: Path, index: Path) -> dict[Path, Container]:

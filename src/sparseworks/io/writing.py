@@ -20,11 +20,11 @@ from torch import nn
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.io.atomic import atomic_file, need_space
-from sparseworks.io.container import Part, as_bytes, header_bytes, refuse_pickle
+from sparseworks.io.container import STORED_AS, Part, as_bytes, header_bytes, refuse_pickle
 from sparseworks.io.encoding import Plan, encode, plan
 from sparseworks.io.gather import ModelTensors, gather, masks_by_tensor
 from sparseworks.io.packed import DIGEST_KEY, ZERO_DIGEST, hasher, header_digest
-from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, part_name
+from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, dtype_name, part_name
 from sparseworks.io.summary import CheckpointInfo, of_records
 
 __all__ = ["Progress", "save"]
@@ -74,7 +74,7 @@ def save(
     if format not in FORMATS:
         raise InvalidArgument(f"format={format!r}: 'file' or 'huggingface'")
     if format == "huggingface":
-        from sparseworks.io.folders import save_folder
+        from sparseworks.io.folders import save_folder  # imports this module
 
         return save_folder(model, path, tokenizer, progress)
     if tokenizer is not None:
@@ -124,6 +124,28 @@ def write_packed(
         header = _header(parts, records, found, method, type(model).__name__, own)
         _write_at(file.fileno(), memoryview(header), 0)
     return records
+
+
+@torch.no_grad()
+def write_dense(model: nn.Module, path: Path) -> None:
+    """Write a plain safetensors file; a tied name is noted in the metadata, as the format does."""
+    found = gather(model)
+    plans = {
+        name: Plan(Record(dtype_name(tensor.dtype), tuple(tensor.shape)), tensor)
+        for name, tensor in found.tensors.items()
+    }
+    for name, p in plans.items():
+        if p.tensor.dtype not in STORED_AS:
+            raise ModelError(f"{name}: safetensors has no dtype for {p.tensor.dtype}")
+    parts = lay_out(plans)
+    header = header_bytes(parts, {"format": "pt", **found.ties})
+    size = len(header) + sum(p.nbytes for p in parts.values())
+    need_space(path, size)
+    with open(path, "wb", buffering=0) as file:
+        file.truncate(size)
+        _write_at(file.fileno(), memoryview(header), 0)
+        for name, p in plans.items():
+            _write_tensor(file.fileno(), name, p, parts, len(header))
 
 
 def lay_out(plans: Mapping[str, Plan]) -> dict[str, Part]:

@@ -1,0 +1,210 @@
+"""Hugging Face folders: packed (`save`) or plain (`export_dense`), complete or not there.
+
+A packed folder holds config.json with a `sparseworks` note, generation_config.json, the tokenizer
+and sparseworks.safetensors. The weights have a name of their own on purpose: transformers looks
+for model.safetensors, would find only a part of each packed tensor there and fill the rest with
+random numbers; so it says that there are no weights instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparseworks.core.errors import InvalidArgument, MissingDependency, ModelError
+from sparseworks.core.masks import masks
+from sparseworks.io.atomic import atomic_file, atomic_folder
+from sparseworks.io.opening import PACKED_NAME
+from sparseworks.io.records import FORMAT_VERSION
+from sparseworks.io.summary import CheckpointInfo, of_records
+
+if TYPE_CHECKING:
+    from sparseworks.io.writing import Progress
+
+__all__ = ["export_dense", "save_folder"]
+
+_SIDE_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config_sentence_transformers.json",
+    "merges.txt",
+    "modules.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentence_bert_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def save_folder(
+    model: nn.Module, path: Path, tokenizer: Any = None, progress: Progress | None = None
+) -> CheckpointInfo:
+    """Write a packed Hugging Face folder; see `save` for the arguments."""
+    from sparseworks.io.writing import write_packed
+
+    _require_transformers_model(model, path)
+    others = _other_weights(path, keep=(PACKED_NAME,))
+    if others:
+        raise InvalidArgument(
+            f"{path}: holds {others[0]}, other weights that would be read instead; "
+            "save to a new folder"
+        )
+    with atomic_folder(path, last=PACKED_NAME) as temporary:
+        records = write_packed(model, temporary / PACKED_NAME, progress)
+        info = of_records(path, records, (temporary / PACKED_NAME).stat().st_size)
+        record = masks(model)
+        note = {
+            "version": FORMAT_VERSION,
+            "weights": PACKED_NAME,
+            "load_with": "sparseworks.from_pretrained",
+            "method": record.method if record is not None else "",
+            "sparsity": round(record.sparsity(), 6) if record is not None else None,
+        }
+        _write_config(model, temporary, note)
+        _write_tokenizer(model, temporary, tokenizer)
+    return info
+
+
+@torch.no_grad()
+def export_dense(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None) -> Path:
+    """Write a model with its zeros stored, for tools that know nothing of sparsity.
+
+    Args:
+        model: a transformers model for a folder that plain `from_pretrained` loads; any module for
+            a file, which `safetensors.torch.load_model` loads.
+        path: of a folder, or of a file that ends in ".safetensors".
+        tokenizer: for a folder, as in `save`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidArgument, ModelError, CheckpointError: as `save`.
+    """
+    from sparseworks.io.writing import refuse_pickle_target, write_dense
+
+    path = Path(path)
+    refuse_pickle_target(path)
+    if path.suffix == ".safetensors":
+        if tokenizer is not None:
+            raise InvalidArgument(f"{path}: a tokenizer can only be saved into a folder")
+        with atomic_file(path) as temporary:
+            write_dense(model, temporary)
+        return path
+    _require_transformers_model(model, path)
+    if (path / PACKED_NAME).exists():
+        raise InvalidArgument(
+            f"{path}: holds {PACKED_NAME}, which would be read instead; export to a new folder"
+        )
+    config: Any = model.config
+    note = config.__dict__.pop("sparseworks", None)
+    try:
+        with atomic_folder(path, last="model.safetensors") as temporary:
+            model.save_pretrained(temporary)  # type: ignore[operator]
+            _write_tokenizer(model, temporary, tokenizer)
+    finally:
+        if note is not None:
+            config.sparseworks = note
+    return path
+
+
+def _require_transformers_model(model: nn.Module, path: Path) -> None:
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise MissingDependency(
+            f"{path}: a folder needs transformers; install sparseworks[hf], or give a file name "
+            "that ends in .safetensors"
+        ) from error
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidArgument(
+            f"{path}: a folder is for transformers models; for a {type(model).__name__} give a "
+            "file name that ends in .safetensors"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(f"{path}: the model is quantized; only unquantized models can be saved")
+
+
+def _other_weights(path: Path, keep: tuple[str, ...]) -> list[str]:
+    """Weight files of a folder that a reader could take for the model."""
+    if not path.is_dir():
+        return []
+    names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+    index = [p.name for p in path.iterdir() if p.name.endswith(".index.json")]
+    return [n for n in (*names, *index) if n not in keep]
+
+
+def _write_config(model: Any, folder: Path, note: dict[str, Any]) -> None:
+    """config.json as `save_pretrained` writes it, with the note; and the generation config."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    if getattr(config, "tie_word_embeddings", False) and _is_untied(model):
+        config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    written = json.loads(file.read_text())
+    written["sparseworks"] = note
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    if model.can_generate() and getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _is_untied(model: Any) -> bool:
+    """Whether the output head no longer is the embedding that the config says it is."""
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        return False
+    if inputs is None or outputs is None:
+        return False
+    return getattr(outputs, "weight", None) is not getattr(inputs, "weight", None)
+
+
+def _write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
+    if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+        return
+    source = tokenizer
+    if tokenizer is None:
+        source = getattr(model, "name_or_path", "") or ""
+    elif not isinstance(tokenizer, (str, os.PathLike)):
+        raise InvalidArgument(
+            f"tokenizer={type(tokenizer).__name__}: give a tokenizer, a processor or a folder"
+        )
+    if tokenizer is not None and not Path(source).is_dir():
+        raise InvalidArgument(f"tokenizer={str(source)!r}: no such folder")
+    for name in (*_SIDE_FILES, "1_Pooling/config.json"):
+        found = Path(source) / name if source and Path(source).is_dir() else _cached(source, name)
+        if found is not None and found.is_file() and not (folder / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(found, folder / name)
+
+
+def _cached(repository: str, name: str) -> Path | None:
+    """A file of a hub model that is already on this machine."""
+    if not repository:
+        return None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(repository, name)
+    except (ImportError, ValueError, OSError):
+        return None
+    return Path(found) if isinstance(found, str) else None
