@@ -126,7 +126,8 @@ class PackedCheckpoint(Checkpoint):
         self._check_counts(name)
 
     def finish_verify(self) -> None:
-        if header_digest(self._file.raw_header, self._digest) != self._digest:
+        digest = header_digest(self._file.raw_header, self._digest)
+        if not digest or digest != self._digest:
             raise CheckpointError(f"{self.path}: the header was altered (no tensor is at fault)")
 
     def _check_counts(self, name: str) -> None:

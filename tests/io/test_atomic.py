@@ -1,0 +1,140 @@
+"""A save that fails or is killed leaves what was there; a good one survives the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sparseworks as sw
+from sparseworks.core.errors import CheckpointError
+from sparseworks.core.masks import Masks
+
+
+def python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    source = str(Path(sw.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_fresh_process_reads_the_same_bits(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20)).bfloat16()
+    mask = torch.rand(30, 40) < 0.1
+    record = Masks.of({"0.weight": mask}, "wanda", "row")
+    record.apply(model)
+    sw.attach(model, record)
+    sw.save(model, tmp_path / "m.safetensors")
+    out = python(
+        """
+        import sys, hashlib, torch, sparseworks as sw
+        from torch import nn
+        model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20)).bfloat16()
+        sw.load(sys.argv[1], model)
+        h = hashlib.sha256()
+        for t in model.state_dict().values():
+            h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+        m = sw.masks(model)
+        h.update(m["0.weight"].numpy().tobytes())
+        print(h.hexdigest(), m.method, m.entry("0.weight").pattern)
+        """,
+        tmp_path / "m.safetensors",
+    )
+    import hashlib
+
+    h = hashlib.sha256()
+    for t in model.state_dict().values():
+        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    h.update(mask.numpy().tobytes())
+    assert out.stdout.split() == [h.hexdigest(), "wanda", "row"], out.stderr
+
+
+def test_killed_midway_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    old = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sw.save(old, path)
+    before = path.read_bytes()
+    out = python(
+        """
+        import os, signal, sys, sparseworks as sw
+        from torch import nn
+        def kill(done, total, name):
+            if done == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sw.save(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), sys.argv[1], progress=kill)
+        """,
+        path,
+    )
+    assert out.returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    sw.load(path, nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "m.safetensors"
+    sw.save(nn.Linear(8, 8), path)
+    before = path.read_bytes()
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done == 1:
+            raise error
+
+    with pytest.raises(error):
+        sw.save(nn.Linear(8, 8), path, progress=stop)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_interrupted_while_checking_leaves_the_model(tmp_path):
+    path = tmp_path / "m.safetensors"
+    sw.save(nn.Linear(8, 8), path)
+    model = nn.Linear(8, 8)
+    before = model.weight.clone()
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sw.load(path, model, progress=stop)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10, 10, 5))
+    with pytest.raises(CheckpointError, match=r"the disk has 0\.0 MB free"):
+        sw.save(nn.Linear(8, 8), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_error_is_named(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        sw.save(nn.Linear(8, 8), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_counts_to_its_total(tmp_path):
+    seen: list[tuple[int, int, str]] = []
+    sw.save(nn.Linear(8, 8), tmp_path / "m.safetensors", progress=lambda *a: seen.append(a))
+    sw.load(tmp_path / "m.safetensors", nn.Linear(8, 8), progress=lambda *a: seen.append(a))
+    assert seen[-1][0] == seen[-1][1] and all(d <= t for d, t, _ in seen)
