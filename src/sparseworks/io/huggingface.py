@@ -95,10 +95,18 @@ def from_pretrained(
 
         attach(model, infer(model))
     if dtype is not None:
-        model.to(dtype)
+        _convert(model, dtype)
     if device is not None:
         model.to(device)
     return model.eval()
+
+
+def _convert(model: Any, dtype: torch.dtype) -> None:
+    """Convert what the checkpoint holds; buffers made by the modules keep their precision."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _find(folder: str | os.PathLike[str], revision: str | None) -> Path:
