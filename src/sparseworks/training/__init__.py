@@ -1,1 +1,5 @@
+"""The engine room of everything trained: mask hooks that live beside any training loop."""
 
+from sparseworks.training.hooked import Hooked, Run, sparsify
+
+__all__ = ["Hooked", "Run", "sparsify"]

@@ -6,6 +6,7 @@ _ROOM = "sparseworks.weights"
 
 registry.register(
     {
+        "fixed": f"{_ROOM}.dynamic.fixed:Fixed",
         "random": f"{_ROOM}.oneshot.random:Random",
         "magnitude": f"{_ROOM}.oneshot.magnitude:Magnitude",
         "snip": f"{_ROOM}.oneshot.snip:Snip",

@@ -1,0 +1,36 @@
+"""Fixed masks: fine-tune a sparse model; every zero stays zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparseworks.core.masks import masks
+from sparseworks.core.registry import MethodInfo
+from sparseworks.training.hooked import Hooked, Run, unwrapped
+
+
+@dataclass(frozen=True)
+class Fixed(Hooked):
+    """Train the kept weights of the model's mask record."""
+
+    starts_from_record: ClassVar[bool] = True
+    info: ClassVar[MethodInfo] = MethodInfo(
+        name="fixed",
+        title="Fine-tuning with fixed masks (baseline)",
+        authors="Han et al.",
+        year=2015,
+        room="weights",
+        kind="hooked",
+        needs=("training",),
+        pattern="that of the record",
+        budget="that of the record",
+        cost="a mask per step",
+        summary="fine-tune from the mask record; every zero stays zero",
+    )
+
+    def begin(self, run: Run) -> None:
+        record = masks(unwrapped(run.model))
+        assert record is not None
+        for name in run.masks:
+            run.masks[name] = record[name].to(run.masks[name].device)
