@@ -41,14 +41,14 @@ class Hooked(ABC):
     pattern: ClassVar[str] = "unstructured"
     budget: ClassVar[str] = "uniform"
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: Run) -> None:  # noqa: B027
         """Choose the first masks, `run.masks[name]`; all weights are kept before this."""
 
     def wants_dense_gradients(self, run: Run) -> bool:
         """Must the next step's gradients also be kept for masked weights?"""
         return False
 
-    def update(self, run: Run) -> None:
+    def update(self, run: Run) -> None:  # noqa: B027
         """Called after every optimizer step, `run.step` counted from 1."""
 
 
@@ -116,7 +116,8 @@ class Run:
             self._bound[name] = parameter
             if parameter.requires_grad:
                 hook = self._gradient_hook(name)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                add = parameter.register_post_accumulate_grad_hook
+                self._handles.append(add(hook))  # type: ignore[no-untyped-call]
 
     def _gradient_hook(self, name: str) -> Any:
         def mask_gradient(parameter: Tensor) -> None:
@@ -191,7 +192,7 @@ class Run:
         Raises:
             InvalidArgument: the state is of another method or of other tensors.
         """
-        mine = asdict(self.method) if is_dataclass(self.method) else {}
+        mine: dict[str, Any] = asdict(self.method) if is_dataclass(self.method) else {}
         if state["method"] != self.method.info.name or state["options"] != mine:
             raise InvalidArgument(
                 f"the state is of method {state['method']!r} with {state['options']}, this run is "
@@ -294,8 +295,8 @@ def _plain(name: str) -> str:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP and torch.compile wrappers."""
-    while isinstance(
-        inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module
-    ):
+    while True:
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            return model
         model = inner
-    return model

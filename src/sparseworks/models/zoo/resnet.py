@@ -71,7 +71,8 @@ class CifarResNet(nn.Module):
         """Images `[batch, 3, height, width]`, normalised by MEAN and STD, to logits."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(out.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        return logits
 
 
 def resnet20(classes: int = 10) -> CifarResNet:
