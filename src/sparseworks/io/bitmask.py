@@ -18,7 +18,7 @@ from torch import Tensor
 from sparseworks.core.errors import CheckpointError
 from sparseworks.core.masks import unpack_bits
 from sparseworks.io.checkpoint import Checkpoint, Stored
-from sparseworks.io.encoding import words
+from sparseworks.io.encoding import count_true, words
 from sparseworks.io.plain import PlainCheckpoint
 
 __all__ = ["BitmaskCheckpoint", "sparsity_format"]
@@ -119,7 +119,7 @@ class BitmaskCheckpoint(Checkpoint):
         if name not in self._prefixes:
             return
         stored, prefix = self.tensors[name], self._prefixes[name]
-        counts = [int(mask.sum()) for _, mask in self._rows(name)]
+        counts = [count_true(mask) for _, mask in self._rows(name)]
         if sum(counts) != stored.nonzero:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r}: {sum(counts)} bits are set for "
@@ -141,7 +141,7 @@ class BitmaskCheckpoint(Checkpoint):
         values = self._plain.read(f"{self._prefixes[name]}.compressed").reshape(-1)
         position = 0
         for start, mask in self._rows(name):
-            count = int(mask.sum())
+            count = count_true(mask)
             weights = torch.zeros(mask.numel(), dtype=values.dtype)
             words(weights).masked_scatter_(mask, words(values[position : position + count]))
             position += count

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from sparseworks.core.masks import MaskEntry, pack_bits, unpack_bits
 from sparseworks.io.codes import LARGEST_RUN, mask_to_codes
 from sparseworks.io.records import Record, dtype_name
 
-__all__ = ["SLICE", "Plan", "encode", "plan", "top_bit", "words"]
+__all__ = ["SLICE", "Plan", "count_true", "encode", "plan", "top_bit", "words"]
 
 SLICE = 1 << 22  # weights treated at a time; a multiple of 8
 _PART_OVERHEAD = 128  # bytes of header that one more part costs, about
@@ -60,27 +61,26 @@ class _Counts:
     outside_negative: int = 0
 
 
+def count_true(mask: Tensor) -> int:
+    """How many are True; numpy counts bytes many times faster than torch sums them."""
+    return int(np.count_nonzero(mask.numpy()))
+
+
 def _count(flat: Tensor, entry: MaskEntry | None) -> _Counts:
-    totals = torch.zeros(5, dtype=torch.int64)
+    inside = inside_values = inside_negative = values = negative = 0
     for start in range(0, flat.numel(), SLICE):
         bits = words(flat[start : start + SLICE].cpu().contiguous())
-        negative = bits == top_bit(flat.dtype)
-        values = (bits != 0) & ~negative
-        if entry is None:
-            kept = torch.zeros_like(values)
-        else:
-            kept = unpack_bits(entry.packed[start // 8 : (start + SLICE) // 8], values.shape)
-        inside_values, inside_negative = (kept & values).sum(), (kept & negative).sum()
-        totals += torch.stack(
-            [
-                kept.sum(),
-                inside_values,
-                inside_negative,
-                values.sum() - inside_values,
-                negative.sum() - inside_negative,
-            ]
-        )
-    return _Counts(*(int(t) for t in totals))
+        is_negative = bits == top_bit(flat.dtype)
+        is_value = (bits != 0) & ~is_negative
+        values, negative = values + count_true(is_value), negative + count_true(is_negative)
+        if entry is not None:
+            kept = unpack_bits(entry.packed[start // 8 : (start + SLICE) // 8], bits.shape)
+            inside += count_true(kept)
+            inside_values += count_true(kept & is_value)
+            inside_negative += count_true(kept & is_negative)
+    return _Counts(
+        inside, inside_values, inside_negative, values - inside_values, negative - inside_negative
+    )
 
 
 def plan(

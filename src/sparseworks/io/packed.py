@@ -15,7 +15,7 @@ from sparseworks.core.masks import MaskEntry, Masks, pack_bits, unpack_bits
 from sparseworks.io.checkpoint import Checkpoint, Stored
 from sparseworks.io.codes import code_bits, codes_to_mask
 from sparseworks.io.container import Container, Part
-from sparseworks.io.encoding import SLICE, top_bit, words
+from sparseworks.io.encoding import SLICE, count_true, top_bit, words
 from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, part_name
 
 __all__ = ["DIGEST_KEY", "ZERO_DIGEST", "PackedCheckpoint", "hasher", "header_digest"]
@@ -135,7 +135,7 @@ class PackedCheckpoint(Checkpoint):
         record = self.records[name]
         bad = CheckpointError(f"{self.path}: tensor {name!r}: its bits do not match its record")
         if record.layout != "dense":
-            count = sum(int(s.sum()) for _, s in self._stored(name))
+            count = sum(count_true(s) for _, s in self._stored(name))
             if count != record.stored:
                 raise bad
         for part, total in (("bitmask", record.numel), ("signs", record.numel - record.stored)):
@@ -143,7 +143,7 @@ class PackedCheckpoint(Checkpoint):
                 raise bad
         if record.mask == "own":
             entry = self._mask(name)
-            if entry.kept != int(entry.mask.sum()) or self._padding(name, "mask", record.numel):
+            if entry.kept != count_true(entry.mask) or self._padding(name, "mask", record.numel):
                 raise bad
 
     def _padding(self, name: str, part: str, bits: int) -> bool:
@@ -194,7 +194,7 @@ class PackedCheckpoint(Checkpoint):
             return
         position = 0
         for start, stored in self._stored(name):
-            count = int(stored.sum())
+            count = count_true(stored)
             values = self._file.elements(parts["values"], position, count)
             weights = torch.zeros(stored.numel(), dtype=dtype)
             words(weights).masked_scatter_(stored, words(values))
