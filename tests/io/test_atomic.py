@@ -138,3 +138,24 @@ def test_progress_counts_to_its_total(tmp_path):
     sw.save(nn.Linear(8, 8), tmp_path / "m.safetensors", progress=lambda *a: seen.append(a))
     sw.load(tmp_path / "m.safetensors", nn.Linear(8, 8), progress=lambda *a: seen.append(a))
     assert seen[-1][0] == seen[-1][1] and all(d <= t for d, t, _ in seen)
+
+
+def test_a_read_error_halfway_says_that_the_model_is_filled_in_part(tmp_path, monkeypatch):
+    """After every check has passed the disk fails: no mask record may claim what is not there."""
+    from sparseworks.io.packed import PackedCheckpoint
+
+    path = tmp_path / "m.safetensors"
+    sw.save(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), path)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sw.attach(model, Masks.of({"0.weight": torch.rand(8, 8) < 0.5}))
+    slices = PackedCheckpoint.slices
+
+    def fail(self: PackedCheckpoint, name: str) -> object:
+        if name == "1.weight":
+            raise CheckpointError("disk")
+        return slices(self, name)
+
+    monkeypatch.setattr(PackedCheckpoint, "slices", fail)
+    with pytest.raises(CheckpointError, match="disk") as error:
+        sw.load(path, model)
+    assert "filled in part" in error.value.__notes__[0] and sw.masks(model) is None

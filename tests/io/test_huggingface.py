@@ -335,3 +335,50 @@ def round_trip(source: Path, folder: Path) -> None:
     assert info.masked_ratio is not None and info.masked_ratio <= 0.14
     tokens = transformers.AutoTokenizer.from_pretrained(folder / "out")("the zeros stay")
     assert tokens == transformers.AutoTokenizer.from_pretrained(source)("the zeros stay")
+
+
+def test_tensors_that_the_model_makes_itself_are_ignored_in_others_files(tmp_path):
+    """Old checkpoints hold position ids, which today are computed."""
+    model = build("bert")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    extra = {"bert.embeddings.position_ids": torch.arange(512)[None]}
+    save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
+    assert_same(model, sw.load(tmp_path, build("bert", seed=1)))
+    assert_same(model, sw.from_pretrained(tmp_path))
+    save_file({**load_file(file), "bert.more": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'bert\.more' is not in the model"):
+        sw.load(tmp_path, build("bert"))
+
+
+def test_hub_names_bring_no_pickles(tmp_path, monkeypatch):
+    import fnmatch
+
+    import huggingface_hub
+
+    model = build("llama")
+    sparsify(model)
+    sw.save(model, tmp_path / "snapshot")
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert_same(model, sw.from_pretrained("someone/sparse-llama", revision="v1"))
+    assert asked["name"] == "someone/sparse-llama" and asked["revision"] == "v1"
+
+    def brought(name: str) -> bool:
+        return any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])
+
+    assert brought("model-00001-of-00002.safetensors") and brought("sparseworks.safetensors")
+    assert brought("config.json") and brought("tokenizer.model")
+    assert not any(map(brought, ("pytorch_model.bin", "m.pt", "onnx/model.onnx", "a.gguf")))
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"someone/sparse-llama.*no network"):
+        sw.from_pretrained("someone/sparse-llama")

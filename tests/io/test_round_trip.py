@@ -230,7 +230,7 @@ def test_tied_weights_are_stored_once_and_buffers_are_kept(tmp_path):
     model, other = Tied(), Tied()
     model.norm.running_mean.copy_(torch.randn(16))
     info = sw.save(model, tmp_path / "m.safetensors")
-    assert info.file_bytes < 100 * 16 * 4 + 4096
+    assert info.file_bytes < 100 * 16 * 4 + 4096 and info.ties == {"head.weight": "embed.weight"}
     sw.load(tmp_path / "m.safetensors", other)
     assert torch.equal(other.embed.weight, model.embed.weight)
     assert other.head.weight is other.embed.weight
@@ -287,3 +287,36 @@ def test_other_readers_see_the_parts(tmp_path):
         assert set(file.keys()) == {"weight::values", "weight::bitmask", "bias"}
         assert torch.equal(file.get_tensor("weight::values"), model.weight[mask])
         assert torch.equal(file.get_tensor("bias"), model.bias)
+
+
+def test_wrappers_are_looked_through(tmp_path):
+    """`torch.compile` and data-parallel wrappers add prefixes that no one wants in a file."""
+    for wrap in (nn.DataParallel, lambda m: torch.compile(m, backend="eager")):
+        model, other = nn.Linear(8, 8), nn.Linear(8, 8)
+        record = Masks.of({"weight": torch.rand(8, 8) < 0.5}, "m")
+        record.apply(model)
+        sw.attach(model, record)
+        sw.save(wrap(model), tmp_path / "m.safetensors")
+        wrapped = wrap(other)
+        assert sw.load(tmp_path / "m.safetensors", wrapped) is wrapped
+        assert torch.equal(other.weight, model.weight)
+        assert torch.equal(sw.masks(other)["weight"], record["weight"])
+
+
+def test_a_record_of_the_wrapper_is_kept(tmp_path):
+    model = nn.Linear(8, 8)
+    wrapped = nn.DataParallel(model)
+    record = Masks.of({"module.weight": torch.rand(8, 8) < 0.5}, "m")
+    record.apply(wrapped)
+    sw.attach(wrapped, record)
+    sw.save(wrapped, tmp_path / "m.safetensors")
+    other = sw.load(tmp_path / "m.safetensors", nn.Linear(8, 8))
+    assert torch.equal(sw.masks(other)["weight"], record["module.weight"])
+    sw.save(nn.Linear(8, 8), tmp_path / "m.safetensors")
+    sw.load(tmp_path / "m.safetensors", wrapped)
+    assert sw.masks(wrapped) is None and sw.masks(model) is None
+
+
+def test_a_module_without_tensors(tmp_path):
+    assert sw.save(nn.ReLU(), tmp_path / "m.safetensors").tensors == ()
+    sw.load(tmp_path / "m.safetensors", nn.ReLU())

@@ -202,7 +202,12 @@ class Container:
         view, done = as_bytes(buffer), 0
         while done < count:
             offset = self._start + part.start + start + done
-            read = os.preadv(self._file.fileno(), [view[done:]], offset)
+            try:
+                read = os.preadv(self._file.fileno(), [view[done:]], offset)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path}: tensor {part.name!r} cannot be read ({error.strerror})"
+                ) from error
             if read <= 0:
                 raise CheckpointError(
                     f"{self.path}: tensor {part.name!r}: the file ended while it was read"

@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,10 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument, MissingDependency, ModelError
 from sparseworks.core.masks import masks
 from sparseworks.io.atomic import atomic_file, atomic_folder
+from sparseworks.io.gather import unwrap
 from sparseworks.io.opening import PACKED_NAME
 from sparseworks.io.records import FORMAT_VERSION
-from sparseworks.io.summary import CheckpointInfo, of_records
+from sparseworks.io.summary import CheckpointInfo
 
 if TYPE_CHECKING:
     from sparseworks.io.writing import Progress
@@ -66,8 +68,7 @@ def save_folder(
             "save to a new folder"
         )
     with atomic_folder(path, last=PACKED_NAME) as temporary:
-        records = write_packed(model, temporary / PACKED_NAME, progress)
-        info = of_records(path, records, (temporary / PACKED_NAME).stat().st_size)
+        info = write_packed(model, temporary / PACKED_NAME, progress)
         record = masks(model)
         note = {
             "version": FORMAT_VERSION,
@@ -78,7 +79,7 @@ def save_folder(
         }
         _write_config(model, temporary, note)
         _write_tokenizer(model, temporary, tokenizer)
-    return info
+    return replace(info, path=path)
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def export_dense(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: A
     """
     from sparseworks.io.writing import refuse_pickle_target, write_dense
 
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     refuse_pickle_target(path)
     if path.suffix == ".safetensors":
         if tokenizer is not None:

@@ -8,9 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
-from sparseworks.core.masks import MaskEntry, masks
+from sparseworks.core.masks import MaskEntry, Masks, attach, masks
 
-__all__ = ["ModelTensors", "gather", "masks_by_tensor"]
+__all__ = ["ModelTensors", "gather", "masks_by_tensor", "unwrap"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and data-parallel wrappers, whose prefixes are no names.
+
+    A mask record of the wrapper is passed to a module that has none.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        prefix = "_orig_mod."
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner, prefix = model.module, "module."
+        if not isinstance(inner, nn.Module):
+            return model
+        record = masks(model)
+        if record is not None and masks(inner) is None:
+            entries = {n.removeprefix(prefix): record.entry(n) for n in record}
+            attach(inner, Masks(entries, record.method))
+        model = inner
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def from_pretrained(
             f"{path}: no config.json, so no model can be built; build it and use sparseworks.load"
         )
     written = read_json(path / "config.json")
+    config_options.setdefault("trust_remote_code", False)  # else transformers asks at a prompt
     try:
         config = transformers.AutoConfig.from_pretrained(path, **config_options)
     except (ValueError, OSError, KeyError) as error:

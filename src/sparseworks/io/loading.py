@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import CheckpointError
-from sparseworks.core.masks import Masks, attach
+from sparseworks.core.masks import Masks, attach, masks
 from sparseworks.io.checkpoint import Checkpoint
-from sparseworks.io.gather import ModelTensors, gather
+from sparseworks.io.gather import ModelTensors, gather, unwrap
 from sparseworks.io.opening import open_checkpoint
 from sparseworks.io.writing import Progress
 
@@ -47,26 +48,23 @@ def load(
     Raises:
         CheckpointError: damaged, or of another model; names the tensor, and the model is as it was.
     """
+    inner = unwrap(model)
     with open_checkpoint(path) as checkpoint:
-        fill(model, checkpoint, progress)
-    if infer_masks and not _has_masks(model):
+        fill(inner, checkpoint, progress)
+    if inner is not model:
+        vars(model).pop("_sparseworks_masks", None)  # the wrapper's own record is of before
+    if infer_masks and masks(inner) is None:
         from sparseworks.io.zeros import infer_masks as infer
 
-        attach(model, infer(model))
+        attach(inner, infer(inner))
     return model
-
-
-def _has_masks(model: nn.Module) -> bool:
-    from sparseworks.core.masks import masks
-
-    return masks(model) is not None
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
     """Check a checkpoint against a model, then copy."""
     found = gather(model, allow_meta=True)
-    plan = match(checkpoint, found)
-    total = 2 * len(checkpoint.tensors)
+    plan = match(checkpoint, found, _ignored(checkpoint, model))
+    total = len(checkpoint.tensors) + len(plan)
     for i, name in enumerate(checkpoint.tensors):
         if progress is not None:
             progress(i, total, f"checking {name}")
@@ -76,17 +74,37 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Progress | None = N
     record = checkpoint.masks()
     if record is not None:
         _check_masks(checkpoint, model, record)
-    for i, (target, source) in enumerate(plan.items()):
-        if progress is not None:
-            progress(total - len(plan) + i, total, f"loading {target}")
-        _copy(model, found, target, checkpoint, source[0])
+    try:
+        for i, (target, source) in enumerate(plan.items()):
+            if progress is not None:
+                progress(total - len(plan) + i, total, f"loading {target}")
+            _copy(model, found, target, checkpoint, source[0])
+    except BaseException as error:
+        attach(model, None)
+        error.add_note("The model is filled in part and has no mask record; load it again.")
+        raise
     attach(model, record)
     if progress is not None:
         progress(total, total, "done")
 
 
-def match(checkpoint: Checkpoint, found: ModelTensors) -> dict[str, list[str]]:
+def _ignored(checkpoint: Checkpoint, model: nn.Module) -> set[str]:
+    """Tensors of others' checkpoints that the model makes for itself, or says it does not need."""
+    if checkpoint.kind == "sparseworks":
+        return set()
+    persistent = model.state_dict(keep_vars=True).keys()
+    made = {name for name, _ in model.named_buffers()} - persistent
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return made | {n for n in checkpoint.tensors if any(re.search(p, n) for p in patterns)}
+
+
+def match(
+    checkpoint: Checkpoint, found: ModelTensors, ignored: Collection[str] = ()
+) -> dict[str, list[str]]:
     """Tensor of the model -> names in the checkpoint that hold it (more than one: all equal).
+
+    Args:
+        ignored: names in the checkpoint that the model need not have.
 
     Raises:
         CheckpointError: a tensor is missing, too many, or of another shape or dtype.
@@ -95,6 +113,8 @@ def match(checkpoint: Checkpoint, found: ModelTensors) -> dict[str, list[str]]:
     where = checkpoint.path
     for name in [*checkpoint.tensors, *checkpoint.ties]:
         first = found.first(name)
+        if first not in found.tensors and name in ignored:
+            continue
         if first not in found.tensors:
             raise CheckpointError(
                 f"{where}: tensor {name!r} is not in the model; this checkpoint is of another model"

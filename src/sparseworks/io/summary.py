@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class TensorInfo:
 
     Args:
         name, shape, dtype: of the tensor.
-        layout: "dense", "bitmask", "2:4" and the like, or "tied to NAME".
+        layout: "dense", "bitmask", or "2:4" and the like.
         sparsity: fraction of zeros, or None where only the values can tell.
         mask_sparsity: fraction masked, or None without a mask record.
         pattern: of the mask.
@@ -48,6 +48,7 @@ class CheckpointInfo:
         method: what made it sparse, where that is recorded.
         tensors: one entry per tensor.
         file_bytes: of the files with weights, headers included.
+        ties: other names of these tensors -> the name they are stored under.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class CheckpointInfo:
     method: str
     tensors: tuple[TensorInfo, ...]
     file_bytes: int
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dense_bytes(self) -> int:
@@ -93,7 +95,11 @@ class CheckpointInfo:
 
 
 def of_records(
-    path: Path, records: Mapping[str, Record], file_bytes: int, method: str = ""
+    path: Path,
+    records: Mapping[str, Record],
+    file_bytes: int,
+    method: str,
+    ties: Mapping[str, str],
 ) -> CheckpointInfo:
     """The summary of a packed file."""
     return CheckpointInfo(
@@ -102,6 +108,7 @@ def of_records(
         method=method,
         tensors=tuple(_of_record(name, r) for name, r in records.items()),
         file_bytes=file_bytes,
+        ties=dict(ties),
     )
 
 
@@ -138,7 +145,11 @@ def inspect(path: str | os.PathLike[str], *, values: bool = False) -> Checkpoint
     with open_checkpoint(path) as checkpoint:
         if isinstance(checkpoint, PackedCheckpoint):
             return of_records(
-                Path(path), checkpoint.records, checkpoint.file_bytes, checkpoint.method
+                Path(path),
+                checkpoint.records,
+                checkpoint.file_bytes,
+                checkpoint.method,
+                checkpoint.ties,
             )
         tensors = []
         for name, stored in checkpoint.tensors.items():
@@ -160,5 +171,10 @@ def inspect(path: str | os.PathLike[str], *, values: bool = False) -> Checkpoint
                 )
             )
         return CheckpointInfo(
-            Path(path), checkpoint.kind, "", tuple(tensors), checkpoint.file_bytes
+            Path(path),
+            checkpoint.kind,
+            "",
+            tuple(tensors),
+            checkpoint.file_bytes,
+            dict(checkpoint.ties),
         )

@@ -22,7 +22,7 @@ from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.io.atomic import atomic_file, need_space
 from sparseworks.io.container import STORED_AS, Part, as_bytes, header_bytes, refuse_pickle
 from sparseworks.io.encoding import Plan, encode, plan
-from sparseworks.io.gather import ModelTensors, gather, masks_by_tensor
+from sparseworks.io.gather import ModelTensors, gather, masks_by_tensor, unwrap
 from sparseworks.io.packed import DIGEST_KEY, ZERO_DIGEST, hasher, header_digest
 from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, dtype_name, part_name
 from sparseworks.io.summary import CheckpointInfo, of_records
@@ -67,7 +67,7 @@ def save(
         ModelError: the model holds something that cannot be stored (a DTensor, say).
         CheckpointError: the disk is full or the place cannot be written.
     """
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     refuse_pickle_target(path)
     if format is None:
         format = "file" if path.suffix == ".safetensors" else "huggingface"
@@ -80,8 +80,8 @@ def save(
     if tokenizer is not None:
         raise InvalidArgument(f"{path}: a tokenizer can only be saved into a folder")
     with atomic_file(path) as temporary:
-        records = write_packed(model, temporary, progress)
-    return of_records(path, records, path.stat().st_size)
+        info = write_packed(model, temporary, progress)
+    return replace(info, path=path)
 
 
 def refuse_pickle_target(path: Path) -> None:
@@ -95,10 +95,8 @@ def refuse_pickle_target(path: Path) -> None:
 
 
 @torch.no_grad()
-def write_packed(
-    model: nn.Module, path: Path, progress: Progress | None = None
-) -> dict[str, Record]:
-    """Write a packed file at `path` (no renaming, no flush) and return its records."""
+def write_packed(model: nn.Module, path: Path, progress: Progress | None = None) -> CheckpointInfo:
+    """Write a packed file at `path` (no renaming, no flush) and say what it holds."""
     found = gather(model)
     entries, method = masks_by_tensor(model, found)
     plans = {
@@ -123,7 +121,7 @@ def write_packed(
         own = header_digest(header[8:], ZERO_DIGEST)
         header = _header(parts, records, found, method, type(model).__name__, own)
         _write_at(file.fileno(), memoryview(header), 0)
-    return records
+    return of_records(path, records, size, method, found.ties)
 
 
 @torch.no_grad()
