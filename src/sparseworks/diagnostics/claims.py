@@ -1,0 +1,242 @@
+"""Claims: a paper's central promise in miniature, declared, run, recorded, and judged.
+
+A claim file `claims/<room>/<NNN>_<name>.py` defines `CLAIM = Claim(...)`. Running it writes
+`<NNN>_<name>.json` beside it. Finished seeds are kept in a runs folder under a hash of the claim's
+description and setting, so an interrupted claim goes on and nothing is computed twice.
+
+A promise is a number per seed, oriented so that the paper promises it to be positive (a difference
+of paired runs, say). Its verdict: *holds* when the 95 % interval over seeds lies above 0, *fails*
+when it lies below, *inconclusive* otherwise. The margin proposed for the miniature is reported
+beside it and does not decide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sparseworks.core.errors import DataError, InvalidArgument
+from sparseworks.diagnostics.statistics import paired_interval
+
+__all__ = ["Claim", "Promise", "data_root", "find_claims", "load_claim", "run", "table"]
+
+Setting = Literal["quick", "full"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One inequality.
+
+    Args:
+        name: key in what `measure` returns: a number that is positive when the promise holds.
+        statement: the inequality in words.
+        margin: the size proposed for the miniature, in the unit of the number; None: none.
+        exact: the number has no randomness (a count, an identity); one value decides.
+    """
+
+    name: str
+    statement: str
+    margin: float | None = None
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An experiment.
+
+    Args:
+        card: number of the method card.
+        method: registered name.
+        title: what is claimed, in one line.
+        model: what is pruned.
+        data: what it is calibrated, trained and tested on.
+        baseline: what it is compared with.
+        metric: what is measured.
+        promises: the inequalities.
+        measure: `(seed, setting) -> {name: number}`; beside the promises, any figures to record.
+        seeds: run by default.
+        version: raise it when `measure` changes, so that old seeds are not reused.
+    """
+
+    card: str
+    method: str
+    title: str
+    model: str
+    data: str
+    baseline: str
+    metric: str
+    promises: tuple[Promise, ...]
+    measure: Callable[[int, Setting], Mapping[str, float]] = field(compare=False, repr=False)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    version: int = 1
+
+    def digest(self, setting: Setting) -> str:
+        """Hash of the description, the folder of its runs."""
+        described = {k: v for k, v in asdict(self).items() if k not in ("measure", "seeds")}
+        text = json.dumps({**described, "setting": setting}, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def data_root() -> Path:
+    """The folder of the shared data: SPARSEWORKS_DATA, or ../shared/data from the checkout.
+
+    Raises:
+        DataError: it is not there.
+    """
+    given = os.environ.get("SPARSEWORKS_DATA")
+    root = Path(given) if given else Path.cwd().parent / "shared" / "data"
+    if not root.is_dir():
+        raise DataError(f"no data at {root}; set SPARSEWORKS_DATA to the folder of the test data")
+    return root
+
+
+def find_claims(folder: str | os.PathLike[str] = "claims") -> dict[str, Path]:
+    """Card number -> claim file, sorted.
+
+    Raises:
+        InvalidArgument: there is no folder of claims here.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InvalidArgument(
+            f"no folder {root} here: claims run from a checkout of the project (or give --folder)"
+        )
+    files = sorted(root.glob("*/[0-9a]??_*.py"), key=lambda p: p.name)
+    return {p.name[:3]: p for p in files}
+
+
+def load_claim(path: Path) -> Claim:
+    """The CLAIM of a file."""
+    spec = importlib.util.spec_from_file_location(f"claim_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    claim = getattr(module, "CLAIM", None)
+    if not isinstance(claim, Claim):
+        raise InvalidArgument(f"{path}: defines no CLAIM = Claim(...)")
+    return claim
+
+
+def run(
+    path: Path,
+    *,
+    setting: Setting = "quick",
+    seeds: tuple[int, ...] | None = None,
+    runs: str | os.PathLike[str] = "runs/claims",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure every seed that is not on disk yet, judge, and write the result beside the claim."""
+    claim = load_claim(path)
+    chosen = claim.seeds if seeds is None else seeds
+    folder = Path(runs) / f"{path.stem}-{claim.digest(setting)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    measured: dict[int, dict[str, Any]] = {}
+    for done, seed in enumerate(chosen):
+        kept = folder / f"{seed}.json"
+        if kept.is_file():
+            measured[seed] = json.loads(kept.read_text())
+        else:
+            began = time.perf_counter()
+            values = {k: float(v) for k, v in claim.measure(seed, setting).items()}
+            measured[seed] = {"values": values, "seconds": time.perf_counter() - began}
+            _write(kept, measured[seed])
+        if progress is not None:
+            progress(done + 1, len(chosen), f"{claim.card} seed {seed}")
+    result = _judge(claim, setting, measured)
+    _write(path.with_suffix(".json"), result)
+    return result
+
+
+def _judge(claim: Claim, setting: Setting, measured: Mapping[int, Any]) -> dict[str, Any]:
+    verdicts = []
+    for promise in claim.promises:
+        values = [m["values"][promise.name] for m in measured.values()]
+        interval = paired_interval(values)
+        low, high = (min(values), max(values)) if promise.exact else (interval.low, interval.high)
+        verdict = "holds" if low > 0 else "fails" if high < 0 else "inconclusive"
+        if promise.exact and low == high == 0:
+            verdict = "fails"
+        verdicts.append(
+            {
+                "name": promise.name,
+                "statement": promise.statement,
+                "mean": interval.mean,
+                "interval": [low, high] if abs(low) != float("inf") else None,
+                "proposed_margin": promise.margin,
+                "reaches_margin": promise.margin is None or interval.mean >= promise.margin,
+                "verdict": verdict,
+            }
+        )
+    overall = {v["verdict"] for v in verdicts}
+    return {
+        "card": claim.card,
+        "method": claim.method,
+        "title": claim.title,
+        "verdict": overall.pop() if len(overall) == 1 else "mixed",
+        "model": claim.model,
+        "data": claim.data,
+        "baseline": claim.baseline,
+        "metric": claim.metric,
+        "setting": setting,
+        "promises": verdicts,
+        "seeds": {str(s): m["values"] for s, m in measured.items()},
+        "seconds": sum(m["seconds"] for m in measured.values()),
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and versions, for the record."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    from sparseworks import __version__
+
+    return {
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sparseworks": __version__,
+    }
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def table(folder: str | os.PathLike[str] = "claims") -> str:
+    """A Markdown table of all recorded results, for the documentation."""
+    lines = [
+        "| card | method | promise | mean | 95 % interval | proposed | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for card, path in find_claims(folder).items():
+        result_path = path.with_suffix(".json")
+        if not result_path.is_file():
+            lines.append(f"| {card} | {path.stem[4:]} | not run yet | | | | |")
+            continue
+        result = json.loads(result_path.read_text())
+        for p in result["promises"]:
+            interval = p["interval"]
+            shown = f"{interval[0]:.3g} to {interval[1]:.3g}" if interval else "one value"
+            margin = "" if p["proposed_margin"] is None else f"{p['proposed_margin']:g}"
+            lines.append(
+                f"| {card} | {result['method']} | {p['statement']} | {p['mean']:.3g} | {shown} "
+                f"| {margin} | **{p['verdict']}** |"
+            )
+    return "\n".join(lines) + "\n"
