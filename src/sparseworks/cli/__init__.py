@@ -1,1 +1,55 @@
+"""The command line: `sparseworks COMMAND`.
 
+Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "prune": "make a trained model sparse, save it, and report what it cost",
+    "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
+    "compare": "methods x sparsities on one model and metric: table, CSV, plot",
+    "methods": "the catalogue of methods",
+    "claims": "run, list and tabulate the papers' claims in miniature",
+    "demo": "prune a real sentence encoder and show the result",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from sparseworks import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; use one of {', '.join(COMMANDS)}"
+        print(f"sparseworks: error: unknown command {name!r}{hint}", file=sys.stderr)
+        return 2
+    from sparseworks.cli.running import run_command
+
+    return run_command(name, importlib.import_module(f"sparseworks.cli.{name}"), rest)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "sparseworks: make a model sparse, prove what it cost, skip the rest\n\n"
+        f"usage: sparseworks COMMAND [options]\n\n{listed}\n\n"
+        "`sparseworks COMMAND --help` shows the options of a command."
+    )

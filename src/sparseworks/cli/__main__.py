@@ -1,0 +1,7 @@
+"""`python -m sparseworks.cli`."""
+
+import sys
+
+from sparseworks.cli import main
+
+sys.exit(main())

