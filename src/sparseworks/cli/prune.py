@@ -245,7 +245,8 @@ def command_of(options: Any) -> str:
     words = ["sparseworks", "prune", options.model]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name == "model" or value == field.default or value in ((), None):
+        default = value == field.default and field.name != "method"
+        if field.name == "model" or default or value in ((), None):
             continue
         flag = "--" + field.name.replace("_", "-")
         if value is True:

@@ -15,7 +15,7 @@ from sparseworks.core.masks import masks
 from sparseworks.models.views import View, find_prunable
 from sparseworks.report.text import megabytes
 
-__all__ = ["write_report"]
+__all__ = ["document", "layout", "plot", "versions", "write_report"]
 
 _ACCENT, _SOFT = "#0b6e63", "#c9ded9"
 _STYLE = """
@@ -56,19 +56,35 @@ def write_report(path: Path, summary: Mapping[str, Any], model: nn.Module) -> No
     Raises:
         MissingDependency: plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise MissingDependency("reports need plotly: pip install 'sparseworks[report]'") from None
+    title = f"{summary['model']} pruned with {summary['result']['method']}"
+    _plotly()
+    document(path, title, _sections(summary, model, title))
+
+
+def document(path: Path, title: str, sections: list[str]) -> None:
+    """Write a page with everything it needs inside, atomically."""
+    page = (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<script>{_plotly()}</script></head><body>{''.join(sections)}</body></html>"
+    )
     temporary = path.with_name(f".{path.name}.tmp")
-    page = _page(summary, model, get_plotlyjs())
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
 
 
-def _page(summary: Mapping[str, Any], model: nn.Module, plotly: str) -> str:
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise MissingDependency("reports need plotly: pip install 'sparseworks[report]'") from None
+    script: str = get_plotlyjs()
+    return script
+
+
+def _sections(summary: Mapping[str, Any], model: nn.Module, title: str) -> list[str]:
     result = summary["result"]
-    title = f"{summary['model']} pruned with {result['method']}"
     views = [v for v in find_prunable(model, include="*") if v.name in (masks(model) or {})]
     shown = max(views, key=lambda v: v.parameter.numel())
     sections = [
@@ -78,32 +94,27 @@ def _page(summary: Mapping[str, Any], model: nn.Module, plotly: str) -> str:
         _cards(summary),
         _warnings(result),
         "<h2>Sparsity of each tensor</h2>",
-        _plot(_sparsity_figure(result["tensors"]), "sparsity"),
+        plot(_sparsity_figure(result["tensors"]), "sparsity"),
     ]
     if any(t["error"] is not None for t in result["tensors"]):
         sections += [
             "<h2>Reconstruction error of each tensor</h2>",
             "<p class=muted>Squared error of the tensor's output on the calibration inputs, "
             "relative to the dense output.</p>",
-            _plot(_error_figure(result["tensors"]), "error"),
+            plot(_error_figure(result["tensors"]), "error"),
         ]
     sections += [
         "<h2>Kept weights</h2>",
-        _plot(_histogram(views), "histogram"),
+        plot(_histogram(views), "histogram"),
         f"<h2>Mask of {html.escape(shown.name)}</h2>",
-        _plot(_mask_figure(shown, model), "mask"),
+        plot(_mask_figure(shown, model), "mask"),
         "<h2>Every tensor</h2>",
         _table(result),
         "<h2>Repeat it</h2>",
         f"<pre>{html.escape(summary['command'])}</pre>",
-        f"<p class=muted>{html.escape(_versions(summary['machine']))}</p>",
+        f"<p class=muted>{html.escape(versions(summary['machine']))}</p>",
     ]
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<script>{plotly}</script></head><body>{''.join(sections)}</body></html>"
-    )
+    return sections
 
 
 def _cards(summary: Mapping[str, Any]) -> str:
@@ -127,11 +138,11 @@ def _warnings(result: Mapping[str, Any]) -> str:
     return "".join(f"<p><strong>Note:</strong> {html.escape(w)}</p>" for w in result["warnings"])
 
 
-def _versions(machine: Mapping[str, Any]) -> str:
+def versions(machine: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in machine.items())
 
 
-def _layout(**more: Any) -> dict[str, Any]:
+def layout(**more: Any) -> dict[str, Any]:
     base = {
         "template": "simple_white",
         "margin": {"l": 60, "r": 20, "t": 16, "b": 50},
@@ -142,7 +153,7 @@ def _layout(**more: Any) -> dict[str, Any]:
     return {**base, **more}
 
 
-def _plot(figure: Any, name: str) -> str:
+def plot(figure: Any, name: str) -> str:
     config = {"displayModeBar": False, "responsive": True}
     div = figure.to_html(
         full_html=False, include_plotlyjs=False, config=config, div_id=f"plot-{name}"
@@ -157,7 +168,7 @@ def _bars(names: list[str], values: list[float], label: str, form: str) -> Any:
         go.Bar(x=list(range(len(names))), y=values, customdata=names, marker_color=_ACCENT,
                hovertemplate="%{customdata}<br>" + label + " %{y:" + form + "}<extra></extra>")
     )  # fmt: skip
-    figure.update_layout(**_layout(xaxis_title="tensor, in order", yaxis_title=label, bargap=0.15))
+    figure.updatelayout(**layout(xaxis_title="tensor, in order", yaxis_title=label, bargap=0.15))
     figure.update_yaxes(tickformat=form)
     return figure
 
@@ -186,7 +197,7 @@ def _histogram(views: list[View]) -> Any:
         go.Bar(x=centres.tolist(), y=counts.tolist(), marker_color=_ACCENT,
                hovertemplate="%{x:.4f}: %{y}<extra></extra>")
     )  # fmt: skip
-    figure.update_layout(**_layout(xaxis_title="weight", yaxis_title="count", bargap=0))
+    figure.updatelayout(**layout(xaxis_title="weight", yaxis_title="count", bargap=0))
     return figure
 
 
@@ -222,7 +233,7 @@ def _mask_figure(view: View, model: nn.Module) -> Any:
         )  # fmt: skip
         figure.add_trace(heat, 1, place)
         figure.update_yaxes(autorange="reversed", row=1, col=place)
-    figure.update_layout(**_layout(height=440, margin={"l": 50, "r": 20, "t": 40, "b": 40}))
+    figure.updatelayout(**layout(height=440, margin={"l": 50, "r": 20, "t": 40, "b": 40}))
     return figure
 
 

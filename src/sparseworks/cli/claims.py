@@ -1,0 +1,83 @@
+"""Run, list and tabulate the papers' claims in miniature. Claims run from a checkout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sparseworks claims`."""
+
+    action: Annotated[Literal["list", "run", "table"], tyro.conf.Positional] = "list"
+    """list: all claims and verdicts; run: measure some; table: Markdown for the documentation."""
+    cards: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Card numbers to run (a01 a02 ...)."""
+    folder: Path = Path("claims")
+    """Where the claims are."""
+    full: bool = False
+    """The paper's budget instead of a few minutes."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to run; default: the claim's own."""
+    json: bool = False
+    """Print as JSON."""
+
+
+def run(options: Options) -> None:
+    """List, run or tabulate."""
+    from sparseworks.diagnostics import claims
+
+    files = claims.find_claims(options.folder)
+    if options.action == "table":
+        print(claims.table(options.folder), end="")
+        return
+    if options.action == "list":
+        _list(files, options.json)
+        return
+    unknown = [c for c in options.cards if c not in files]
+    if unknown or not options.cards:
+        what = f"no claim {unknown[0]!r}" if unknown else "which claim?"
+        raise InvalidArgument(f"{what}; there are {', '.join(files)}")
+    from sparseworks.cli.running import progress_bar
+
+    for card in options.cards:
+        with progress_bar(f"claim {card}", quiet=options.json) as progress:
+            result = claims.run(
+                files[card],
+                setting="full" if options.full else "quick",
+                seeds=options.seeds or None,
+                progress=progress,
+            )
+        if options.json:
+            json.dump(result, sys.stdout, indent=1)
+            print()
+            continue
+        print(f"{card} {result['title']}: {result['verdict']} ({result['seconds']:.0f} s)")
+        for p in result["promises"]:
+            interval = p["interval"]
+            shown = f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "one value"
+            print(f"  {p['verdict']:<13} {p['mean']:.4g} {shown}  {p['statement']}")
+
+
+def _list(files: dict[str, Path], as_json: bool) -> None:
+    rows = []
+    for card, path in files.items():
+        recorded = path.with_suffix(".json")
+        verdict = json.loads(recorded.read_text())["verdict"] if recorded.is_file() else "not run"
+        rows.append({"card": card, "claim": path.stem[4:], "verdict": verdict})
+    if as_json:
+        json.dump(rows, sys.stdout, indent=1)
+        print()
+        return
+    for row in rows:
+        print(f"{row['card']}  {row['claim']:<24} {row['verdict']}")

@@ -1,0 +1,202 @@
+"""Methods x sparsities on one model and metric: a table, a CSV, a plot."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sparseworks compare`."""
+
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """A model, as `sparseworks prune` takes it."""
+    methods: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt")
+    """Registered one-shot methods."""
+    sparsities: tuple[str, ...] = ("0.5", "0.6", "0.7", "2:4")
+    """Sparsities, or N:M patterns."""
+    metric: str | None = None
+    """One metric, as `sparseworks prune` takes it; default: the first that fits the model."""
+    data: str | None = None
+    """Calibration data."""
+    samples: int = 128
+    """Calibration samples."""
+    length: int = 256
+    """Tokens of a calibration window."""
+    batch_size: int = 8
+    """Samples per calibration batch."""
+    eval_data: str | None = None
+    """Evaluation data of the metric."""
+    eval_samples: int | None = None
+    """Evaluation windows, sentences or images."""
+    seeds: tuple[int, ...] = (0,)
+    """Calibration seeds; with several, means and standard deviations are shown."""
+    dtype: str | None = None
+    """fp32, bf16 or fp16; default fp32."""
+    out: Path | None = None
+    """Folder for compare.csv, compare.json, compare.html."""
+    json: bool = False
+    """Print as JSON."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Prune a copy for every cell of the table and measure it."""
+    import sparseworks as sw
+    from sparseworks.cli.loading import default_metrics, load_model
+    from sparseworks.cli.prune import calibration, check_output, make_metrics
+    from sparseworks.cli.running import plain_options, progress_bar
+    from sparseworks.core import registry
+    from sparseworks.diagnostics.claims import machine
+
+    if not options.model:
+        raise InvalidArgument("no model given; for example: sparseworks compare minilm")
+    cells = [parse_amount(s) for s in options.sparsities]
+    for method in options.methods:
+        registry.resolve(method)
+    check_output(options.out, force=False)
+    loaded = load_model(options.model, options.dtype)
+    names = (options.metric,) if options.metric else default_metrics(loaded, options.eval_data)
+    if not names:
+        raise InvalidArgument("no metric fits this model by itself: give --metric and --eval-data")
+    (metric,) = make_metrics(names[:1], loaded, options.eval_data, options.eval_samples)
+    dense = metric(loaded.model)
+    rows = []
+    total = len(cells) * len(options.methods) * len(options.seeds)
+    with progress_bar("comparing", quiet=options.json) as progress:
+        for seed in options.seeds:
+            for method in options.methods:
+                batches = calibration(loaded, _Calibration.of(options, method, seed))
+                for text, amount in zip(options.sparsities, cells):
+                    twin = copy.deepcopy(loaded.model)
+                    result = sw.prune(twin, method, data=batches, seed=seed, **amount)
+                    rows.append(
+                        {
+                            "method": method,
+                            "amount": text,
+                            "sparsity": result.sparsity,
+                            "seed": seed,
+                            metric.name: metric(twin),
+                            "seconds": result.seconds,
+                        }
+                    )
+                    progress(len(rows), total, f"{method} {text}")
+    found = {
+        "model": loaded.name,
+        "metric": metric.name,
+        "unit": metric.unit,
+        "higher_is_better": metric.higher_is_better,
+        "dense": dense,
+        "rows": rows,
+        "options": plain_options(options),
+        "machine": machine(),
+    }
+    if options.out is not None:
+        _write(options.out, found)
+    _show(found, options)
+    return found
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """The options that `calibration` reads."""
+
+    method: str
+    recovery: str | None
+    data: str | None
+    samples: int
+    length: int
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of(cls, options: Options, method: str, seed: int) -> _Calibration:
+        return cls(
+            method, None, options.data, options.samples, options.length, options.batch_size, seed
+        )
+
+
+def parse_amount(text: str) -> dict[str, Any]:
+    """`{"sparsity": 0.5}` or `{"pattern": "2:4"}` from one word."""
+    from sparseworks.core.patterns import check_sparsity, parse_pattern
+
+    if ":" in text:
+        parse_pattern(text)
+        return {"pattern": text}
+    try:
+        value = float(text)
+    except ValueError:
+        raise InvalidArgument(
+            f"--sparsities {text!r}: a fraction in [0, 1) or an N:M pattern"
+        ) from None
+    return {"sparsity": check_sparsity(value)}
+
+
+def _mean(found: dict[str, Any], method: str, amount: str) -> tuple[float, float]:
+    values = [
+        r[found["metric"]] for r in found["rows"] if r["method"] == method and r["amount"] == amount
+    ]
+    mean = sum(values) / len(values)
+    spread = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+    return mean, spread
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    from sparseworks.cli.running import write_json
+    from sparseworks.report.compare import write_comparison
+
+    out.mkdir(exist_ok=True)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(found["rows"][0]))
+    writer.writeheader()
+    writer.writerows(found["rows"])
+    temporary = out / ".compare.csv.tmp"
+    temporary.write_text(buffer.getvalue())
+    temporary.replace(out / "compare.csv")
+    write_json(out / "compare.json", found)
+    write_json(out / "options.json", found["options"])
+    write_comparison(out / "compare.html", found)
+
+
+def _show(found: dict[str, Any], options: Options) -> None:
+    if options.json:
+        json.dump(found, sys.stdout, indent=1, default=str)
+        print()
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    arrow = "higher is better" if found["higher_is_better"] else "lower is better"
+    table = Table(
+        title=f"{found['model']}: {found['metric']} ({arrow}), dense {found['dense']:.4g}",
+        title_justify="left",
+    )
+    table.add_column("method")
+    for amount in options.sparsities:
+        table.add_column(amount, justify="right")
+    best = {}
+    for amount in options.sparsities:
+        means = {m: _mean(found, m, amount)[0] for m in options.methods}
+        best[amount] = (max if found["higher_is_better"] else min)(means, key=means.__getitem__)
+    for method in options.methods:
+        cells = []
+        for amount in options.sparsities:
+            mean, spread = _mean(found, method, amount)
+            text = f"{mean:.4g}" + (f" ±{spread:.2g}" if len(options.seeds) > 1 else "")
+            cells.append(f"[bold]{text}[/bold]" if best[amount] == method else text)
+        table.add_row(method, *cells)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if options.out is not None:
+        print(f"wrote {options.out / 'compare.html'}, compare.csv and compare.json")

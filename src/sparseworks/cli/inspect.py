@@ -1,0 +1,137 @@
+"""Sparsity, size and FLOPs per tensor of a model or of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Options", "run"]
+
+_WEIGHTS = ("weight", "_proj")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sparseworks inspect`."""
+
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """A checkpoint (file or folder), or a model as `prune` takes it."""
+    all: bool = False
+    """Also tensors that cannot be sparse (embeddings, norms, biases)."""
+    json: bool = False
+    """Print as JSON."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Print a row per tensor and the totals."""
+    if not options.model:
+        raise InvalidArgument("no model given; for example: sparseworks inspect out/checkpoint")
+    rows = _rows(options.model)
+    prunable = [r for r in rows if r["flops_per_position"] is not None]
+    totals = {
+        "weights": sum(r["weights"] for r in prunable),
+        "zeros": sum(r["zeros"] for r in prunable),
+        "stored_bytes": sum(r["stored_bytes"] for r in rows),
+        "dense_bytes": sum(r["dense_bytes"] for r in rows),
+        "flops_per_position": sum(r["flops_per_position"] for r in prunable),
+        "dense_flops_per_position": sum(2 * r["weights"] for r in prunable),
+    }
+    totals["sparsity"] = totals["zeros"] / max(1, totals["weights"])
+    shown = rows if options.all else prunable or rows
+    result = {"model": options.model, "totals": totals, "tensors": shown}
+    if options.json:
+        json.dump(result, sys.stdout, indent=1)
+        print()
+    else:
+        _show(result)
+    return result
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    """One row per stored tensor: from a checkpoint's file, else from the loaded model."""
+    from sparseworks.io import inspect as inspect_file
+
+    path = Path(name)
+    packed = path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
+    if packed:
+        info = inspect_file(path, values=True)
+        return [_row(t) for t in info.tensors]
+    from sparseworks.cli.loading import load_model
+    from sparseworks.models.views import find_prunable
+
+    model = load_model(name).model
+    prunable = {v.name for v in find_prunable(model)}
+    rows = []
+    for key, value in model.state_dict().items():
+        zeros = int((value == 0).sum())
+        size = value.numel() * value.element_size()
+        rows.append(
+            {
+                "name": key,
+                "shape": list(value.shape),
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "layout": "dense",
+                "weights": value.numel(),
+                "zeros": zeros,
+                "stored_bytes": size,
+                "dense_bytes": size,
+                "flops_per_position": 2 * (value.numel() - zeros) if key in prunable else None,
+            }
+        )
+    return rows
+
+
+def _row(tensor: Any) -> dict[str, Any]:
+    weights = math.prod(tensor.shape)
+    zeros = round((tensor.sparsity or 0.0) * weights)
+    matrix = len(tensor.shape) >= 2 and "embed" not in tensor.name and tensor.name.endswith(_WEIGHTS)
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "layout": tensor.layout,
+        "weights": weights,
+        "zeros": zeros,
+        "stored_bytes": tensor.nbytes,
+        "dense_bytes": tensor.dense_bytes,
+        "flops_per_position": 2 * (weights - zeros) if matrix else None,
+    }
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparseworks.report.text import megabytes
+
+    table = Table()
+    for column in ("tensor", "shape", "dtype", "layout", "sparsity", "stored", "FLOPs/position"):
+        table.add_column(column, justify="left" if column in ("tensor", "layout") else "right")
+    for r in result["tensors"]:
+        flops = "" if r["flops_per_position"] is None else f"{r['flops_per_position']:,}"
+        table.add_row(
+            r["name"],
+            "x".join(map(str, r["shape"])),
+            r["dtype"],
+            r["layout"],
+            f"{r['zeros'] / max(1, r['weights']):.2%}",
+            megabytes(r["stored_bytes"]),
+            flops,
+        )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    t = result["totals"]
+    share = t["flops_per_position"] / max(1, t["dense_flops_per_position"])
+    console.print(
+        f"{t['sparsity']:.2%} of {t['weights']:,} weights are zero; "
+        f"{megabytes(t['stored_bytes'])} stored, {megabytes(t['dense_bytes'])} dense; "
+        f"{t['flops_per_position']:,} FLOPs per token or pixel, {share:.1%} of dense"
+    )
