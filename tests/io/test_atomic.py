@@ -159,3 +159,22 @@ def test_a_read_error_halfway_says_that_the_model_is_filled_in_part(tmp_path, mo
     with pytest.raises(CheckpointError, match="disk") as error:
         sw.load(path, model)
     assert "filled in part" in error.value.__notes__[0] and sw.masks(model) is None
+
+
+def test_a_reader_of_the_old_file_keeps_it(tmp_path):
+    """The new file takes the old one's place; it does not write into it."""
+    path = tmp_path / "m.safetensors"
+    sw.save(nn.Linear(8, 8), path)
+    before = path.read_bytes()
+    with open(path, "rb") as reader:
+        sw.save(nn.Linear(8, 8), path)
+        assert reader.read() == before != path.read_bytes()
+
+
+def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda d: (events.append("sync"), fsync(d))[1])
+    monkeypatch.setattr("os.replace", lambda a, b: (events.append("name"), replace(a, b))[1])
+    sw.save(nn.Linear(8, 8), tmp_path / "m.safetensors")
+    assert events == ["sync", "name", "sync"]  # the file, its name, the folder

@@ -16,8 +16,9 @@ from torch import nn
 
 import sparseworks as sw
 from sparseworks.core.errors import CheckpointError, InvalidArgument, ModelError
-from sparseworks.core.masks import Masks
-from sparseworks.io.packed import DIGEST_KEY, header_digest
+from sparseworks.core.masks import MaskEntry, Masks
+from sparseworks.io.packed import DIGEST_KEY, hasher, header_digest
+from sparseworks.io.records import Record
 
 
 def make(seed: int = 0) -> nn.Module:
@@ -62,10 +63,15 @@ def refused(data: bytes, folder: Path, match: str | None = None) -> str:
 
 def test_every_corrupted_byte_is_found(good, tmp_path):
     """No byte of a file is without a guard: change any one and loading refuses."""
+    path, model = tmp_path / "bad.safetensors", make()
+    before = state(model)
     for position in range(len(good)):
         bad = bytearray(good)
         bad[position] ^= 1 << position % 8
-        refused(bytes(bad), tmp_path)
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError):
+            sw.load(path, model)
+    assert state(model) == before and sw.masks(model) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -365,3 +371,94 @@ def test_a_dtensor_is_refused(tmp_path):
     finally:
         dist.destroy_process_group()
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def lie(good: bytes, part: str, edit: Callable[[bytearray], None]) -> bytes:
+    """The file with a part edited and every hash made right again."""
+    header, data = parts(good)
+    bad = bytearray(data)
+    start, end = header[part]["data_offsets"]
+    piece = bad[start:end]
+    edit(piece)
+    bad[start:end] = piece
+    name = part.split("::")[0]
+
+    def rehash(inner: dict) -> None:
+        entry = inner["tensors"][name]
+        made = Record.from_json("test", entry)
+        h = hasher()
+        h.update(made.seal())
+        for key in made.parts():
+            first, last = header[f"{name}::{key}" if key else name]["data_offsets"]
+            h.update(bad[first:last])
+        entry["hash"] = h.hexdigest()
+
+    return change(join(header, bytes(bad)), rehash, own=True)
+
+
+def set_bit(position: int) -> Callable[[bytearray], None]:
+    def edit(piece: bytearray) -> None:
+        piece[position // 8] |= 1 << position % 8
+
+    return edit
+
+
+def test_a_file_made_to_lie_is_refused(tmp_path):
+    """Hashes that are right do not make counts, padding and codes right."""
+    model = nn.Linear(75, 5, bias=False)
+    record = Masks.of({"weight": torch.arange(375).view(5, 75) % 3 == 0})
+    record.apply(model)
+    model.weight.data[0, 1] = -0.0
+    sw.attach(model, record)
+    path = tmp_path / "m.safetensors"
+    sw.save(model, path)
+    good = path.read_bytes()
+
+    def attempt(data: bytes, into: nn.Module) -> None:
+        path.write_bytes(data)
+        before = state(into)
+        with pytest.raises(CheckpointError, match=r"weight': (its bits|a code)"):
+            sw.load(path, into)
+        assert state(into) == before
+
+    path.write_bytes(lie(good, "weight::values", lambda p: None))
+    sw.load(path, nn.Linear(75, 5, bias=False))  # the helper itself makes sound files
+    for data in (
+        lie(good, "weight::bitmask", set_bit(1)),
+        lie(good, "weight::bitmask", set_bit(375)),
+        lie(good, "weight::signs", set_bit(255)),
+    ):
+        attempt(data, nn.Linear(75, 5, bias=False))
+    model = nn.Linear(75, 5, bias=False)
+    sw.attach(model, record)
+    sw.save(model, path)
+    good = path.read_bytes()
+    attempt(lie(good, "weight::mask", set_bit(1)), nn.Linear(75, 5, bias=False))
+    attempt(lie(good, "weight::mask", set_bit(375)), nn.Linear(75, 5, bias=False))
+    model = nn.Linear(256, 8, bias=False)
+    record = Masks.of({"weight": torch.arange(2048).view(8, 256) % 4 < 2}, "m", "2:4")
+    record.apply(model)
+    sw.attach(model, record)
+    sw.save(model, path)
+    attempt(
+        lie(path.read_bytes(), "weight::codes", set_bits(0, 1, 2)), nn.Linear(256, 8, bias=False)
+    )
+
+
+def set_bits(*positions: int) -> Callable[[bytearray], None]:
+    def edit(piece: bytearray) -> None:
+        for position in positions:
+            set_bit(position)(piece)
+
+    return edit
+
+
+def test_dirty_padding_in_a_record_does_no_harm(tmp_path):
+    """A record restored from elsewhere may have bits past its end; the file must not."""
+    packed = torch.tensor([0b10101, 0b11111010], dtype=torch.uint8)
+    model = nn.Linear(3, 4, bias=False)
+    record = Masks({"weight": MaskEntry(packed, (4, 3), 5)})
+    sw.attach(model, record)
+    sw.save(model, tmp_path / "m.safetensors")
+    other = sw.load(tmp_path / "m.safetensors", nn.Linear(3, 4, bias=False))
+    assert torch.equal(sw.masks(other)["weight"], record["weight"])

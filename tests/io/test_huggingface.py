@@ -382,3 +382,21 @@ def test_hub_names_bring_no_pickles(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"someone/sparse-llama.*no network"):
         sw.from_pretrained("someone/sparse-llama")
+
+
+def test_the_model_is_built_without_weights(tmp_path, monkeypatch):
+    """Parameters have no memory until the file fills them; buffers are real."""
+    from sparseworks.io import huggingface
+
+    model = build("llama")
+    sw.save(model, tmp_path / "out")
+    fill = huggingface.fill
+
+    def check(empty: Any, *rest: Any) -> None:
+        assert all(p.is_meta for p in empty.parameters())
+        assert not any(b.is_meta for b in empty.buffers())
+        fill(empty, *rest)
+
+    monkeypatch.setattr(huggingface, "fill", check)
+    assert_same(model, sw.from_pretrained(tmp_path / "out"))
+    assert nn.Linear(2, 2).weight.device.type == "cpu"
