@@ -1,0 +1,45 @@
+"""Write the generated pages of the documentation: the catalogue and the results of the claims."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import sparseworks  # noqa: F401  (registers the methods)
+from sparseworks.diagnostics.claims import table
+from sparseworks.report.catalogue import catalogue_markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CLAIMS = """# Results of the claims
+
+Each paper's central claim in miniature, measured here. *holds*: the 95 % interval over seeds lies
+above 0 in the direction the paper promises; *fails*: below; *inconclusive*: it contains 0. The
+proposed margin does not decide. Machine, versions and per-seed values are in `claims/*/*.json`.
+
+"""
+
+
+def pages() -> dict[Path, str]:
+    """Path -> text of every generated page."""
+    return {
+        ROOT / "docs" / "catalogue.md": catalogue_markdown(),
+        ROOT / "docs" / "claims.md": CLAIMS + table(ROOT / "claims"),
+    }
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+    try:
+        import mkdocs  # noqa: F401
+    except ImportError:
+        print("mkdocs is not installed; the site was not built (pip install -e '.[docs]')")
+        return
+    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
