@@ -63,9 +63,7 @@ def load_model(name: str, dtype: str | None = None) -> LoadedModel:
             f"{name}: a pickle can run code when it is read; convert it to safetensors first"
         )
     if path.suffix == ".safetensors":
-        from sparseworks.models.zoo import load_resnet
-
-        model = load_resnet(path)
+        model = _zoo_model(path)
         return LoadedModel(model.to(wanted or torch.float32), "classifier", None, name)
     folder = _minilm() if name == "minilm" else name
     if path.is_file():
@@ -75,6 +73,24 @@ def load_model(name: str, dtype: str | None = None) -> LoadedModel:
     if name.startswith((".", "/", "~")) and not path.expanduser().is_dir():
         raise InvalidArgument(f"{name}: no such folder")
     return _from_huggingface(folder, name, wanted)
+
+
+def _zoo_model(path: Path) -> nn.Module:
+    """The CIFAR ResNet of a plain or packed file, with its mask record."""
+    from sparseworks.io import inspect, load
+    from sparseworks.models.zoo import CifarResNet, load_resnet
+
+    info = inspect(path)
+    if info.kind != "sparseworks":
+        return load_resnet(path)
+    shapes = {t.name: t.shape for t in info.tensors}
+    stages = {n.split(".")[1] for n in shapes if n.startswith("layer1.")}
+    if not stages or "linear.weight" not in shapes:
+        raise InvalidArgument(
+            f"{path}: not a CIFAR ResNet; a file holds weights only, so name the code that builds "
+            "other models (file.py:factory)"
+        )
+    return load(path, CifarResNet(len(stages), shapes["linear.weight"][0])).eval()
 
 
 def _minilm() -> str:
