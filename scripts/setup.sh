@@ -13,8 +13,8 @@ torch_spec=${TORCH_SPEC:-torch==2.13.0}
 stamp=.venv/.sparseworks-$extras
 say() { printf 'setup: %s\n' "$*" >&2; }
 
-sources=$(cat pyproject.toml scripts/setup.sh; find native CMakeLists.txt -type f 2>/dev/null | sort | xargs -r cat)
-wanted=$(printf '%s' "$sources" | cksum)
+wanted=$(git ls-files -s pyproject.toml scripts/setup.sh CMakeLists.txt native 2>/dev/null | cksum;
+         cksum < pyproject.toml)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
 command -v "$python" >/dev/null || { say "no $python found; install Python 3.11 or newer"; exit 1; }
