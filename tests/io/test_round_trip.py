@@ -15,6 +15,7 @@ from sparseworks.core.masks import Masks
 from sparseworks.io.codes import code_bits, codes_to_mask, mask_to_codes
 from sparseworks.io.container import DTYPES
 
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support")
 ALL_DTYPES = [*DTYPES.values(), torch.complex128, torch.complex32]
 
 
@@ -341,3 +342,25 @@ def test_every_part_is_aligned_for_its_dtype(tmp_path):
         assert all(part.start % part.dtype.itemsize == 0 for part in file.parts.values())
     found = load_file(tmp_path / "m.safetensors")
     assert torch.equal(found["b"], model.b) and torch.equal(found["c"], model.c)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    nm=st.sampled_from(
+        [(2, 4), (1, 4), (4, 8), (1, 2), (8, 16), (1, 16), (1, 3), (5, 11), (7, 13)]
+    ),
+    runs=st.integers(0, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_are_what_the_format_says(nm, runs, seed):
+    """Rank of each pattern in ascending order, one after another, lowest bit first."""
+    n, m = nm
+    legal = [p for p in range(1 << m) if p.bit_count() == n]
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.randint(0, len(legal), (runs,), generator=generator).tolist()
+    mask = torch.tensor([[legal[r] >> i & 1 for i in range(m)] for r in ranks], dtype=torch.bool)
+    number = sum(r << (code_bits(n, m) * i) for i, r in enumerate(ranks))
+    expected = number.to_bytes((runs * code_bits(n, m) + 7) // 8, "little")
+    packed = mask_to_codes(mask.reshape(-1), n, m)
+    assert packed is not None and packed.numpy().tobytes() == expected
+    assert torch.equal(codes_to_mask(packed, runs, n, m), mask.reshape(-1))
