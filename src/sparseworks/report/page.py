@@ -168,7 +168,7 @@ def _bars(names: list[str], values: list[float], label: str, form: str) -> Any:
         go.Bar(x=list(range(len(names))), y=values, customdata=names, marker_color=_ACCENT,
                hovertemplate="%{customdata}<br>" + label + " %{y:" + form + "}<extra></extra>")
     )  # fmt: skip
-    figure.updatelayout(**layout(xaxis_title="tensor, in order", yaxis_title=label, bargap=0.15))
+    figure.update_layout(**layout(xaxis_title="tensor, in order", yaxis_title=label, bargap=0.15))
     figure.update_yaxes(tickformat=form)
     return figure
 
@@ -197,7 +197,7 @@ def _histogram(views: list[View]) -> Any:
         go.Bar(x=centres.tolist(), y=counts.tolist(), marker_color=_ACCENT,
                hovertemplate="%{x:.4f}: %{y}<extra></extra>")
     )  # fmt: skip
-    figure.updatelayout(**layout(xaxis_title="weight", yaxis_title="count", bargap=0))
+    figure.update_layout(**layout(xaxis_title="weight", yaxis_title="count", bargap=0))
     return figure
 
 
@@ -233,7 +233,7 @@ def _mask_figure(view: View, model: nn.Module) -> Any:
         )  # fmt: skip
         figure.add_trace(heat, 1, place)
         figure.update_yaxes(autorange="reversed", row=1, col=place)
-    figure.updatelayout(**layout(height=440, margin={"l": 50, "r": 20, "t": 40, "b": 40}))
+    figure.update_layout(**layout(height=440, margin={"l": 50, "r": 20, "t": 40, "b": 40}))
     return figure
 
 
