@@ -92,7 +92,8 @@ def _rows(name: str) -> list[dict[str, Any]]:
 def _row(tensor: Any) -> dict[str, Any]:
     weights = math.prod(tensor.shape)
     zeros = round((tensor.sparsity or 0.0) * weights)
-    matrix = len(tensor.shape) >= 2 and "embed" not in tensor.name and tensor.name.endswith(_WEIGHTS)
+    named = "embed" not in tensor.name and tensor.name.endswith(_WEIGHTS)
+    matrix = len(tensor.shape) >= 2 and named
     return {
         "name": tensor.name,
         "shape": list(tensor.shape),
