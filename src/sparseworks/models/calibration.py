@@ -90,9 +90,10 @@ def stream(
         done = 0
         for stage in stages:
             if isinstance(stage, Stack):
-                for view_count in _stream_stack(model, stage, calibration, make, visit):
-                    done += view_count
-                    _report(calibration, done, len(views), stage.name)
+                for finished in _stream_stack(model, stage, calibration, make, visit):
+                    done += finished
+                    size = f" (block inputs: {calibration.hidden_bytes / 1e6:.0f} MB)"
+                    _report(calibration, done, len(views), stage.name + size)
             else:
                 found = _replay(model, [stage], calibration, make)
                 visit(stage, found[stage.name])
@@ -154,6 +155,7 @@ def _stream_stack(
     with _HiddenStore(calibration.spill) as store:
         arguments = _capture(model, stack, calibration, store)
         calibration.hidden_bytes = max(calibration.hidden_bytes, store.nbytes)
+        yield 0  # says how large the inputs are before the work starts
         masks = [token_mask(b) for b in calibration.batches]
         last = max((i for i, views in enumerate(stack.views) if views), default=-1)
         for position, block in enumerate(stack.blocks[: last + 1]):

@@ -26,6 +26,8 @@ from sparseworks.weights.oneshot.obs import (
     row_grid,
 )
 
+_VANISHING = 1e-30  # mean squared inputs below this have lost their digits
+
 
 @dataclass(frozen=True)
 class SparseGPT(OneShot):
@@ -78,7 +80,8 @@ class SparseGPT(OneShot):
         for group in range(groups):
             part = weight[group * rows : (group + 1) * rows]
             gram = evidence.hessian(group)
-            if group in unseen:  # an expert that no token reached: fall back to magnitude
+            vanishing = float(gram.diagonal().mean()) < _VANISHING
+            if group in unseen or vanishing:  # nothing to go by: fall back to magnitude
                 gram = torch.eye(gram.shape[0], device=gram.device)
             hessian, dead = prepare_hessian(gram, self.damping)
             energy += float(torch.sum((part @ hessian) * part)) / 2
