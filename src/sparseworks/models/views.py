@@ -292,8 +292,8 @@ def _output_head(model: nn.Module) -> Tensor | None:
         if base is model:
             return None
         inside = {id(m) for m in base.modules()}
-        leaves = (nn.Linear, *_CONVOLUTIONS)
-        outside = [m for m in model.modules() if isinstance(m, leaves) and id(m) not in inside]
+        kinds = (nn.Linear, *_CONVOLUTIONS)
+        outside = [m for m in model.modules() if isinstance(m, kinds) and id(m) not in inside]
         return outside[-1].weight if outside else None
     leaves = [
         (n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))
