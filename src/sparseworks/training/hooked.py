@@ -123,11 +123,20 @@ class Run:
         def mask_gradient(parameter: Tensor) -> None:
             if parameter.grad is None or self.finished:
                 return
+            mask = self.masks[name]
             if self.method.wants_dense_gradients(self):
-                self.dense_gradients[name] = parameter.grad.detach().clone()
-            parameter.grad.masked_fill_(~self.masks[name], 0.0)
+                self._keep_dense(name, parameter.grad.detach(), mask)
+            parameter.grad.masked_fill_(~mask, 0.0)
 
         return mask_gradient
+
+    def _keep_dense(self, name: str, gradient: Tensor, mask: Tensor) -> None:
+        """The dense gradient over accumulated batches: only its kept part survives in `.grad`."""
+        before = self.dense_gradients.get(name)
+        dense = gradient.clone()
+        if before is not None:
+            dense += before.masked_fill(mask, 0.0)
+        self.dense_gradients[name] = dense
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -7,6 +7,11 @@ _ROOM = "sparseworks.weights"
 registry.register(
     {
         "fixed": f"{_ROOM}.dynamic.fixed:Fixed",
+        "gradual": f"{_ROOM}.dynamic.gradual:Gradual",
+        "granet": f"{_ROOM}.dynamic.granet:GraNet",
+        "rigl": f"{_ROOM}.dynamic.rewiring:RigL",
+        "set": f"{_ROOM}.dynamic.rewiring:SET",
+        "static": f"{_ROOM}.dynamic.rewiring:Static",
         "random": f"{_ROOM}.oneshot.random:Random",
         "magnitude": f"{_ROOM}.oneshot.magnitude:Magnitude",
         "snip": f"{_ROOM}.oneshot.snip:Snip",

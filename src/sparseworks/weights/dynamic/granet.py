@@ -1,0 +1,103 @@
+"""GraNet (Liu et al. 2021, Sparse Training via Boosting Pruning Plasticity with Neuroregeneration).
+
+Every `every` steps: (1) global magnitude pruning to s_t = (1 - d_i) + (d_i - d_f)(1 - (1 - t)^3);
+(2) zero-cost regeneration, per tensor: drop a further r_t share of the smallest active |w| and
+activate as many where |dL/dw| of the dense gradient is largest. After the pruning phase (2) goes on
+at constant density; r_t falls from r_0 to 0.005 on a cosine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.registry import MethodInfo
+from sparseworks.core.schedules import cosine, cubic
+from sparseworks.training.hooked import Hooked, Run
+from sparseworks.weights.dynamic.masks import (
+    check_fraction,
+    drop_and_grow,
+    magnitudes,
+    random_masks,
+    select_masks,
+    span,
+    summed_over_ranks,
+)
+
+_LAST_RATE = 0.005
+
+
+@dataclass(frozen=True)
+class GraNet(Hooked):
+    """Prune gradually and regrow what was pruned by mistake.
+
+    Args:
+        every: steps between mask updates.
+        initial_density: d_i; below 1 training starts from a random ERK mask.
+        regeneration: r_0, the share of active weights swapped at first.
+        end: fraction of the training at which the final sparsity is reached.
+    """
+
+    every: int = 100
+    initial_density: float = 0.5
+    regeneration: float = 0.5
+    end: float = 0.7
+
+    budget: ClassVar[str] = "global"
+    info: ClassVar[MethodInfo] = MethodInfo(
+        name="granet",
+        title="Sparse Training via Boosting Pruning Plasticity with Neuroregeneration",
+        authors="Liu et al.",
+        year=2021,
+        card="170",
+        room="weights",
+        kind="hooked",
+        needs=("training",),
+        budget="global, from erk",
+        cost="a dense gradient and two selections every `every` steps",
+        summary="gradual pruning with regrowth by gradient",
+    )
+
+    def __post_init__(self) -> None:
+        check_fraction("granet", regeneration=self.regeneration, end=self.end)
+        if not 0 < self.initial_density <= 1 or self.every < 1:
+            raise InvalidArgument(
+                f"granet: initial_density={self.initial_density} must be in (0, 1], "
+                f"every={self.every} at least 1"
+            )
+
+    def begin(self, run: Run) -> None:
+        span(run, 0.0, self.end)
+        if (run.sparsity or 0.0) < 1 - self.initial_density:
+            raise InvalidArgument(
+                f"granet: sparsity={run.sparsity} is below that of the start, "
+                f"1 - initial_density = {1 - self.initial_density:g}"
+            )
+        if self.initial_density < 1:
+            budget, run.budget = run.budget, "erk"
+            random_masks(run, 1 - self.initial_density)
+            run.budget = budget
+
+    def due(self, step: int) -> bool:
+        return step > 0 and step % self.every == 0
+
+    def wants_dense_gradients(self, run: Run) -> bool:
+        return self.due(run.step + 1)
+
+    def update(self, run: Run) -> None:
+        _, last = span(run, 0.0, self.end)
+        if run.step == last or (self.due(run.step) and run.step < last):
+            first = 1 - self.initial_density
+            sparsity = cubic(run.step, begin=0, end=last, initial=first, final=run.sparsity or 0.0)
+            select_masks(run, magnitudes(run), sparsity)
+        if self.due(run.step):
+            rate = cosine(
+                run.step, begin=0, end=run.steps or 1, initial=self.regeneration, final=_LAST_RATE
+            )
+            for name, gradient in run.dense_gradients.items():
+                count = math.ceil(rate * int(torch.count_nonzero(run.masks[name])))
+                drop_and_grow(run, name, count, summed_over_ranks(gradient).abs())

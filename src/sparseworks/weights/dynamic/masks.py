@@ -1,0 +1,102 @@
+"""Masks while a model trains: the moves that the dynamic methods are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparseworks.core.budgets import get_budget
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.random import generator_for
+from sparseworks.core.selection import keep_top
+from sparseworks.training.hooked import Run
+
+__all__ = [
+    "check_fraction",
+    "drop_and_grow",
+    "magnitudes",
+    "random_masks",
+    "select_masks",
+    "span",
+    "summed_over_ranks",
+]
+
+
+def check_fraction(method: str, **values: float) -> None:
+    """Options that are fractions in [0, 1]."""
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise InvalidArgument(f"{method}: {name}={value} must be in [0, 1]")
+
+
+def span(run: Run, begin: float, end: float) -> tuple[int, int]:
+    """First and last step of a schedule, from fractions of the training.
+
+    Raises:
+        InvalidArgument: the run was not told its number of steps.
+    """
+    if run.steps is None or run.steps < 1:
+        raise InvalidArgument(
+            f"method {run.method.info.name!r} follows a schedule: give `steps`, the number of "
+            "optimizer steps of the whole training"
+        )
+    return round(begin * run.steps), round(end * run.steps)
+
+
+def magnitudes(run: Run) -> dict[str, Tensor]:
+    """|w| as matrices, -inf where masked."""
+    found = {}
+    for name, view in run.views.items():
+        weight = view.matrix(run.parameters[name].detach()).float().abs()
+        found[name] = weight.masked_fill(~view.matrix(run.masks[name]), -torch.inf)
+    return found
+
+
+def select_masks(run: Run, scores: Mapping[str, Tensor], sparsity: float) -> None:
+    """New masks of exactly this sparsity, by the run's pattern and budget, from matrix scores."""
+    specs = [v.spec(run.pattern) for v in run.views.values()]
+    keep = get_budget(run.budget)(specs, sparsity, scores)
+    for name, view in run.views.items():
+        mask = run.pattern.select(scores[name], keep[name])
+        run.set_mask(name, view.from_matrix(mask).contiguous())
+
+
+def random_masks(run: Run, sparsity: float) -> None:
+    """Random masks with the numbers that the run's budget gives each tensor."""
+    scores = {}
+    for name, view in run.views.items():
+        uniform = torch.rand(view.shape, generator=generator_for(run.seed, name))
+        scores[name] = uniform.to(run.masks[name].device)
+    select_masks(run, scores, sparsity)
+
+
+def drop_and_grow(run: Run, name: str, count: int, grow: Tensor) -> None:
+    """Drop the `count` smallest active weights, then grow as many where `grow` is largest.
+
+    What was dropped may grow again and then keeps its value and optimizer state; other grown
+    weights start at 0 with fresh state.
+
+    Args:
+        grow: scores of the parameter's shape.
+    """
+    mask = run.masks[name]
+    active = int(torch.count_nonzero(mask))
+    count = min(count, active, mask.numel() - active)
+    if count <= 0:
+        return
+    weight = run.parameters[name].detach().float().abs()
+    kept = keep_top(weight.masked_fill(~mask, -torch.inf), active - count, name)
+    grown = keep_top(grow.float().masked_fill(kept, -torch.inf), count, name)
+    run.set_mask(name, kept | grown)
+
+
+def summed_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over processes, so that every rank chooses the same masks."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
