@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseworks.models.coupling.provenance import FREE, Block, Labels, Provenance
+from sparseworks.models.coupling.provenance import Block, Labels, Provenance
 
 if TYPE_CHECKING:
     from sparseworks.models.coupling.ops import Call
@@ -102,7 +102,6 @@ def matmul(call: Call) -> Provenance:
         *(x.labels for x in batch.blocks),
     )
     ends = [Block((ro - 2,), rows), Block((ro - 1,), columns)]
-    ends = [e for e in ends if (e.labels != FREE).any()]
     out = Provenance(tuple(shape), (*batch.blocks, *ends))
     if added is not None:
         out = call.atoms.elementwise([out, added], out.shape)
@@ -119,6 +118,8 @@ def grouped_matmul(call: Call) -> Provenance:
     call.atoms.freeze(call.atoms.axis(weight, 0))
     inner = call.atoms.link(call.atoms.axis(x, 1), call.atoms.axis(weight, 1))
     out = call.atoms.axis(weight, 2)
+    for labels in (inner, out):
+        call.atoms.multiples.append((labels, 8))  # its kernels want rows of whole 16 bytes
     call.cost(x.shape[0] * x.shape[1] * weight.shape[2], inner, out)
     rows = tuple(b for b in x.blocks if 1 not in b.dims)
     return Provenance(call.shape, (*rows, Block((1,), out)))

@@ -54,13 +54,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Family:
-    """Groups that differ only in their indices: the channels of one layer, or of one stream."""
+    """Groups that differ only in their indices: the channels of one layer, or of one stream.
+
+    Args:
+        index: its place in the coupling.
+        roots: group numbers.
+        axes: what every group touches.
+        exact: cutting equals zeroing; `reason` says why not.
+        multiple: the width must stay a multiple of this (kernels of the traced operations).
+    """
 
     index: int
     roots: NDArray[np.int64]
     axes: tuple[Axis, ...]
     exact: bool
     reason: str = ""
+    multiple: int = 1
 
     def __len__(self) -> int:
         return len(self.roots)
@@ -166,6 +175,9 @@ def solve(
         for labels, reason in atoms.statistics
         for root in np.unique(number[parent[labels]])
     }
+    multiples = {
+        int(root): n for labels, n in atoms.multiples for root in np.unique(number[parent[labels]])
+    }
     final = tuple(
         Cost(c.name, c.macs, tuple(number[parent[np.maximum(x, 0)]] for x in c.labels))
         for c in costs
@@ -173,7 +185,7 @@ def solve(
     reached = {id(t) for n, t in _tensors(model) if n in sources}
     unreached = tuple(n for n, t in model.named_parameters() if id(t) not in reached)
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    found = _families(axes, len(used), reasons)
+    found = _families(axes, len(used), reasons, multiples)
     families = tuple(f for f in found if any(name in parameters for name, _ in f.axes))
     return Coupling(model, axes, families, final, len(used), unreached)
 
@@ -221,7 +233,10 @@ def _rectangle(parent: Labels, labels: Labels) -> tuple[Labels, Labels] | None:
 
 
 def _families(
-    axes: Mapping[Axis, Labels], count: int, reasons: Mapping[int, str]
+    axes: Mapping[Axis, Labels],
+    count: int,
+    reasons: Mapping[int, str],
+    multiples: Mapping[int, int],
 ) -> tuple[Family, ...]:
     touched: dict[int, list[int]] = {root: [] for root in range(1, count)}
     keys = list(axes)
@@ -245,6 +260,7 @@ def _families(
                 tuple(keys[p] for p in places),
                 not reason,
                 reason,
+                max(multiples.get(r, 1) for r in members),
             )
         )
     return tuple(families)

@@ -72,7 +72,13 @@ def _same(call: Call) -> Provenance:
 
 
 def _constant(call: Call) -> Provenance:
-    return Provenance(call.shape)
+    """Made in place: whatever it meets has to agree on its sizes."""
+    return call.atoms.source(call.shape)
+
+
+def _counted(call: Call) -> Provenance:
+    """Made in place with values of their own: nothing of it can be cut."""
+    return frozen(call.shape)
 
 
 def _opaque(call: Call) -> Any:
@@ -327,11 +333,12 @@ def _pixel_unshuffle(call: Call) -> Provenance:
 _GROUPS: dict[Callable[[Call], Any], str] = {
     _same: "dropout feature_dropout contiguous clone to _to_copy type_as alias detach gelu relu "
     "native_dropout alpha_dropout lift_fresh_copy lift_fresh hardtanh relu6 silu mish elu selu "
-    "leaky_relu hardswish hardsigmoid softplus logsigmoid float half bfloat16 identity",
+    "zeros_like ones_like empty_like full_like randn_like rand_like leaky_relu hardswish "
+    "hardsigmoid softplus logsigmoid float half bfloat16 identity",
     elementwise: "masked_fill where prelu add mul sub div pow copy lerp __and__ __or__ __xor__ "
     "logical_and logical_or maximum minimum floor_divide remainder rsub",
-    _constant: "arange full zeros ones empty new_ones new_zeros new_full new_empty zeros_like "
-    "ones_like empty_like full_like scalar_tensor rand randn randn_like rand_like eye linspace",
+    _constant: "full zeros ones empty new_ones new_zeros new_full new_empty scalar_tensor",
+    _counted: "arange rand randn eye linspace logspace",
     _opaque: "topk sort argsort argmax argmin nonzero one_hot bincount histc gather scatter "
     "scatter_add scatter_reduce unique searchsorted multinomial bucketize tril triu diagonal "
     "masked_select item _local_scalar_dense",

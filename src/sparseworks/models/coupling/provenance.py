@@ -74,6 +74,7 @@ class Atoms:
     edges: list[tuple[Labels, Labels]] = field(default_factory=list)
     splits: list[Labels] = field(default_factory=list)
     statistics: list[tuple[Labels, str]] = field(default_factory=list)
+    multiples: list[tuple[Labels, int]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Labels:
         labels = np.arange(self.count, self.count + size, dtype=np.int64)
@@ -139,11 +140,11 @@ class Atoms:
         return Provenance(tensor.shape, tuple(blocks))
 
     def axis(self, tensor: Provenance, dim: int) -> Labels:
-        """Labels of one axis alone, `[size]` (joint ones are collapsed onto it)."""
+        """Labels of one axis alone, `[size]`: joint ones collapsed onto it, free ones frozen."""
         dim %= len(tensor.shape)
         block = tensor.block(dim)
         if block is None:
-            return np.full(tensor.shape[dim], FREE, np.int64)
+            return np.zeros(tensor.shape[dim], np.int64)
         return self.collapse(block, [dim])[0].labels
 
     def statistic(self, labels: Labels, reason: str) -> None:

@@ -36,6 +36,7 @@ _NEVER = re.compile(
     r"kernel|window|patch|image|head_dim|head_size|key_value_proj|max_|vocab|chunk|pad|_idx|_id$"
     r"|stride|num_experts|seq|block_size"
 )
+_INNER = re.compile(r"all_head|split|inner|inter|ffn|mlp")
 _PROJECTIONS = re.compile(r"(^|[._])(q|k|v|query|key|value|qkv|c_attn|q_proj|to_q|in_proj)([._]|$)")
 
 
@@ -113,23 +114,34 @@ def _remembered(
 ) -> dict[str, Any]:
     """Widths and head counts that a composite module remembers of what is below it."""
     changed: dict[int, set[int]] = {}
+    inner: dict[int, set[int]] = {}
+    stream: dict[int, set[int]] = {}
     same: set[int] = set()
+    whole: set[int] = set()
     heads: set[tuple[int, int]] = set()
     for name, tensor in _near(module):
         old = before.get(dot + name)
         if old is None:
             continue
         for axis, (a, b) in enumerate(zip(old, tensor.shape)):
+            outputs = axis == (1 if type(_owner(module, name)).__name__ == "Conv1D" else 0)
+            outputs |= len(old) == 1
+            projection = bool(_PROJECTIONS.search(name))
             if a == b:
                 same.add(a)
+                if projection and outputs:
+                    whole |= {a, *(a // n for n in (2, 3) if a % n == 0)}
                 continue
-            changed.setdefault(a, set()).add(b)
-            for parts in (2, 3):  # packed projections and gates hold several widths
-                if a % parts == 0 and b % parts == 0:
-                    changed.setdefault(a // parts, set()).add(b // parts)
-            outputs = axis == (1 if type(_owner(module, name)).__name__ == "Conv1D" else 0)
-            if outputs and _PROJECTIONS.search(name):
-                heads.add((a, b))
+            tables = [changed]
+            if projection:
+                tables.append(inner if outputs else stream)
+                if outputs:
+                    heads.add((a, b))
+            for table in tables:
+                table.setdefault(a, set()).add(b)
+                for parts in (2, 3) if outputs else ():  # packed projections and gates
+                    if a % parts == 0 and b % parts == 0:
+                        table.setdefault(a // parts, set()).add(b // parts)
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
         if isinstance(value, bool) or not isinstance(value, int) or _NEVER.search(name):
@@ -138,9 +150,12 @@ def _remembered(
             if heads:
                 a, b = next(iter(heads))
                 found[name] = value * b // a
-        elif _WIDTH.search(name) and len(new := changed.get(value, set())) == 1:
-            inner = re.search(r"all_head|split|inner|inter|ffn|mlp", name)
-            if value not in same or inner:
+        elif _WIDTH.search(name) or _INNER.search(name):
+            if _INNER.search(name) and value in whole:
+                continue
+            own = inner if _INNER.search(name) else stream
+            new = own.get(value) or changed.get(value, set())
+            if len(new) == 1 and (value not in same or own.get(value) or _INNER.search(name)):
                 found[name] = next(iter(new))
     return found
 

@@ -40,6 +40,7 @@ class Backup:
     tensors: list[tuple[nn.Module, str, bool, Tensor]] = field(default_factory=list)
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
     masks: tuple[nn.Module, Masks] | None = None
+    values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def restore(self) -> None:
         for module, name, is_parameter, tensor in reversed(self.tensors):
@@ -48,6 +49,9 @@ class Backup:
             setattr(owner, name, value)
         if self.masks is not None:
             attach(*self.masks)
+        with torch.no_grad():
+            for tensor, value in reversed(self.values):
+                tensor.copy_(value)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         self.attributes.append((owner, name, getattr(owner, name)))
@@ -99,13 +103,17 @@ def zero(model: nn.Module, coupling: Coupling, keep: NDArray[np.bool_]) -> list[
 
 @torch.no_grad()
 def cut(
-    model: nn.Module, coupling: Coupling, keep: NDArray[np.bool_]
+    model: nn.Module,
+    coupling: Coupling,
+    keep: NDArray[np.bool_],
+    backup: Backup | None = None,
 ) -> tuple[list[Change], Backup]:
     """Slice every parameter and buffer, and set the sizes that modules remember.
 
     Args:
         model: the model of `coupling`, changed in place.
         keep: True for every group that stays.
+        backup: of what was changed before the cut; what the cut replaces is added.
 
     Returns:
         the changed numbers, and what is needed to undo all of it.
@@ -113,7 +121,7 @@ def cut(
     from sparseworks.weights.structured.attributes import update
 
     kept = kept_indices(coupling, keep)
-    backup = Backup()
+    backup = Backup() if backup is None else backup
     by_id: dict[int, dict[int, NDArray[np.int64]]] = {}
     for _, _, name, _, tensor in owners(model):
         if name in kept:

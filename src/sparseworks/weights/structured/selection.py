@@ -1,0 +1,169 @@
+"""Which groups go: ladders of bundles in ascending importance, and a search for the budget.
+
+A ladder is what shares one width: the groups of one family, or of several families that keep equal
+shares (the same layer in every block, where one number in a config describes them all). Its bundles
+go from the bottom up; all ladders compete by value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.models.coupling import Coupling, Family
+
+__all__ = ["Ladder", "kind", "ladders", "search"]
+
+Keep = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Bundles of group numbers, least important first, with ascending values.
+
+    Args:
+        families: whose groups these are.
+        bundles: what goes together.
+        values: importance of each bundle, never falling.
+        steps: numbers of removed bundles that are allowed.
+    """
+
+    families: tuple[Family, ...]
+    bundles: tuple[NDArray[np.int64], ...]
+    values: NDArray[np.float64]
+    steps: tuple[int, ...]
+
+    def removed(self, wanted: int) -> int:
+        """The largest allowed number of bundles up to `wanted`."""
+        return max(s for s in self.steps if s <= wanted)
+
+
+def kind(family: Family) -> tuple[str, ...]:
+    """What a family is apart from its place in the depth: its names without numbers."""
+    return tuple(sorted({f"{re.sub(r'[0-9]+', '*', n)}:{a}" for n, a in family.axes}))
+
+
+def ladders(
+    coupling: Coupling,
+    families: Sequence[Family],
+    scores: NDArray[np.float64],
+    *,
+    normalise: bool,
+    shared: Mapping[int, object],
+    round_to: int | None,
+    floor: float,
+) -> list[Ladder]:
+    """Ladders of families from scores per group (index = group number; higher stays).
+
+    Args:
+        shared: family index -> key; families with one key keep equal shares.
+    """
+    cost = {f.index: _saving(coupling, f) for f in families}
+    members: dict[object, list[Family]] = {}
+    for family in families:
+        members.setdefault(shared.get(family.index, family.index), []).append(family)
+    made = []
+    for group in members.values():
+        levels = reduce(math.gcd, (len(f) for f in group))
+        totals = np.zeros(levels)
+        parts: list[list[NDArray[np.int64]]] = [[] for _ in range(levels)]
+        for family in group:
+            s = scores[family.roots]
+            if not np.isfinite(s).all():
+                raise ModelError(
+                    f"{family.axes[0][0]}: scores are not finite; are weights and data?"
+                )
+            s = s / max(float(s.mean()), 1e-30) if normalise else s / max(cost[family.index], 1e-30)
+            order = np.argsort(s, kind="stable")
+            each = len(family) // levels
+            for level in range(levels):
+                chunk = order[level * each : (level + 1) * each]
+                parts[level].append(family.roots[chunk])
+                totals[level] += float(s[chunk].mean()) / len(group)
+        steps = _steps(coupling, group, levels, round_to, floor)
+        made.append(
+            Ladder(
+                tuple(group),
+                tuple(np.concatenate(p) for p in parts),
+                np.maximum.accumulate(totals),
+                steps,
+            )
+        )
+    return made
+
+
+def _saving(coupling: Coupling, family: Family) -> float:
+    """Operations that go with one group of a family."""
+    keep = coupling.keep_all()
+    keep[family.roots[0]] = False
+    return coupling.flops() - coupling.flops(keep)
+
+
+def _steps(
+    coupling: Coupling, group: Sequence[Family], levels: int, round_to: int | None, floor: float
+) -> tuple[int, ...]:
+    """Removable numbers of bundles: some must stay, and widths are multiples of `round_to`."""
+    least = max(1, math.ceil(floor * levels))
+    steps = [0]
+    for removed in range(1, levels - least + 1):
+        widths = []
+        for family in group:
+            name, axis = family.axes[0]
+            labels = coupling.axes[name, axis]
+            per = int((labels == family.roots[0]).sum())
+            widths.append(len(labels) - removed * (len(family) // levels) * per)
+        multiples = [math.lcm(round_to or 1, f.multiple) for f in group]
+        if all(w % m == 0 for w, m in zip(widths, multiples)):
+            steps.append(removed)
+    return tuple(steps)
+
+
+def search(
+    coupling: Coupling,
+    made: Sequence[Ladder],
+    measure: Callable[[Keep], float],
+    target: float,
+    what: str,
+) -> Keep:
+    """The least removal, in order of value, at which `measure(keep) <= target`.
+
+    Raises:
+        InvalidArgument: the target cannot be reached; the least that can is named.
+    """
+    pairs = sorted(
+        (float(v), i, level)
+        for i, ladder in enumerate(made)
+        for level, v in enumerate(ladder.values)
+    )
+
+    def keep_at(count: int) -> Keep:
+        wanted = np.zeros(len(made), int)
+        for _, i, _ in pairs[:count]:
+            wanted[i] += 1
+        keep = coupling.keep_all()
+        for ladder, n in zip(made, wanted):
+            for bundle in ladder.bundles[: ladder.removed(int(n))]:
+                keep[bundle] = False
+        return keep
+
+    least = measure(keep_at(len(pairs)))
+    if least > target:
+        raise InvalidArgument(
+            f"{what} cannot fall to {target:.4g}: {least:.4g} is left when every width is at its "
+            f"floor; lower `floor=`, allow more groups (include=, streams=True, uniform=False)"
+        )
+    low, high = 0, len(pairs)
+    while low < high:
+        middle = (low + high) // 2
+        if measure(keep_at(middle)) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    return keep_at(high)
