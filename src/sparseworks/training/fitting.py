@@ -1,0 +1,127 @@
+"""One plain training loop for image classifiers, for claims and the command line.
+
+SGD with Nesterov momentum and a one-cycle learning rate; nothing in it knows of sparsity, which
+comes in through the hooks of `sparsify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseworks.core.errors import DataError, InvalidArgument
+from sparseworks.data.images import ImageSet
+from sparseworks.training.hooked import Run
+
+__all__ = ["Recipe", "fit_classifier"]
+
+Start = Callable[[nn.Module, torch.optim.Optimizer, int], Run | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained.
+
+    Args:
+        epochs: passes over the images.
+        batch_size: images a step; the last short batch of an epoch is left out.
+        lr: peak of the one-cycle schedule.
+        momentum: Nesterov.
+        weight_decay: on all parameters.
+        augment: random crops and flips.
+        label_smoothing: of the cross-entropy.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: bool = True
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
+            raise InvalidArgument(
+                f"epochs={self.epochs}, batch_size={self.batch_size} and lr={self.lr} "
+                "must be positive"
+            )
+
+
+def fit_classifier(
+    model: nn.Module,
+    images: ImageSet,
+    recipe: Recipe,
+    *,
+    start: Start | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+    on_epoch: Callable[[int, float, Run | None], Any] | None = None,
+) -> Run | None:
+    """Train a classifier in place.
+
+    Args:
+        model: logits `[batch, classes]` from images.
+        images: the training set.
+        recipe: how.
+        start: called with (model, optimizer, steps) before the first step; returns the sparse run.
+        seed: of the order and augmentation.
+        progress: called with (step, steps, what).
+        on_epoch: called with (epoch, mean loss, run).
+
+    Returns:
+        The finished run, or None for dense training.
+
+    Raises:
+        DataError: fewer images than one batch, or the loss is not finite.
+    """
+    steps = recipe.epochs * (len(images) // recipe.batch_size)
+    if steps == 0:
+        raise DataError(f"{len(images)} images are fewer than one batch of {recipe.batch_size}")
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.lr, total_steps=steps, cycle_momentum=False
+    )
+    run = start(model, optimizer, steps) if start is not None else None
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    model.train()
+    step = 0
+    for epoch in range(recipe.epochs):
+        total, count = 0.0, 0
+        for x, y in images.epoch(recipe.batch_size, generator, training=recipe.augment):
+            loss = _step(model, optimizer, x.to(device), y.to(device), recipe.label_smoothing)
+            schedule.step()
+            step += 1
+            total, count = total + float(loss), count + 1
+            if progress is not None:
+                progress(step, steps, f"epoch {epoch + 1} loss {total / count:.3f}")
+        if not torch.isfinite(torch.tensor(total)):
+            raise DataError(f"the training loss is not finite in epoch {epoch + 1}; lower the lr")
+        if on_epoch is not None:
+            on_epoch(epoch, total / count, run)
+    if run is not None:
+        run.finish()
+    model.eval()
+    return run
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, smoothing: float
+) -> Tensor:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y, label_smoothing=smoothing)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
