@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseworks.core.budgets import Budget, TensorSpec, shortfall
+from sparseworks.core.budgets import Budget, shortfall
 from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.core.evidence import Collector, Hessian
 from sparseworks.core.masks import Masks, attach, masks
@@ -27,6 +27,28 @@ __all__ = ["Job"]
 
 _ROLLBACK_BYTES = 1 << 30
 _REFIT_DAMPING = 0.01
+
+
+class _LazyScores(Mapping[str, Tensor]):
+    """Scores that are computed when a budget first looks at one; most budgets never do."""
+
+    def __init__(self, compute: Callable[[], dict[str, Tensor]]) -> None:
+        self._compute = compute
+        self._scores: dict[str, Tensor] | None = None
+
+    def _all(self) -> dict[str, Tensor]:
+        if self._scores is None:
+            self._scores = self._compute()
+        return self._scores
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
 
 
 class Job:
@@ -83,7 +105,7 @@ class Job:
                         view.parameter.copy_(backup[view.name])
                 attach(self.model, before)
             else:
-                attach(self.model, self.record)
+                attach(self.model, self.record if len(self.record) else before)
                 if isinstance(error, SparseworksError):
                     raise type(error)(
                         f"{error}; {len(self.results)} of {len(views)} tensors are done and keep "
@@ -104,7 +126,9 @@ class Job:
         evidence = {}
         if self.method.collector is None and self.batches is not None:
             evidence = dict(self.method.gather(self.model, views, self.batches, self.loss))
-        keep = self.allot(views, specs, sparsity, evidence)
+        scores = _LazyScores(lambda: self.score_all(views, evidence))
+        keep = self.budget(specs, sparsity, scores)
+        del scores
         self.shortfall = shortfall(specs, keep, sparsity)
         if not streamed:
             for done, view in enumerate(open_):
@@ -132,16 +156,8 @@ class Job:
             skipped[name] = "the calibration data did not use it"
             self.warnings.append(f"{name} was not used by the calibration data and is left dense")
 
-    def allot(
-        self,
-        views: Sequence[View],
-        specs: Sequence[TensorSpec],
-        sparsity: float,
-        evidence: Mapping[str, Any],
-    ) -> dict[str, int]:
-        """Units to keep per tensor; scores are computed up front only for budgets that compare."""
-        if getattr(self.budget, "__name__", "") != "global_":
-            return self.budget(specs, sparsity, None)
+    def score_all(self, views: Sequence[View], evidence: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Scores of all tensors at once, for budgets that compare them."""
         if self.method.collector is Hessian:
             raise InvalidArgument(
                 f"{self.method.info.name} scores weights while it changes them, so budget 'global' "
@@ -159,7 +175,7 @@ class Job:
             target = self.target(view, 0)
             weight = view.matrix().float()
             scores[view.name] = self.method.matrix_scores(target, weight, evidence.get(view.name))
-        return self.budget(specs, sparsity, scores)
+        return scores
 
     def target(self, view: View, keep: int) -> Target:
         allowed = view.matrix(self.record[view.name]) if view.name in self.record else None

@@ -99,6 +99,10 @@ def prune(
         raise InvalidArgument(f"recovery={recovery!r}; 'refit' or None")
     steps = chosen.rounds if rounds is None else rounds
     ladder = [wanted] if legal.fixed_density is not None else exponential_rounds(steps, wanted)
+    if resume and len(ladder) > 1:
+        raise InvalidArgument(
+            "resume goes on after an interrupted call of one round, not of several"
+        )
     batches = _batches(chosen, data, recovery)
     allot = get_budget(chosen.budget if budget is None else budget)
     if legal.fixed_density is not None and budget is None:
