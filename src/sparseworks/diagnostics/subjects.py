@@ -49,7 +49,7 @@ def language_model_subject(seed: int, setting: Setting) -> tuple[nn.Module, list
     root = data_root()
     folder = root / "models" / "novel-llama-6m"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()  # type: ignore[no-untyped-call]
     calibration = load(root / "text" / "novels-train.txt", tokenizer=tokenizer, seed=seed)
     held = load(
         root / "text" / "novels-valid.txt",
