@@ -1,6 +1,6 @@
 # Every target sets itself up: .venv, torch, the package.
 PY := .venv/bin/python
-.PHONY: demo test lint type imports docs bench claims clean
+.PHONY: demo test lint type imports docs native bench claims clean
 
 demo:  ## prune a real sentence encoder and show the result
 	@scripts/setup.sh demo
@@ -27,9 +27,18 @@ docs:  ## the generated pages, and the site where mkdocs is installed
 	@scripts/setup.sh test
 	@$(PY) scripts/make_docs.py
 
+native:  ## build the kernels again after a change, into the source tree
+	@scripts/setup.sh test
+	@$(PY) -m pip install --quiet nanobind cmake ninja
+	@.venv/bin/cmake -S . -B build/native -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja >/dev/null
+	@.venv/bin/cmake --build build/native
+	@cp build/native/_native*.so src/sparseworks/kernels/
+
 bench:  ## speed and memory against peers, on demand
 	@scripts/setup.sh test
 	@$(PY) benchmarks/oneshot.py --out benchmarks/results/oneshot.json
+	@$(PY) benchmarks/compiled.py --out benchmarks/results/compiled.json
 	@$(PY) benchmarks/memory.py --out benchmarks/results/memory.json
 
 claims:  ## run every claim that has no result yet

@@ -1,0 +1,16 @@
+// Which kernel runs on this processor.
+#pragma once
+
+#include <string>
+
+#include "spmm.h"
+
+namespace sparseworks {
+
+// The instruction set in use: "avx512", "avx2" or "base"; SPARSEWORKS_ISA may force a lower one.
+// Throws std::runtime_error when a forced one is unknown or not there.
+std::string instruction_set();
+
+Spmm spmm();
+
+}  // namespace sparseworks

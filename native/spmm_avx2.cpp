@@ -1,0 +1,2 @@
+#define SPMM_NAME spmm_avx2
+#include "spmm_impl.h"

@@ -1,0 +1,2 @@
+#define SPMM_NAME spmm_avx512
+#include "spmm_impl.h"

@@ -1,0 +1,2 @@
+#define SPMM_NAME spmm_base
+#include "spmm_impl.h"

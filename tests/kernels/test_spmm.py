@@ -1,0 +1,113 @@
+"""The native sparse product agrees with torch for every shape, sparsity, instruction set and
+number of threads; packing is exact."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseworks.core.errors import InvalidArgument, PatternError
+from sparseworks.kernels import (
+    available,
+    instruction_set,
+    pack_rows,
+    spmm,
+    spmm_reference,
+    unpack_rows,
+)
+
+SIZES = st.sampled_from([1, 2, 3, 7, 15, 16, 17, 31, 48, 65, 97, 128])
+
+
+def problem(rows, columns, tokens, density, seed):
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=g)
+    w *= torch.rand(rows, columns, generator=g) < density
+    if rows > 2:
+        w[rows // 2] = 0  # an empty row
+    return w, torch.randn(tokens, columns, generator=g), torch.randn(rows, generator=g)
+
+
+@pytest.fixture(params=["avx512", "avx2", "base"])
+def isa(request, monkeypatch):
+    if not available():
+        pytest.skip("the native kernels are not built")
+    monkeypatch.setenv("SPARSEWORKS_ISA", request.param)
+    try:
+        instruction_set()
+    except InvalidArgument as reason:
+        pytest.skip(str(reason))
+    return request.param
+
+
+def test_the_native_module_is_built_where_ci_runs():
+    if os.environ.get("CI"):
+        assert available()
+
+
+@given(SIZES, SIZES, SIZES, st.sampled_from([0.0, 0.05, 0.3, 1.0]), st.integers(1, 4),
+       st.booleans(), st.integers(0, 999))  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_agrees_with_torch(rows, columns, tokens, density, threads, with_bias, seed):
+    w, x, b = problem(rows, columns, tokens, density, seed)
+    bias = b if with_bias else None
+    expected = torch.nn.functional.linear(x.double(), w.double()).float()
+    expected = expected + b if with_bias else expected
+    got = spmm(pack_rows(w), x, bias, threads)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (300, 257, 130), (33, 1000, 64), (16, 16, 4096)])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_instruction_set(isa, shape, threads):
+    w, x, b = problem(*shape, 0.2, 0)
+    torch.testing.assert_close(
+        spmm(pack_rows(w), x, b, threads), spmm_reference(pack_rows(w), x, b), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_concurrent_callers():
+    w, x, b = problem(200, 300, 500, 0.2, 0)
+    packed, expected = pack_rows(w), torch.nn.functional.linear(x, w, b)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for got in pool.map(lambda _: spmm(packed, x, b, 2), range(60)):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@given(SIZES, SIZES, st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_packing_is_exact(rows, columns, density, seed):
+    w, _, _ = problem(rows, columns, 1, density, seed)
+    assert torch.equal(unpack_rows(pack_rows(w)), w)
+    mask = torch.rand(rows, columns) < 0.5
+    assert torch.equal(unpack_rows(pack_rows(w, mask)), w * mask)
+    assert pack_rows(w, mask).nnz == int(mask.sum())
+
+
+def test_leading_axes_and_strides():
+    w, _, b = problem(10, 12, 1, 0.5, 0)
+    x = torch.randn(4, 12, 3).transpose(1, 2)
+    expected = torch.nn.functional.linear(x, w, b)
+    torch.testing.assert_close(spmm(pack_rows(w), x, b), expected, rtol=1e-4, atol=1e-5)
+    assert spmm(pack_rows(w), torch.randn(0, 12)).shape == (0, 10)
+
+
+def test_misuse_is_refused(monkeypatch):
+    packed = pack_rows(torch.eye(4))
+    with pytest.raises(InvalidArgument, match="takes fp32"):
+        spmm(packed, torch.randn(2, 5))
+    with pytest.raises(InvalidArgument, match="takes fp32"):
+        spmm(packed, torch.randn(2, 4).double())
+    with pytest.raises(InvalidArgument, match="not finite"):
+        pack_rows(torch.full((2, 2), float("nan")))
+    with pytest.raises(PatternError, match="16-bit"):
+        pack_rows(torch.zeros(1, 70_000))
+    if available():
+        monkeypatch.setenv("SPARSEWORKS_ISA", "avx9000")
+        with pytest.raises(InvalidArgument, match="avx9000"):
+            spmm(packed, torch.randn(2, 4))
