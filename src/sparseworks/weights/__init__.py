@@ -1,6 +1,7 @@
 """Methods that zero or factor parameters. Each family registers its methods here by name only."""
 
 from sparseworks.core import registry
+from sparseworks.weights import structured as _structured  # registers its methods
 
 _ROOM = "sparseworks.weights"
 
@@ -21,3 +22,5 @@ registry.register(
         "sparsegpt": f"{_ROOM}.oneshot.sparsegpt:SparseGPT",
     }
 )
+
+del _structured
