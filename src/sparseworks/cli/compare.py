@@ -56,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     """Prune a copy for every cell of the table and measure it."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
-    from sparseworks.cli.prune import calibration, check_output, make_metrics
+    from sparseworks.cli.preparing import calibration, check_output, make_metrics
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.core import registry
     from sparseworks.diagnostics.claims import machine

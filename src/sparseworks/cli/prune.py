@@ -10,7 +10,6 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,6 +79,7 @@ def run(options: Options) -> dict[str, Any]:
     """Prune, measure before and after, save, report."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
+    from sparseworks.cli.preparing import calibration, check_output, make_metrics, parse_options
     from sparseworks.cli.running import progress_bar
     from sparseworks.core import registry
     from sparseworks.core.patterns import check_sparsity, parse_pattern
@@ -125,84 +125,6 @@ def run(options: Options) -> dict[str, Any]:
         write_output(options, loaded, result, summary)
     show(summary, options.json)
     return summary
-
-
-def check_output(out: Path | None, force: bool) -> None:
-    """Refuse an output folder that would overwrite something."""
-    if out is None:
-        return
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidArgument(f"{out}: already exists; choose another --out, or --force")
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise InvalidArgument(f"{parent}: no such folder, so --out cannot be made in it")
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` pairs, values as JSON where they are, else as text."""
-    options = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise InvalidArgument(f"--option {pair!r}: use name=value")
-        try:
-            options[name] = json.loads(text)
-        except json.JSONDecodeError:
-            options[name] = text
-    return options
-
-
-def calibration(loaded: Any, options: Any) -> list[Any] | None:
-    """Calibration batches that fit the model; None where the method needs none."""
-    from sparseworks.core import registry
-    from sparseworks.data import load
-
-    needs = registry.resolve(options.method).info.needs
-    if not needs and options.recovery is None:
-        return None
-    source = options.data
-    if source is None:
-        if loaded.tokenizer is None:
-            raise InvalidArgument(
-                f"method {options.method!r} calibrates on data and this model reads no text: "
-                "give --data (a parquet file, an image folder, digits)"
-            )
-        source = "docstrings"
-    kind: Any = None
-    if loaded.tokenizer is not None:
-        kind = "passages" if loaded.kind in ("encoder", "classifier") else "windows"
-    return load(
-        source,
-        tokenizer=loaded.tokenizer,
-        kind=kind,
-        samples=options.samples,
-        length=min(options.length, 128) if kind == "passages" else options.length,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-
-
-def make_metrics(
-    names: Sequence[str], loaded: Any, eval_data: str | None, samples: int | None
-) -> list[Any]:
-    """Metrics by name, on the dense model."""
-    from sparseworks.diagnostics.metrics import get_metric
-
-    made = []
-    for name in names:
-        count = samples
-        if count is None and name == "perplexity":
-            count = 64
-        made.append(
-            get_metric(
-                name,
-                model=loaded.model,
-                tokenizer=loaded.tokenizer,
-                data=eval_data,
-                samples=count,
-            )
-        )
-    return made
 
 
 def summarize(

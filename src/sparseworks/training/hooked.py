@@ -17,19 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparseworks.core import registry
-from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.masks import MaskEntry, Masks, attach, masks
-from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.masks import MaskEntry, Masks, attach
+from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
-from sparseworks.models.views import View, find_prunable
+from sparseworks.models.views import View
 
-__all__ = ["Hooked", "Run", "sparsify", "unwrapped"]
+__all__ = ["Hooked", "Run", "plain_name", "unwrapped"]
 
-_FLATTENING = (
-    "FP16_Optimizer", "DistributedFusedAdam", "DistributedFusedLAMB", "DeepSpeedZeroOptimizer",
-    "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer", "ZeroRedundancyOptimizer",
-)  # fmt: skip
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -108,7 +103,7 @@ class Run:
 
     def _bind(self) -> None:
         """Find the parameters by name (wrappers replace the objects) and hook their gradients."""
-        named = {_plain(n): p for n, p in self.model.named_parameters(remove_duplicate=False)}
+        named = {plain_name(n): p for n, p in self.model.named_parameters(remove_duplicate=False)}
         for name in self.views:
             parameter = named[name]
             if self._bound.get(name) is parameter:
@@ -217,85 +212,7 @@ class Run:
         self.apply()
 
 
-def sparsify(
-    model: nn.Module,
-    optimizer: Optimizer,
-    method: str | Hooked,
-    *,
-    sparsity: float | None = None,
-    steps: int | None = None,
-    pattern: str | Pattern | None = None,
-    budget: Any = None,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> Run:
-    """Make a training loop sparse; call the loop as before, then `run.finish()`.
-
-    Args:
-        model: the model that trains; wrappers may be put round it afterwards.
-        optimizer: any torch optimizer that holds the model's parameters one by one.
-        method: "fixed" (the zeros of the model's mask record stay zero) or a registered method.
-        sparsity: final fraction of zeros, for methods that choose masks.
-        steps: optimizer steps of the whole training, for methods with a schedule.
-        pattern: legal zeros; None: the method's own.
-        budget: who pays; None: the method's own.
-        include: name patterns of the only weights to mask.
-        exclude: name patterns of weights to leave dense.
-        seed: of the run's private random numbers.
-        options: fields of the method.
-
-    Raises:
-        InvalidArgument: an option or an optimizer that cannot be used; nothing was changed.
-        ModelError: "fixed" on a model without masks.
-    """
-    chosen = registry.build(method, **options)
-    if not isinstance(chosen, Hooked):
-        kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
-        raise InvalidArgument(f"method {method!r} is {kind}, not one for a training loop")
-    if type(optimizer).__name__ in _FLATTENING:
-        raise InvalidArgument(
-            f"{type(optimizer).__name__} keeps flattened copies of the weights, in which masks "
-            "cannot be enforced; use an optimizer that steps the parameters themselves"
-        )
-    if chosen.starts_from_record:
-        record = masks(unwrapped(model))
-        if record is None or not len(record):
-            raise ModelError(
-                f"method {chosen.info.name!r} needs a model with masks: prune or load one first"
-            )
-        views = [v for v in find_prunable(model, include="*") if _plain(v.name) in record]
-    else:
-        views = list(find_prunable(model, include, exclude))
-        if sparsity is None:
-            raise InvalidArgument(f"method {chosen.info.name!r} needs `sparsity`")
-        check_sparsity(sparsity)
-    legal = parse_pattern(chosen.pattern if pattern is None else pattern)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    lacking = [v.name for v in views if v.parameter.requires_grad and id(v.parameter) not in held]
-    if lacking:
-        raise InvalidArgument(
-            f"the optimizer does not hold {lacking[0]!r}; build it from this model's parameters, "
-            "or exclude the tensor"
-        )
-    plain = [View(_plain(v.name), v.module, v.attribute, v.layout, v.groups) for v in views]
-    run = Run(
-        model,
-        optimizer,
-        chosen,
-        plain,
-        sparsity=sparsity,
-        steps=steps,
-        pattern=legal,
-        budget=chosen.budget if budget is None else budget,
-        seed=seed,
-    )
-    run.start()
-    return run
-
-
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A parameter's name without the prefixes of DDP, torch.compile and FSDP."""
     for prefix in _WRAPPERS:
         name = name.replace(prefix, "", 1) if name.startswith(prefix) else name

@@ -1,0 +1,101 @@
+"""`sparseworks.sparsify`: start a sparse run on a model and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sparseworks.core import registry
+from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.core.masks import masks
+from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
+from sparseworks.models.views import View, find_prunable
+from sparseworks.training.hooked import Hooked, Run, plain_name, unwrapped
+
+__all__ = ["sparsify"]
+
+_FLATTENING = (
+    "FP16_Optimizer", "DistributedFusedAdam", "DistributedFusedLAMB", "DeepSpeedZeroOptimizer",
+    "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer", "ZeroRedundancyOptimizer",
+)  # fmt: skip
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: Optimizer,
+    method: str | Hooked,
+    *,
+    sparsity: float | None = None,
+    steps: int | None = None,
+    pattern: str | Pattern | None = None,
+    budget: Any = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Run:
+    """Make a training loop sparse; call the loop as before, then `run.finish()`.
+
+    Args:
+        model: the model that trains; wrappers may be put round it afterwards.
+        optimizer: any torch optimizer that holds the model's parameters one by one.
+        method: "fixed" (the zeros of the model's mask record stay zero) or a registered method.
+        sparsity: final fraction of zeros, for methods that choose masks.
+        steps: optimizer steps of the whole training, for methods with a schedule.
+        pattern: legal zeros; None: the method's own.
+        budget: who pays; None: the method's own.
+        include: name patterns of the only weights to mask.
+        exclude: name patterns of weights to leave dense.
+        seed: of the run's private random numbers.
+        options: fields of the method.
+
+    Raises:
+        InvalidArgument: an option or an optimizer that cannot be used; nothing was changed.
+        ModelError: "fixed" on a model without masks.
+    """
+    chosen = registry.build(method, **options)
+    if not isinstance(chosen, Hooked):
+        kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
+        raise InvalidArgument(f"method {method!r} is {kind}, not one for a training loop")
+    if type(optimizer).__name__ in _FLATTENING:
+        raise InvalidArgument(
+            f"{type(optimizer).__name__} keeps flattened copies of the weights, in which masks "
+            "cannot be enforced; use an optimizer that steps the parameters themselves"
+        )
+    if chosen.starts_from_record:
+        record = masks(unwrapped(model))
+        if record is None or not len(record):
+            raise ModelError(
+                f"method {chosen.info.name!r} needs a model with masks: prune or load one first"
+            )
+        views = [v for v in find_prunable(model, include="*") if plain_name(v.name) in record]
+    else:
+        views = list(find_prunable(model, include, exclude))
+        if sparsity is None:
+            raise InvalidArgument(f"method {chosen.info.name!r} needs `sparsity`")
+        check_sparsity(sparsity)
+    legal = parse_pattern(chosen.pattern if pattern is None else pattern)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    lacking = [v.name for v in views if v.parameter.requires_grad and id(v.parameter) not in held]
+    if lacking:
+        raise InvalidArgument(
+            f"the optimizer does not hold {lacking[0]!r}; build it from this model's parameters, "
+            "or exclude the tensor"
+        )
+    plain = [View(plain_name(v.name), v.module, v.attribute, v.layout, v.groups) for v in views]
+    run = Run(
+        model,
+        optimizer,
+        chosen,
+        plain,
+        sparsity=sparsity,
+        steps=steps,
+        pattern=legal,
+        budget=chosen.budget if budget is None else budget,
+        seed=seed,
+    )
+    run.start()
+    return run
