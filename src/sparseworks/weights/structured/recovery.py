@@ -1,0 +1,163 @@
+"""Train a slimmed model on: SGD with a one-cycle rate, and the dense model as teacher.
+
+loss = (1 - a) CE(z, y) + a T^2 KL(softmax(z_t / T) || softmax(z / T)), for logits z of the slimmed
+and z_t of the dense model.
+
+Source: Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseworks.core.errors import DataError, InvalidArgument
+from sparseworks.models.calls import Batch, call, logits_of, move, split
+
+__all__ = ["Recovery", "distillation", "finetune", "reestimate"]
+
+Penalty = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What fine-tuning did: steps, seconds, and the mean loss of the last twentieth."""
+
+    steps: int
+    seconds: float
+    loss: float
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) over the last axis, mean over the others."""
+    log_p = F.log_softmax(student.float().flatten(0, -2) / temperature, -1)
+    q = F.softmax(teacher.float().flatten(0, -2) / temperature, -1)
+    return F.kl_div(log_p, q, reduction="batchmean") * temperature**2
+
+
+def finetune(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[Batch]],
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    teacher: nn.Module | None = None,
+    temperature: float = 4.0,
+    weight: float = 0.9,
+    bf16: bool = False,
+    penalty: Penalty | None = None,
+    after_step: Callable[[int], None] | None = None,
+    loss: Callable[[nn.Module, Batch, Tensor], Tensor] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Recovery:
+    """Fine-tune in place; the model is left in evaluation mode.
+
+    Args:
+        model: to train.
+        batches: epoch number -> (inputs, target) batches of that epoch.
+        epochs: passes.
+        steps_per_epoch: batches of a pass, for the schedule.
+        lr: peak of the one-cycle schedule (a tenth of the way up, then cosine to 0).
+        momentum: of SGD with Nesterov.
+        weight_decay: on parameters with two axes or more.
+        teacher: the dense model, in evaluation mode, or None for cross-entropy alone.
+        temperature: T of the distillation.
+        weight: a, the share of the distillation.
+        bf16: compute in bfloat16 (autocast), faster where the processor has it.
+        penalty: called after backward, before the step; may add to gradients.
+        after_step: called with the step number after each step.
+        loss: `(model, batch, logits) -> scalar` instead of the loss above.
+        progress: called with (done, total, what).
+
+    Raises:
+        InvalidArgument: no steps.
+        DataError: the loss is not finite.
+    """
+    total = epochs * steps_per_epoch
+    if total < 1:
+        raise InvalidArgument("epochs and steps_per_epoch are at least 1")
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr, momentum=momentum, nesterov=momentum > 0,
+    )  # fmt: skip
+    device = next(model.parameters()).device
+    start, step, last = time.perf_counter(), 0, []
+    model.train()
+    for epoch in range(epochs):
+        for batch in batches(epoch):
+            if step >= total:
+                break
+            batch = move(batch, device)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * one_cycle(step, total)
+            inputs, target = split(batch)
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+                logits = logits_of(call(model, inputs))
+                guide = None
+                if teacher is not None:
+                    with torch.no_grad():
+                        guide = logits_of(call(teacher, inputs))
+            if loss is not None:
+                value = loss(model, batch, logits.float())
+            else:
+                value = F.cross_entropy(logits.float(), target)
+            if guide is not None:
+                soft = distillation(logits, guide, temperature)
+                value = (1 - weight) * value + weight * soft
+            if not bool(torch.isfinite(value)):
+                raise DataError(f"the loss is {float(value.detach())} at step {step}; lower lr=")
+            optimizer.zero_grad()
+            value.backward()
+            if penalty is not None:
+                penalty(model)
+            optimizer.step()
+            step += 1
+            if after_step is not None:
+                after_step(step)
+            if step > 0.95 * total:
+                last.append(float(value.detach()))
+        if progress is not None:
+            progress(epoch + 1, epochs, "fine-tuning")
+    model.eval()
+    return Recovery(step, time.perf_counter() - start, sum(last) / max(1, len(last)))
+
+
+def one_cycle(step: int, total: int, rise: float = 0.1) -> float:
+    """Share of the peak rate: linear up over `rise`, then cosine down to 0."""
+    turn = max(1, int(rise * total))
+    if step < turn:
+        return (step + 1) / turn
+    return 0.5 * (1 + math.cos(math.pi * (step - turn) / max(1, total - turn)))
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Batch-norm statistics anew, as plain averages over the batches; nothing else changes."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    training = {m: m.training for m in model.modules()}
+    momenta = {m: m.momentum for m in norms}
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        for batch in batches:
+            call(model, split(batch)[0])
+    finally:
+        for norm in norms:
+            norm.momentum = momenta[norm]
+        for module, was in training.items():
+            module.training = was
