@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sparseworks.core.errors import CheckpointError
 from sparseworks.models.zoo.resnet import load_resnet, normalize, resnet20, resnet56
@@ -32,6 +33,11 @@ def test_checkpoints_classify_real_images(data_root, name, depth):
 
 
 def test_other_files_are_refused(tmp_path):
+    state = resnet20().state_dict()
+    state["conv1.weight"] = torch.zeros(1)
+    save_file(state, tmp_path / "shape.safetensors")
+    with pytest.raises(CheckpointError, match="conv1"):
+        load_resnet(tmp_path / "shape.safetensors")
     (tmp_path / "m.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(CheckpointError, match="safetensors"):
         load_resnet(tmp_path / "m.safetensors")

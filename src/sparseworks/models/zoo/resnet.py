@@ -16,7 +16,16 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import CheckpointError
 
-__all__ = ["MEAN", "STD", "BasicBlock", "CifarResNet", "load_resnet", "resnet20", "resnet56"]
+__all__ = [
+    "MEAN",
+    "STD",
+    "BasicBlock",
+    "CifarResNet",
+    "load_resnet",
+    "normalize",
+    "resnet20",
+    "resnet56",
+]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -100,7 +109,10 @@ def load_resnet(path: str | os.PathLike[str]) -> CifarResNet:
     if not stages or "linear.weight" not in state:
         raise CheckpointError(f"{path}: not a CIFAR ResNet (no layer1.* or linear.weight)")
     model = CifarResNet(len(stages), state["linear.weight"].shape[0])
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
     missing = [m for m in missing if not m.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise CheckpointError(f"{path}: missing {missing[:2]}, unexpected {unexpected[:2]}")
