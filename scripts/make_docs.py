@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import sparseworks  # noqa: F401  (registers the methods)
-from sparseworks.diagnostics.claims import table
+from sparseworks.diagnostics.claims import results, table
 from sparseworks.report.catalogue import catalogue_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,11 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "docs" / "catalogue.md": catalogue_markdown(),
         ROOT / "docs" / "claims.md": CLAIMS + table(ROOT / "claims"),
+        # what an installed package shows, where there is no checkout
+        ROOT / "src" / "sparseworks" / "diagnostics" / "results.json": json.dumps(
+            results(ROOT / "claims"), indent=1
+        )
+        + "\n",
     }
 
 

@@ -37,13 +37,13 @@ def run(options: Options) -> None:
     """List, run or tabulate."""
     from sparseworks.diagnostics import claims
 
-    files = claims.find_claims(options.folder)
     if options.action == "table":
         print(claims.table(options.folder), end="")
         return
     if options.action == "list":
-        _list(files, options.json)
+        _list(options)
         return
+    files = claims.find_claims(options.folder)
     unknown = [c for c in options.cards if c not in files]
     if unknown or not options.cards:
         what = f"no claim {unknown[0]!r}" if unknown else "which claim?"
@@ -69,15 +69,18 @@ def run(options: Options) -> None:
             print(f"  {p['verdict']:<13} {p['mean']:.4g} {shown}  {p['statement']}")
 
 
-def _list(files: dict[str, Path], as_json: bool) -> None:
-    rows = []
-    for card, path in files.items():
-        recorded = path.with_suffix(".json")
-        verdict = json.loads(recorded.read_text())["verdict"] if recorded.is_file() else "not run"
-        rows.append({"card": card, "claim": path.stem[4:], "verdict": verdict})
-    if as_json:
+def _list(options: Options) -> None:
+    from sparseworks.diagnostics import claims
+
+    known = {r["card"]: r for r in claims.results(options.folder)}
+    rows = [{"card": c, "claim": r["title"], "verdict": r["verdict"]} for c, r in known.items()]
+    if options.folder.is_dir():
+        for card, path in claims.find_claims(options.folder).items():
+            if card not in known:
+                rows.append({"card": card, "claim": path.stem[4:], "verdict": "not run"})
+    if options.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
         return
     for row in rows:
-        print(f"{row['card']}  {row['claim']:<24} {row['verdict']}")
+        print(f"{row['card']}  {row['verdict']:<13} {row['claim']}")

@@ -28,9 +28,10 @@ import torch
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.diagnostics.statistics import paired_interval
 
-__all__ = ["Claim", "Promise", "data_root", "find_claims", "load_claim", "run", "table"]
+__all__ = ["Claim", "Promise", "data_root", "find_claims", "load_claim", "results", "run", "table"]
 
 Setting = Literal["quick", "full"]
+_SHIPPED = Path(__file__).with_name("results.json")
 
 
 @dataclass(frozen=True)
@@ -219,24 +220,28 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+def results(folder: str | os.PathLike[str] = "claims") -> list[dict[str, Any]]:
+    """The recorded results, by card: of this checkout, else those that came with the package."""
+    if Path(folder).is_dir():
+        recorded = [p.with_suffix(".json") for p in find_claims(folder).values()]
+        return [json.loads(p.read_text()) for p in recorded if p.is_file()]
+    shipped: list[dict[str, Any]] = json.loads(_SHIPPED.read_text())
+    return shipped
+
+
 def table(folder: str | os.PathLike[str] = "claims") -> str:
     """A Markdown table of all recorded results, for the documentation."""
     lines = [
         "| card | method | promise | mean | 95 % interval | proposed | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for card, path in find_claims(folder).items():
-        result_path = path.with_suffix(".json")
-        if not result_path.is_file():
-            lines.append(f"| {card} | {path.stem[4:]} | not run yet | | | | |")
-            continue
-        result = json.loads(result_path.read_text())
+    for result in results(folder):
         for p in result["promises"]:
             interval = p["interval"]
             shown = f"{interval[0]:.3g} to {interval[1]:.3g}" if interval else "one value"
             margin = "" if p["proposed_margin"] is None else f"{p['proposed_margin']:g}"
             lines.append(
-                f"| {card} | {result['method']} | {p['statement']} | {p['mean']:.3g} | {shown} "
-                f"| {margin} | **{p['verdict']}** |"
+                f"| {result['card']} | {result['method']} | {p['statement']} | {p['mean']:.3g} "
+                f"| {shown} | {margin} | **{p['verdict']}** |"
             )
     return "\n".join(lines) + "\n"
