@@ -21,7 +21,7 @@ registry.register(
 )
 
 _LAZY = {
-    "slim": "slim",
+    "slim": "slimming",
     "SlimResult": "result",
     "Width": "result",
     "latency": "measure",

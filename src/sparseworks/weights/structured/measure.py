@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping
@@ -63,6 +64,9 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Path:
     training = {m: m.training for m in model.modules()}
     model.eval()
     mapped = isinstance(inputs, Mapping)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of every optional package that is absent
     try:
         program = torch.onnx.export(
             model,
@@ -75,6 +79,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Path:
         program.save(str(part))
         part.replace(path)
     finally:
+        logger.setLevel(level)
         part.unlink(missing_ok=True)
         for module, was in training.items():
             module.training = was

@@ -119,7 +119,7 @@ def finetune(
             if not bool(torch.isfinite(value)):
                 raise DataError(f"the loss is {float(value.detach())} at step {step}; lower lr=")
             optimizer.zero_grad()
-            value.backward()
+            torch.autograd.backward(value)
             if penalty is not None:
                 penalty(model)
             optimizer.step()

@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 import copy as copying
-import fnmatch
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from sparseworks.core import registry
-from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.models.blocks import first_tensor
-from sparseworks.models.calls import Batch, Loss, call, split
-from sparseworks.models.coupling import Coupling, Family, trace
-from sparseworks.weights.structured.configs import contradictions, describe, has_config
-from sparseworks.weights.structured.cutting import Backup, Change, cut, kept_indices, zero
-from sparseworks.weights.structured.folding import fold as fold_means
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.coupling import Coupling, trace
+from sparseworks.weights.structured.applying import apply_cut
+from sparseworks.weights.structured.configs import has_config
+from sparseworks.weights.structured.cutting import Backup, Change, cut
 from sparseworks.weights.structured.measure import latency as measure_latency
+from sparseworks.weights.structured.planning import Keep, Plan, choose, shapes_of
 from sparseworks.weights.structured.result import SlimResult, Width
-from sparseworks.weights.structured.selection import kind, ladders, search
 
 __all__ = ["slim"]
 
 Progress = Callable[[int, int, str], None]
 Patterns = str | Iterable[str] | None
-Keep = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The options of one call that every round needs."""
-
-    method: Any
-    data: list[Batch] | None
-    loss: Loss | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    round_to: int | None
-    floor: float
-    uniform: bool
-    streams: bool
-    fold: str
-    verify: bool
 
 
 def slim(
@@ -120,10 +98,10 @@ def slim(
     targets = {"flops": flops, "params": params, "latency": latency}
     what, share = _target(targets, floor, iterations, round_to)
     scorer = registry.build(method, **options)
-    if not hasattr(scorer, "score"):
+    if getattr(getattr(scorer, "info", None), "kind", "") != "structured":
         raise InvalidArgument(f"method {method!r} does not score groups; see `sparseworks methods`")
     batches = None if data is None else list(data)
-    plan = _Plan(
+    plan = Plan(
         scorer,
         batches,
         loss,
@@ -138,7 +116,7 @@ def slim(
     )
     if copy:
         model = copying.deepcopy(model)
-    shapes = _shapes(model)
+    shapes = shapes_of(model)
     report, undo = progress or (lambda *_: None), []
     first: Coupling | None = None
     widths: dict[str, Width] = {}
@@ -152,24 +130,22 @@ def slim(
             measure = _measure(model, example, coupling, what)
             if first is None:
                 first, base = coupling, measure(coupling.keep_all())
-            whole = {"flops": coupling.flops(), "params": float(coupling.parameters())}
             goal = base * share ** ((i + 1) / iterations)
             backup = Backup()
             undo.append(backup)
-            keep = _choose(model, coupling, plan, measure, goal, what)
-            made, fields = _apply(model, example, coupling, keep, plan, backup)
+            keep = choose(model, coupling, plan, measure, goal, what)
+            made, fields = apply_cut(model, example, coupling, keep, plan, backup)
             changes, config = changes + made, {**config, **(fields or {})}
             _note(widths, coupling, keep)
             if recover is not None and i + 1 < iterations:
                 recover(model, i)
-            del whole
     except BaseException:
         for backup in reversed(undo):
             backup.restore()
         raise
     report(iterations, iterations, "cutting groups")
     assert first is not None
-    after = _shapes(model)
+    after = shapes_of(model)
     parameters = sum(p.numel() for p in model.parameters())
     return SlimResult(
         scorer.info.name,
@@ -178,7 +154,7 @@ def slim(
         {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
         tuple(changes),
         (config if plan.uniform and has_config(model) else None),
-        (_flops_before(first, shapes), trace(model, example).flops()),
+        (sum(2.0 * c.macs for c in first.costs), trace(model, example).flops()),
         (sum(int(np.prod(s)) for s in shapes.values()), parameters),
         None,
         model,
@@ -205,14 +181,6 @@ def _target(
 
 def _listed(given: Patterns) -> tuple[str, ...]:
     return () if given is None else (given,) if isinstance(given, str) else tuple(given)
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {n: tuple(p.shape) for n, p in model.named_parameters()}
-
-
-def _flops_before(coupling: Coupling, shapes: Mapping[str, Any]) -> float:
-    return sum(2.0 * c.macs for c in coupling.costs)
 
 
 def _measure(
@@ -244,184 +212,6 @@ def _count(coupling: Coupling, sizes: Mapping[str, tuple[int, ...]], keep: Keep)
     return total
 
 
-def _choose(
-    model: nn.Module,
-    coupling: Coupling,
-    plan: _Plan,
-    measure: Callable[[Keep], float],
-    goal: float,
-    what: str,
-) -> Keep:
-    families = _allowed(coupling, plan)
-    shared: dict[int, object] = {}
-    if plan.uniform:
-        shared = {f.index: kind(f) for f in families}
-    if plan.uniform and has_config(model):
-        shared = _described(model, coupling, families)
-        families = [f for f in families if f.index in shared]
-    if not families:
-        raise ModelError(
-            f"{type(model).__name__}: no group may be cut; widen include=/exclude=, allow streams "
-            "under normalisation (streams=True), or widths per layer (uniform=False)"
-        )
-    scores = plan.method.score(model, coupling, plan.data, plan.loss)
-    made = ladders(
-        coupling,
-        families,
-        scores,
-        normalise=plan.method.normalise,
-        shared=shared,
-        round_to=plan.round_to,
-        floor=plan.floor,
-    )
-    return search(coupling, made, measure, goal, what)
-
-
-def _allowed(coupling: Coupling, plan: _Plan) -> list[Family]:
-    names = {n for f in coupling.families for n, _ in f.axes}
-    for pattern in (*plan.include, *plan.exclude):
-        if not any(_matches(n, pattern) for n in names):
-            raise InvalidArgument(
-                f"name pattern {pattern!r} matches no parameter that can be cut; they are named "
-                f"like {', '.join(sorted(names)[:3])}"
-            )
-    return [
-        f
-        for f in coupling.families
-        if (f.exact or plan.streams)
-        and (not plan.include or any(_matches(n, p) for n, _ in f.axes for p in plan.include))
-        and not any(_matches(n, p) for n, _ in f.axes for p in plan.exclude)
-        and len(f) > 1
-    ]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
-
-
-def _described(model: nn.Module, coupling: Coupling, families: list[Family]) -> dict[int, object]:
-    """Families whose widths the config can tell, each with the key of what one field describes.
-
-    Every kind is tried on one step of its own; kinds that no field tells alone are tried together
-    with others of their size (encoder and decoder, stages of different width).
-    """
-    before = _shapes(model)
-    kinds: dict[object, list[Family]] = {}
-    for family in families:
-        kinds.setdefault(kind(family), []).append(family)
-    found: dict[int, object] = {}
-    rest: dict[object, list[Family]] = {}
-    for key, group in kinds.items():
-        if _tells(model, coupling, before, group):
-            found.update({f.index: key for f in group})
-        else:
-            rest.setdefault(tuple(sorted({len(f) for f in group})), []).extend(group)
-    for size, group in rest.items():
-        if _tells(model, coupling, before, group):
-            found.update({f.index: size for f in group})
-    return found
-
-
-def _tells(
-    model: nn.Module,
-    coupling: Coupling,
-    before: Mapping[str, tuple[int, ...]],
-    group: list[Family],
-) -> bool:
-    levels = int(np.gcd.reduce([len(f) for f in group]))
-    if levels == 1:
-        return False
-    keep = coupling.keep_all()
-    for family in group:
-        keep[family.roots[: len(family) // levels]] = False
-    return describe(model, before, _cut_shapes(before, coupling, keep)) is not None
-
-
-def _cut_shapes(
-    before: Mapping[str, tuple[int, ...]], coupling: Coupling, keep: Keep
-) -> dict[str, tuple[int, ...]]:
-    kept = kept_indices(coupling, keep)
-    return {
-        n: tuple(len(kept[n][a]) if a in kept.get(n, {}) else s for a, s in enumerate(shape))
-        for n, shape in before.items()
-    }
-
-
-def _apply(
-    model: nn.Module, example: Batch, coupling: Coupling, keep: Keep, plan: _Plan, backup: Backup
-) -> tuple[list[Change], dict[str, Any] | None]:
-    before = _shapes(model)
-    after = _cut_shapes(before, coupling, keep)
-    fields = None
-    if plan.uniform and has_config(model):
-        fields = describe(model, before, after)
-        if fields is None:
-            raise ModelError(
-                f"no config of {type(model).__name__} describes these widths; use uniform=False"
-            )
-    if plan.verify:
-        _check(model, example, coupling, keep)
-    if plan.fold != "none":
-        data = plan.data if plan.data is not None else [example]
-        fold_means(model, coupling, keep, data, backup, plan.fold == "exact")
-    changes, _ = cut(model, coupling, keep, backup)
-    for path, value in (fields or {}).items():
-        *parents, name = path.split(".")
-        owner: Any = model.config
-        for parent in parents:
-            owner = getattr(owner, parent)
-        backup.set(owner, name, value)
-    if fields is not None and (wrong := contradictions(model, changes)):
-        raise ModelError(
-            f"the config of {type(model).__name__} would not rebuild this model ({wrong[0]}); "
-            "use uniform=False"
-        )
-    return changes, fields
-
-
-@torch.no_grad()
-def _check(model: nn.Module, example: Batch, coupling: Coupling, keep: Keep) -> None:
-    """Cutting must equal zeroing (where no statistic runs over what is cut), and must run."""
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    saved = zero(model, coupling, keep)
-    try:
-        expected = _output(model, example)
-    finally:
-        for parameter, value in saved:
-            parameter.copy_(value)
-    backup = Backup()
-    try:
-        cut(model, coupling, keep, backup)
-        found = _output(model, example)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} does not run with its new shapes ({error}); a module may hold "
-            "a size under a name that is not known: exclude= the layers it belongs to"
-        ) from error
-    finally:
-        backup.restore()
-        for module, was in training.items():
-            module.training = was
-    exact = all(f.exact or bool(keep[f.roots].all()) for f in coupling.families)
-    scale = float(expected.abs().max()) + 1e-12
-    if exact and float((found - expected).abs().max()) > 2e-3 * scale:
-        raise ModelError(
-            f"{type(model).__name__}: the cut model differs from the zeroed one by "
-            f"{float((found - expected).abs().max()) / scale:.1e}; please report this architecture"
-        )
-
-
-def _output(model: nn.Module, example: Batch) -> Tensor:
-    output = call(model, split(example)[0])
-    found = getattr(output, "logits", None)
-    tensor = found if isinstance(found, Tensor) else first_tensor(output)
-    if tensor is None:
-        raise ModelError(f"no tensor in the output of {type(model).__name__}")
-    return tensor.detach().float()
-
-
 def _note(widths: dict[str, Width], coupling: Coupling, keep: Keep) -> None:
     for family in coupling.families:
         name, axis = family.axes[0]
@@ -433,7 +223,7 @@ def _note(widths: dict[str, Width], coupling: Coupling, keep: Keep) -> None:
             widths[label] = Width(label, before, after, per)
 
 
-def _plain(plan: _Plan) -> dict[str, Any]:
+def _plain(plan: Plan) -> dict[str, Any]:
     skip = ("method", "data", "loss")
     return {k: v for k, v in vars(plan).items() if k not in skip}
 

@@ -1,0 +1,209 @@
+"""Cut channels, hidden units and heads: a smaller dense model that any runtime runs faster.
+
+The output folder holds the slimmed model, result.json, options.json, and model.onnx on request.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sparseworks slim`."""
+
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    flops: float | None = None
+    """Share of the floating-point operations to keep, in (0, 1)."""
+    params: float | None = None
+    """Share of the parameters to keep."""
+    latency: float | None = None
+    """Share of the time per call to keep, measured on this machine."""
+    method: str = "group-norm"
+    """Registered structured method; `sparseworks methods` lists them."""
+    data: str | None = None
+    """Calibration and example: docstrings, digits, a text or parquet file, an image folder."""
+    input_shape: tuple[int, ...] = ()
+    """Shape of a random example (8 3 32 32) where there is no data; CIFAR ResNets need none."""
+    samples: int = 128
+    """Calibration samples."""
+    length: int = 128
+    """Tokens of a calibration window."""
+    batch_size: int = 8
+    """Samples per batch; also of the example that is timed."""
+    include: tuple[str, ...] = ()
+    """Name patterns; only groups that touch one of these parameters."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns; no group that touches one of these parameters."""
+    round_to: int | None = None
+    """Every width that changes becomes a multiple of this."""
+    floor: float = 0.1
+    """Share of every width that stays at least."""
+    per_layer: bool = False
+    """Widths per layer also for Hugging Face models; load_slim reads the result."""
+    streams: bool = False
+    """Also cut residual streams under layer norm."""
+    iterations: int = 1
+    """Rounds of equal relative size, scored anew."""
+    groups: bool = False
+    """Print what would have to go together, and cut nothing."""
+    option: tuple[str, ...] = ()
+    """Options of the method, name=value (JSON values)."""
+    seed: int = 0
+    """Of calibration sampling."""
+    onnx: bool = False
+    """Export to ONNX and time onnxruntime before and after."""
+    out: Path | None = None
+    """Output folder; it must not exist yet, unless --force."""
+    force: bool = False
+    """Replace the output folder."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Trace, cut, time before and after, save."""
+    import sparseworks as sw
+    from sparseworks.cli.loading import load_model
+    from sparseworks.cli.preparing import check_output, parse_options
+    from sparseworks.cli.running import plain_options, progress_bar
+    from sparseworks.core import registry
+    from sparseworks.models.coupling import trace
+    from sparseworks.weights.structured import latency
+
+    if not options.model:
+        raise InvalidArgument("no model given; for example: sparseworks slim minilm --flops 0.6")
+    method = registry.resolve(options.method)
+    check_output(options.out, options.force)
+    extra = parse_options(options.option)
+    loaded = load_model(options.model)
+    example, batches = _example(loaded, options, bool(method.info.needs))
+    if options.groups:
+        print(trace(loaded.model, example))
+        return {"model": loaded.name}
+    before = latency(loaded.model, example)
+    with tempfile.TemporaryDirectory() as place:
+        times = {"torch": [before], **_onnx(options, loaded.model, example, Path(place))}
+        with progress_bar("slimming", quiet=options.json) as progress:
+            result = sw.slim(
+                loaded.model,
+                example,
+                flops=options.flops,
+                params=options.params,
+                latency=options.latency,
+                method=options.method,
+                data=batches,
+                include=options.include or None,
+                exclude=options.exclude or None,
+                round_to=options.round_to,
+                floor=options.floor,
+                uniform=False if options.per_layer else None,
+                streams=options.streams,
+                iterations=options.iterations,
+                progress=progress,
+                **extra,
+            )
+        times["torch"].append(latency(loaded.model, example))
+        for name, value in _onnx(options, loaded.model, example, Path(place)).items():
+            times[name] += value
+        summary = {
+            "options": plain_options(options),
+            "model": loaded.name,
+            "class": type(loaded.model).__name__,
+            "seconds per call": times,
+            "result": result.to_dict(),
+        }
+        if options.out is not None:
+            _write(options, loaded, result, summary, Path(place))
+    _show(summary, result, options)
+    return summary
+
+
+def _example(loaded: Any, options: Options, needed: bool) -> tuple[Any, list[Any] | None]:
+    """One batch to trace and time on, and calibration batches where there are data."""
+    import torch
+
+    from sparseworks.data import load
+
+    generator = torch.Generator().manual_seed(options.seed)
+    if options.data is None and options.input_shape:
+        return torch.randn(options.input_shape, generator=generator), None
+    if options.data is None and loaded.tokenizer is None:
+        if type(loaded.model).__name__ != "CifarResNet" or needed:
+            raise InvalidArgument("give --data, or --input-shape where the method needs no data")
+        return torch.randn(options.batch_size, 3, 32, 32, generator=generator), None
+    kind: Any = None
+    if loaded.tokenizer is not None:
+        kind = "passages" if loaded.kind in ("encoder", "classifier") else "windows"
+    batches = load(
+        options.data or "docstrings",
+        tokenizer=loaded.tokenizer,
+        kind=kind,
+        samples=options.samples,
+        length=options.length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    return batches[0], batches if needed or options.data else None
+
+
+def _onnx(options: Options, model: Any, example: Any, place: Path) -> dict[str, list[float]]:
+    if not options.onnx:
+        return {}
+    from sparseworks.weights.structured import export_onnx, onnx_latency
+
+    path = export_onnx(model, example, place / "model.onnx")
+    return {"onnxruntime": [onnx_latency(path, example)]}
+
+
+def _write(
+    options: Options, loaded: Any, result: Any, summary: dict[str, Any], place: Path
+) -> None:
+    """Model, result and options in one new folder, or nothing at all."""
+    from sparseworks.cli.running import plain_options, write_json
+    from sparseworks.weights.structured import save_slim
+
+    out = options.out
+    assert out is not None
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as parent:
+        made = Path(parent) / "out"
+        made.mkdir()
+        if result.config is not None:
+            loaded.model.save_pretrained(made / "model")
+        else:
+            save_slim(result, made / "model")
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(made / "model")
+        if options.onnx:
+            shutil.copy(place / "model.onnx", made / "model.onnx")
+        write_json(made / "result.json", summary)
+        write_json(made / "options.json", plain_options(options))
+        if out.exists():
+            shutil.rmtree(out)
+        made.rename(out)
+
+
+def _show(summary: dict[str, Any], result: Any, options: Options) -> None:
+    if options.json:
+        import json
+
+        print(json.dumps(summary, indent=1, default=str))
+        return
+    print(result)
+    for name, (before, after) in summary["seconds per call"].items():
+        ratio = before / after
+        print(f"  {name}: {before * 1e3:.2f} -> {after * 1e3:.2f} ms a call ({ratio:.2f}x)")
+    if options.out is not None:
+        how = "from_pretrained" if result.config is not None else "load_slim"
+        print(f"wrote {options.out}; {how} reads {options.out / 'model'}")

@@ -1,0 +1,148 @@
+"""Which groups one round of `slim` may cut, and which it chooses."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.coupling import Coupling, Family
+from sparseworks.weights.structured.configs import describe, has_config
+from sparseworks.weights.structured.cutting import kept_indices
+from sparseworks.weights.structured.selection import kind, ladders, search
+
+__all__ = ["Keep", "Plan", "choose", "cut_shapes", "shapes_of"]
+
+Keep = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of one call that every round needs."""
+
+    method: Any
+    data: list[Batch] | None
+    loss: Loss | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    round_to: int | None
+    floor: float
+    uniform: bool
+    streams: bool
+    fold: str
+    verify: bool
+
+
+def choose(
+    model: nn.Module,
+    coupling: Coupling,
+    plan: Plan,
+    measure: Callable[[Keep], float],
+    goal: float,
+    what: str,
+) -> Keep:
+    families = _allowed(coupling, plan)
+    shared: dict[int, object] = {}
+    if plan.uniform:
+        shared = {f.index: kind(f) for f in families}
+    if plan.uniform and has_config(model):
+        shared = _described(model, coupling, families)
+        families = [f for f in families if f.index in shared]
+    if not families:
+        raise ModelError(
+            f"{type(model).__name__}: no group may be cut; widen include=/exclude=, allow streams "
+            "under normalisation (streams=True), or widths per layer (uniform=False)"
+        )
+    scores = plan.method.score(model, coupling, plan.data, plan.loss)
+    made = ladders(
+        coupling,
+        families,
+        scores,
+        normalise=plan.method.normalise,
+        shared=shared,
+        round_to=plan.round_to,
+        floor=plan.floor,
+    )
+    return search(coupling, made, measure, goal, what)
+
+
+def _allowed(coupling: Coupling, plan: Plan) -> list[Family]:
+    names = {n for f in coupling.families for n, _ in f.axes}
+    for pattern in (*plan.include, *plan.exclude):
+        if not any(_matches(n, pattern) for n in names):
+            raise InvalidArgument(
+                f"name pattern {pattern!r} matches no parameter that can be cut; they are named "
+                f"like {', '.join(sorted(names)[:3])}"
+            )
+    return [
+        f
+        for f in coupling.families
+        if (f.exact or plan.streams)
+        and (not plan.include or any(_matches(n, p) for n, _ in f.axes for p in plan.include))
+        and not any(_matches(n, p) for n, _ in f.axes for p in plan.exclude)
+        and len(f) > 1
+    ]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+def _described(model: nn.Module, coupling: Coupling, families: list[Family]) -> dict[int, object]:
+    """Families whose widths the config can tell, each with the key of what one field describes.
+
+    Every kind is tried on one step of its own; kinds that no field tells alone are tried together
+    with others of their size (encoder and decoder, stages of different width).
+    """
+    before = shapes_of(model)
+    kinds: dict[object, list[Family]] = {}
+    for family in families:
+        kinds.setdefault(kind(family), []).append(family)
+    found: dict[int, object] = {}
+    rest: dict[object, list[Family]] = {}
+    for key, group in kinds.items():
+        if _tells(model, coupling, before, group):
+            found.update({f.index: key for f in group})
+        else:
+            rest.setdefault(tuple(sorted({len(f) for f in group})), []).extend(group)
+    for size, group in rest.items():
+        if _tells(model, coupling, before, group):
+            found.update({f.index: size for f in group})
+    return found
+
+
+def _tells(
+    model: nn.Module,
+    coupling: Coupling,
+    before: Mapping[str, tuple[int, ...]],
+    group: list[Family],
+) -> bool:
+    levels = int(np.gcd.reduce([len(f) for f in group]))
+    if levels == 1:
+        return False
+    keep = coupling.keep_all()
+    for family in group:
+        keep[family.roots[: len(family) // levels]] = False
+    return describe(model, before, cut_shapes(before, coupling, keep)) is not None
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+
+def cut_shapes(
+    before: Mapping[str, tuple[int, ...]], coupling: Coupling, keep: Keep
+) -> dict[str, tuple[int, ...]]:
+    kept = kept_indices(coupling, keep)
+    return {
+        n: tuple(len(kept[n][a]) if a in kept.get(n, {}) else s for a, s in enumerate(shape))
+        for n, shape in before.items()
+    }
