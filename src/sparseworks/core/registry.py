@@ -10,7 +10,17 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["Kind", "MethodInfo", "Need", "build", "names", "paths", "register", "resolve"]
+__all__ = [
+    "Kind",
+    "MethodInfo",
+    "Need",
+    "build",
+    "names",
+    "options_of",
+    "paths",
+    "register",
+    "resolve",
+]
 
 Kind = Literal["one-shot", "hooked", "transform", "driver", "structured", "measurement"]
 Need = Literal["data", "loss", "labels", "training"]
@@ -86,6 +96,15 @@ def resolve(name: str) -> Any:
         raise InvalidArgument(f"unknown method {name!r}{hint} (`sparseworks methods` lists all)")
     module, _, attribute = _PATHS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def options_of(method: Any) -> dict[str, Any]:
+    """The options of a method object as plain values, for records and comparison."""
+    plain = (bool, int, float, str, type(None))
+    found = (
+        {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
+    )
+    return {n: v if isinstance(v, plain) else str(v) for n, v in found.items()}
 
 
 def build(method: Any, **options: Any) -> Any:

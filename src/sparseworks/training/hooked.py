@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparseworks.core import registry
+from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import MaskEntry, Masks, attach
 from sparseworks.core.patterns import Pattern
@@ -28,13 +30,20 @@ __all__ = ["Hooked", "Run", "plain_name", "unwrapped"]
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Hooked(ABC):
-    """Base of methods that change masks while a model trains; frozen dataclasses of options."""
+    """Base of methods that change masks while a model trains; frozen dataclasses of options.
+
+    Args:
+        pattern: legal zeros, where the call names none.
+        budget: who pays, where the call names none.
+    """
+
+    pattern: str | Pattern = "unstructured"
+    budget: str | Mapping[str, float] | Budget = "uniform"
 
     info: ClassVar[MethodInfo]
     starts_from_record: ClassVar[bool] = False
-    pattern: ClassVar[str] = "unstructured"
-    budget: ClassVar[str] = "uniform"
 
     def begin(self, run: Run) -> None:  # noqa: B027
         """Choose the first masks, `run.masks[name]`; all weights are kept before this."""
@@ -185,7 +194,7 @@ class Run:
         """Everything that resuming needs beside the model's and the optimizer's own state."""
         return {
             "method": self.method.info.name,
-            "options": asdict(self.method) if is_dataclass(self.method) else {},
+            "options": registry.options_of(self.method),
             "step": self.step,
             "masks": self.record().state_dict(),
         }
@@ -196,7 +205,7 @@ class Run:
         Raises:
             InvalidArgument: the state is of another method or of other tensors.
         """
-        mine: dict[str, Any] = asdict(self.method) if is_dataclass(self.method) else {}
+        mine = registry.options_of(self.method)
         if state["method"] != self.method.info.name or state["options"] != mine:
             raise InvalidArgument(
                 f"the state is of method {state['method']!r} with {state['options']}, this run is "

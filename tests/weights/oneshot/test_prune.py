@@ -364,3 +364,18 @@ def test_bf16_models_and_frozen_weights():
         assert result.sparsity == pytest.approx(0.5, abs=0.01)
         assert next(result.model.parameters()).dtype == torch.bfloat16
         assert not any(p.requires_grad for p in result.model.parameters())
+
+
+def test_method_objects_carry_their_pattern_and_budget():
+    model, batches = make("llama")
+    method = sw.methods.Wanda(pattern=sw.NM(2, 4))
+    by_object = sw.prune(model, method, data=batches, copy=True)
+    by_name = sw.prune(model, "wanda", pattern="2:4", data=batches, copy=True)
+    assert by_object.options == by_name.options
+    assert all(torch.equal(by_object.masks[n], by_name.masks[n]) for n in by_name.masks)
+    wide = sw.methods.Magnitude(budget="erk")
+    kept = {t.name: t.kept for t in sw.prune(model, wide, sparsity=0.5, copy=True).tensors}
+    erk = sw.prune(model, "magnitude", sparsity=0.5, budget="erk", copy=True)
+    assert kept == {t.name: t.kept for t in erk.tensors}
+    overruled = sw.prune(model, method, pattern="row", sparsity=0.5, data=batches, copy=True)
+    assert overruled.options["pattern"] == "row"

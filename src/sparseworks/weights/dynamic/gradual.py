@@ -6,9 +6,11 @@ s(t) = s_f (1 - (1 - t)^3), t the progress from `start` to `end`; masks never gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.schedules import cubic, periodic
@@ -30,7 +32,7 @@ class Gradual(Hooked):
     start: float = 0.0
     end: float = 0.75
 
-    budget: ClassVar[str] = "global"
+    budget: str | Mapping[str, float] | Budget = field(default="global", kw_only=True)
     info: ClassVar[MethodInfo] = MethodInfo(
         name="gradual",
         title="To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model Compression",

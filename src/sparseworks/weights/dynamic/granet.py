@@ -9,11 +9,13 @@ at constant density; r_t falls from r_0 to 0.005 on a cosine.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
+from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.schedules import cosine, cubic
@@ -47,7 +49,7 @@ class GraNet(Hooked):
     regeneration: float = 0.5
     end: float = 0.7
 
-    budget: ClassVar[str] = "global"
+    budget: str | Mapping[str, float] | Budget = field(default="global", kw_only=True)
     info: ClassVar[MethodInfo] = MethodInfo(
         name="granet",
         title="Sparse Training via Boosting Pruning Plasticity with Neuroregeneration",

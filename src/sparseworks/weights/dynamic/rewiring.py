@@ -13,12 +13,14 @@ The rewiring comes after the optimizer's step (RigL's own code leaves that step 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
@@ -37,7 +39,7 @@ from sparseworks.weights.dynamic.masks import (
 class Static(Hooked):
     """A random mask that never changes."""
 
-    budget: ClassVar[str] = "erk"
+    budget: str | Mapping[str, float] | Budget = field(default="erk", kw_only=True)
     info: ClassVar[MethodInfo] = MethodInfo(
         name="static",
         title="The Unreasonable Effectiveness of Random Pruning",
@@ -70,7 +72,7 @@ class _Rewiring(Hooked):
     fraction: float = 0.3
     end: float = 0.75
 
-    budget: ClassVar[str] = "erk"
+    budget: str | Mapping[str, float] | Budget = field(default="erk", kw_only=True)
 
     def __post_init__(self) -> None:
         check_fraction(self.info.name, fraction=self.fraction, end=self.end)

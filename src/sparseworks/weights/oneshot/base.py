@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sparseworks.core.budgets import Budget
 from sparseworks.core.evidence import Collector
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
@@ -53,12 +54,19 @@ class Solution:
     error: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class OneShot(ABC):
-    """Base of one-shot methods; subclasses are frozen dataclasses whose fields are options."""
+    """Base of one-shot methods; subclasses are frozen dataclasses whose fields are options.
+
+    Args:
+        pattern: legal zeros, where the call names none.
+        budget: who pays, where the call names none.
+    """
+
+    pattern: str | Pattern = "unstructured"
+    budget: str | Mapping[str, float] | Budget = "uniform"
 
     info: ClassVar[MethodInfo]
-    pattern: ClassVar[str] = "unstructured"
-    budget: ClassVar[str] = "uniform"
     rounds: ClassVar[int] = 1
     collector: ClassVar[type[Collector] | None] = None
     propagate: Literal["pruned", "dense"] = "pruned"

@@ -9,12 +9,13 @@ score_ij = W_ij (H g)_ij
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch, Loss, call, default_loss, logits_of, split
@@ -33,7 +34,7 @@ class Grasp(OneShot):
 
     temperature: float = 200.0
 
-    budget: ClassVar[str] = "global"
+    budget: str | Mapping[str, float] | Budget = field(default="global", kw_only=True)
     info: ClassVar[MethodInfo] = MethodInfo(
         name="grasp",
         title="Picking Winning Tickets Before Training by Preserving Gradient Flow",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy as copying
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
@@ -123,13 +122,13 @@ def prune(
     )
     job.run(views, ladder, skipped, progress)
     settings = {
+        **registry.options_of(chosen),
         "sparsity": wanted,
         "pattern": str(legal),
         "budget": _budget_name(budget, chosen, legal),
         "rounds": steps,
         "recovery": recovery,
         "seed": seed,
-        **(asdict(chosen) if is_dataclass(chosen) else {}),
     }
     record = masks(target)
     assert record is not None
@@ -205,5 +204,5 @@ def _check_finite(views: Sequence[View]) -> None:
 
 def _budget_name(given: Any, method: OneShot, pattern: Pattern) -> str:
     if given is None:
-        return "uniform" if pattern.fixed_density is not None else method.budget
+        given = "uniform" if pattern.fixed_density is not None else method.budget
     return given if isinstance(given, str) else getattr(given, "__name__", "per tensor")

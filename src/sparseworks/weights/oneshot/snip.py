@@ -7,11 +7,12 @@ untrained or a trained network.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from sparseworks.core.budgets import Budget
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
@@ -23,7 +24,7 @@ from sparseworks.weights.oneshot.gradients import mean_gradients
 class Snip(OneShot):
     """Keep the weights with the largest |w * gradient|; one threshold over the whole model."""
 
-    budget: ClassVar[str] = "global"
+    budget: str | Mapping[str, float] | Budget = field(default="global", kw_only=True)
     info: ClassVar[MethodInfo] = MethodInfo(
         name="snip",
         title="SNIP: Single-shot Network Pruning based on Connection Sensitivity",

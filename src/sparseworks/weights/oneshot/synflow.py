@@ -13,12 +13,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import DataError
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch, Loss, split
@@ -30,7 +31,7 @@ from sparseworks.weights.oneshot.base import OneShot, Target
 class SynFlow(OneShot):
     """Keep the weights that carry synaptic flow. The data only gives the input's shape."""
 
-    budget: ClassVar[str] = "global"
+    budget: str | Mapping[str, float] | Budget = field(default="global", kw_only=True)
     rounds: ClassVar[int] = 100
     info: ClassVar[MethodInfo] = MethodInfo(
         name="synflow",

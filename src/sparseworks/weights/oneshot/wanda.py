@@ -6,7 +6,7 @@ input features of large models have huge norms, which |W| alone ignores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.evidence import InputNorm
-from sparseworks.core.patterns import Unstructured
+from sparseworks.core.patterns import Pattern, Unstructured
 from sparseworks.core.registry import MethodInfo
 from sparseworks.weights.oneshot.base import OneShot, Target
 
@@ -32,7 +32,7 @@ class Wanda(OneShot):
     rows: Literal["equal", "alpha"] = "equal"
     propagate: Literal["pruned", "dense"] = "pruned"
 
-    pattern: ClassVar[str] = "row"
+    pattern: str | Pattern = field(default="row", kw_only=True)
     collector = InputNorm
     info: ClassVar[MethodInfo] = MethodInfo(
         name="wanda",
