@@ -16,7 +16,7 @@ from sparseworks.weights.structured.cutting import Backup, Change, cut, zero
 from sparseworks.weights.structured.folding import fold as fold_means
 from sparseworks.weights.structured.planning import Keep, Plan, cut_shapes, shapes_of
 
-__all__ = ["apply_cut"]
+__all__ = ["apply_cut", "check"]
 
 
 def apply_cut(
@@ -32,7 +32,7 @@ def apply_cut(
                 f"no config of {type(model).__name__} describes these widths; use uniform=False"
             )
     if plan.verify:
-        _check(model, example, coupling, keep)
+        check(model, example, coupling, keep)
     if plan.fold != "none":
         data = plan.data if plan.data is not None else [example]
         fold_means(model, coupling, keep, data, backup, plan.fold == "exact")
@@ -52,7 +52,7 @@ def apply_cut(
 
 
 @torch.no_grad()
-def _check(model: nn.Module, example: Batch, coupling: Coupling, keep: Keep) -> None:
+def check(model: nn.Module, example: Batch, coupling: Coupling, keep: Keep) -> None:
     """Cutting must equal zeroing (where no statistic runs over what is cut), and must run."""
     training = {m: m.training for m in model.modules()}
     model.eval()
