@@ -35,4 +35,13 @@ Spmm spmm() {
   return name == "avx512" ? spmm_avx512 : name == "avx2" ? spmm_avx2 : spmm_base;
 }
 
+Spmv spmv() {
+#if defined(__x86_64__)
+  if (instruction_set() == "avx512" && __builtin_cpu_supports("avx512vbmi2")) return spmv_vbmi2;
+#else
+  instruction_set();
+#endif
+  return spmv_base;
+}
+
 }  // namespace sparseworks

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "spmm.h"
+#include "spmv.h"
 
 namespace sparseworks {
 
@@ -12,5 +13,8 @@ namespace sparseworks {
 std::string instruction_set();
 
 Spmm spmm();
+
+// The batch-1 product expands with AVX-512 VBMI2 where it is there.
+Spmv spmv();
 
 }  // namespace sparseworks

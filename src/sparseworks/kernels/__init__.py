@@ -2,13 +2,19 @@
 
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.kernels.spmm import SparseRows, pack_rows, spmm, spmm_reference, unpack_rows
+from sparseworks.kernels.spmv import MaskedRows, pack_mask, spmv, spmv_reference, unpack_mask
 
 __all__ = [
+    "MaskedRows",
     "SparseRows",
     "available",
     "instruction_set",
+    "pack_mask",
     "pack_rows",
     "spmm",
     "spmm_reference",
+    "spmv",
+    "spmv_reference",
+    "unpack_mask",
     "unpack_rows",
 ]

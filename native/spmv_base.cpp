@@ -1,0 +1,2 @@
+#define SPMV_NAME spmv_base
+#include "spmv_impl.h"

@@ -1,0 +1,2 @@
+#define SPMV_NAME spmv_vbmi2
+#include "spmv_impl.h"
