@@ -164,6 +164,17 @@ def test_bad_input_is_one_line_and_writes_nothing(workplace, tmp_path, capsys):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_calibration_data_is_checked_before_metrics_run(workplace, tmp_path, monkeypatch, capsys):
+    def never(*_):
+        raise AssertionError("the metrics ran before the calibration data was read")
+
+    monkeypatch.setattr("sparseworks.cli.preparing.make_metrics", never)
+    out = tmp_path / "never"
+    base = ["prune", workplace / "bert", "--sparsity", "0.5", "--out", out]
+    assert "no such file" in fails(capsys, *base, "--data", "missing.txt")
+    assert not out.exists()
+
+
 def test_an_existing_output_is_not_overwritten(workplace, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()

@@ -98,8 +98,9 @@ def run(options: Options) -> dict[str, Any]:
     extra = parse_options(options.option)
     loaded = load_model(options.model, options.dtype)
     names = options.metric or default_metrics(loaded, options.eval_data)
-    metrics = make_metrics(names, loaded, options.eval_data, options.eval_samples)
+    # the calibration data first: metrics run the model, and a wrong path is refused at once
     batches = calibration(loaded, options)
+    metrics = make_metrics(names, loaded, options.eval_data, options.eval_samples)
     before = {m.name: m(loaded.model) for m in metrics}
     with progress_bar("pruning", quiet=options.json) as progress:
         result = sw.prune(
