@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from sparseworks.training.hooked import Run
 
 __all__ = [
     "check_fraction",
+    "chosen_masks",
     "drop_and_grow",
     "magnitudes",
     "random_masks",
@@ -54,13 +55,21 @@ def magnitudes(run: Run) -> dict[str, Tensor]:
     return found
 
 
-def select_masks(run: Run, scores: Mapping[str, Tensor], sparsity: float) -> None:
-    """New masks of exactly this sparsity, by the run's pattern and budget, from matrix scores."""
+def chosen_masks(
+    run: Run, scores: Mapping[str, Tensor], sparsity: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Masks of exactly this sparsity, by the run's pattern and budget, from matrix scores."""
     specs = [v.spec(run.pattern) for v in run.views.values()]
     keep = get_budget(run.budget)(specs, sparsity, scores)
     for name, view in run.views.items():
         mask = run.pattern.select(scores[name], keep[name])
-        run.set_mask(name, view.from_matrix(mask).contiguous())
+        yield name, view.from_matrix(mask).contiguous()
+
+
+def select_masks(run: Run, scores: Mapping[str, Tensor], sparsity: float) -> None:
+    """Make `chosen_masks` the masks of the run."""
+    for name, mask in chosen_masks(run, scores, sparsity):
+        run.set_mask(name, mask)
 
 
 def random_masks(run: Run, sparsity: float) -> None:
