@@ -10,6 +10,7 @@ registry.register(
         "fixed": f"{_ROOM}.dynamic.fixed:Fixed",
         "gradual": f"{_ROOM}.dynamic.gradual:Gradual",
         "granet": f"{_ROOM}.dynamic.granet:GraNet",
+        "iss-p": f"{_ROOM}.dynamic.iss_p:ISSP",
         "rigl": f"{_ROOM}.dynamic.rewiring:RigL",
         "set": f"{_ROOM}.dynamic.rewiring:SET",
         "static": f"{_ROOM}.dynamic.rewiring:Static",
