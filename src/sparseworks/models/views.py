@@ -57,9 +57,14 @@ class View:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as it is now (wrappers and `.to()` may have replaced it)."""
-        parameter = self.module._parameters[self.attribute]
-        assert parameter is not None
+        """The parameter as it is now (wrappers and `.to()` may have replaced it).
+
+        Of a reparametrized tensor, the one that its parametrization starts from.
+        """
+        parameter = self.module._parameters.get(self.attribute)
+        if parameter is None:
+            parameter = self.module.parametrizations[self.attribute].original  # type: ignore[index,union-attr]
+        assert isinstance(parameter, nn.Parameter)
         return parameter
 
     @property
@@ -177,6 +182,8 @@ def find_prunable(
     model: nn.Module,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    *,
+    embeddings: bool = False,
 ) -> Prunable:
     """The weights a method may make sparse, each parameter once.
 
@@ -188,13 +195,14 @@ def find_prunable(
         include: name patterns (shell style, on parameter or module names); only these, and these
             even where the default leaves them out.
         exclude: name patterns to leave out.
+        embeddings: embedding tables count as well, `[entries, width]`.
 
     Raises:
         InvalidArgument: a name pattern matches no weight.
         ModelError: nothing is left to prune.
     """
     include, exclude = _patterns(include), _patterns(exclude)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = _output_head(model)
     candidates, unseen = [], {*include, *exclude}
     views: list[View] = []
@@ -204,6 +212,8 @@ def find_prunable(
         for attribute, parameter in module._parameters.items():
             name = f"{prefix}.{attribute}" if prefix else attribute
             view = view_of(module, attribute, name) if parameter is not None else None
+            if embeddings and isinstance(module, nn.Embedding):
+                view = View(name, module, attribute, "linear")
             if view is None:
                 continue
             candidates.append(name)
@@ -218,7 +228,7 @@ def find_prunable(
                 reason = "not included by name"
             elif not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
                 reason = f"quantized ({parameter.dtype})"
-            elif id(parameter) in embeddings and not asked:
+            elif id(parameter) in tables and not asked and not embeddings:
                 reason = "tied to an embedding"
             elif parameter is head and not asked:
                 reason = "output head"
