@@ -27,6 +27,7 @@ _LAZY = {
     "from_pretrained": "sparseworks.io",
     "export_dense": "sparseworks.io",
     "sparsify": "sparseworks.training",
+    "transform": "sparseworks.training",
     "slim": "sparseworks.weights.structured",
     "compile": "sparseworks.engine",
     "masks": "sparseworks.core.masks",

@@ -46,6 +46,7 @@ def _entry(info: MethodInfo) -> str:
     return {
         "one-shot": f'sw.prune(model, "{info.name}", ...)',
         "hooked": f'sw.sparsify(model, optimizer, "{info.name}", ...)',
+        "transform": f'sw.transform(model, "{info.name}", ...)',
         "structured": f'sw.slim(model, example, method="{info.name}", ...)',
     }.get(info.kind, f"sw.methods ({info.kind})")
 
