@@ -44,6 +44,7 @@ class Hooked(ABC):
 
     info: ClassVar[MethodInfo]
     starts_from_record: ClassVar[bool] = False
+    embeddings: ClassVar[bool] = False  # embedding tables are masked too
 
     def begin(self, run: Run) -> None:  # noqa: B027
         """Choose the first masks, `run.masks[name]`; all weights are kept before this."""
@@ -64,6 +65,7 @@ class Run:
         masks: parameter name -> bool mask on the parameter's device.
         views: parameter name -> its matrix view.
         dense_gradients: of the last step, where the method asked for them.
+        memory: tensors that the method keeps from step to step; part of the saved state.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Run:
             n: torch.ones_like(v.parameter, dtype=torch.bool) for n, v in self.views.items()
         }
         self.dense_gradients: dict[str, Tensor] = {}
+        self.memory: dict[str, Tensor] = {}
         self.finished = False
         self._bound: dict[str, nn.Parameter] = {}
         self._handles: list[Any] = []
@@ -197,6 +200,7 @@ class Run:
             "options": registry.options_of(self.method),
             "step": self.step,
             "masks": self.record().state_dict(),
+            "memory": {n: t.clone() for n, t in self.memory.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,6 +222,8 @@ class Run:
         self.step = int(state["step"])
         for name, mask in record.items():
             self.masks[name] = mask.to(self._bound[name].device)
+        device = next((p.device for p in self._bound.values()), torch.device("cpu"))
+        self.memory = {n: t.to(device, copy=True) for n, t in state.get("memory", {}).items()}
         self.apply()
 
 

@@ -71,9 +71,14 @@ def sparsify(
             raise ModelError(
                 f"method {chosen.info.name!r} needs a model with masks: prune or load one first"
             )
-        views = [v for v in find_prunable(model, include="*") if plain_name(v.name) in record]
+        masked = {id(p) for n, p in model.named_parameters() if plain_name(n) in record}
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        everything = find_prunable(
+            model, include="*", embeddings=any(id(m.weight) in masked for m in tables)
+        )
+        views = [v for v in everything if plain_name(v.name) in record]
     else:
-        views = list(find_prunable(model, include, exclude))
+        views = list(find_prunable(model, include, exclude, embeddings=chosen.embeddings))
         if sparsity is None:
             raise InvalidArgument(f"method {chosen.info.name!r} needs `sparsity`")
         check_sparsity(sparsity)
