@@ -7,6 +7,7 @@ _ROOM = "sparseworks.weights"
 
 registry.register(
     {
+        "dsl": f"{_ROOM}.dynamic.dsl:DSL",
         "fixed": f"{_ROOM}.dynamic.fixed:Fixed",
         "gradual": f"{_ROOM}.dynamic.gradual:Gradual",
         "granet": f"{_ROOM}.dynamic.granet:GraNet",
