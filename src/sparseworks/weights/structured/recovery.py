@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.models.calls import Batch, call, logits_of, move, split
+from sparseworks.training.recalibration import reestimate
 
 __all__ = ["Recovery", "distillation", "finetune", "reestimate"]
 
@@ -140,24 +141,3 @@ def one_cycle(step: int, total: int, rise: float = 0.1) -> float:
     if step < turn:
         return (step + 1) / turn
     return 0.5 * (1 + math.cos(math.pi * (step - turn) / max(1, total - turn)))
-
-
-@torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Batch-norm statistics anew, as plain averages over the batches; nothing else changes."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    training = {m: m.training for m in model.modules()}
-    momenta = {m: m.momentum for m in norms}
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        for batch in batches:
-            call(model, split(batch)[0])
-    finally:
-        for norm in norms:
-            norm.momentum = momenta[norm]
-        for module, was in training.items():
-            module.training = was
