@@ -1,0 +1,297 @@
+"""ResNet-56 at half the operations: accuracy, latency, and Torch-Pruning in the same run.
+
+    python benchmarks/slim.py probe           # choose score and peer variant on held-out images
+    python benchmarks/slim.py train --seed 0  # cut, fine-tune and test both sides, paired
+    python benchmarks/slim.py latency         # time dense and cut in torch and onnxruntime, in turn
+    python benchmarks/slim.py all             # what is not on disk yet, of everything
+    python benchmarks/slim.py report --out benchmarks/results/slim.json
+
+The checkpoint is fine-tuned on 45,000 of the 50,000 training images; the other 5,000 choose the
+score (the dense checkpoint has seen them, the choice is only between cuts). Both sides are cut from
+the same checkpoint, and trained with the same steps, batches, rates and teacher. Every finished
+part is kept under `--folder`, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparseworks as sw
+from sparseworks.data.images import ImageSet, read_images
+from sparseworks.diagnostics.claims import data_root, machine
+from sparseworks.diagnostics.statistics import paired_interval
+from sparseworks.models.coupling import trace
+from sparseworks.models.zoo.resnet import CifarResNet, load_resnet
+from sparseworks.weights.structured.measure import export_onnx
+from sparseworks.weights.structured.recovery import finetune
+
+SCORES = ("group-norm", "group-bn", "group-taylor", "group-fisher", "group-energy")
+PEERS = ("global, all", "global, inner", "uniform, all", "uniform, inner")
+STREAM = ["bn1", "layer*.bn2"]  # the residual streams stay whole: fewer copies around every block
+BATCH, STEPS, PROBE, HELD = 128, 900, 60, 5000
+RECIPE = {"lr": 0.03, "weight_decay": 5e-4, "temperature": 4.0, "weight": 0.9, "bf16": True}
+SHARE = 0.5
+
+
+def dense() -> CifarResNet:
+    return load_resnet(data_root() / "models" / "resnet56-cifar10.safetensors")
+
+
+def images(folder: Path, name: str) -> ImageSet:
+    """The decoded set, kept as plain tensors between runs."""
+    kept = folder / f"{name}.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    if not kept.is_file():
+        read = read_images(data_root() / "cifar10" / f"{name}.parquet")
+        save_file({"pixels": read.pixels, "labels": read.labels}, kept)
+    return ImageSet(**load_file(kept))
+
+
+def parts(folder: Path) -> tuple[ImageSet, ImageSet]:
+    """(45,000 images to fit, 5,000 to choose by) of the training set."""
+    whole = images(folder, "train")
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(56))
+    held, fit = order[:HELD], order[HELD:]
+    return (
+        ImageSet(whole.pixels[fit], whole.labels[fit]),
+        ImageSet(whole.pixels[held], whole.labels[held]),
+    )
+
+
+def ours(score: str, fit: ImageSet, seed: int) -> nn.Module:
+    data = fit.batches(128, samples=512, seed=seed)
+    made = sw.slim(
+        dense(), data[0][0][:2], flops=SHARE, method=score, data=data, round_to=8, exclude=STREAM
+    )
+    model: nn.Module = made.model
+    return model
+
+
+def theirs(variant: str) -> nn.Module:
+    """Torch-Pruning's group-norm pruner, in small steps until the share is reached."""
+    import torch_pruning as tp
+
+    model, example = dense(), torch.randn(2, 3, 32, 32)
+    ignored: list[nn.Module] = [model.linear]
+    if variant.endswith("inner"):
+        ignored.append(model.conv1)
+        ignored += [b.conv2 for s in (model.layer1, model.layer2, model.layer3) for b in s]
+    pruner = tp.pruner.GroupNormPruner(
+        model, example, importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=variant.startswith("global"), pruning_ratio=0.9, max_pruning_ratio=0.9,
+        iterative_steps=400, ignored_layers=ignored,
+    )  # fmt: skip
+    goal = SHARE * tp.utils.count_ops_and_params(model, example)[0]
+    while tp.utils.count_ops_and_params(model, example)[0] > goal:
+        pruner.step()
+    return model
+
+
+def fit_batches(fit: ImageSet, seed: int) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        for x, y in fit.epoch(BATCH, generator):
+            yield x.contiguous(memory_format=torch.channels_last), y
+
+    return epoch
+
+
+def train(model: nn.Module, fit: ImageSet, seed: int, steps: int) -> tuple[nn.Module, float]:
+    """Fine-tune for `steps`; returns the model and the CPU seconds of this process."""
+    epochs = -(-steps // (len(fit) // BATCH))
+    model = model.to(memory_format=torch.channels_last)
+    teacher = dense().to(memory_format=torch.channels_last)
+    start = time.process_time()
+    finetune(
+        model, fit_batches(fit, seed), epochs=epochs, steps_per_epoch=steps // epochs,
+        teacher=teacher, **RECIPE,
+    )  # fmt: skip
+    return model, time.process_time() - start
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: ImageSet) -> float:
+    model = model.eval().to(memory_format=torch.channels_last)
+    right = 0
+    for part in torch.arange(len(data)).split(250):
+        x = data.normalized(part).contiguous(memory_format=torch.channels_last)
+        right += int((model(x).argmax(1) == data.labels[part]).sum())
+    return 100 * right / len(data)
+
+
+def size(model: nn.Module) -> dict[str, float]:
+    flops = trace(model, torch.randn(2, 3, 32, 32)).flops()
+    return {"flops": flops / 2, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def keep(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is on disk, or made now and written."""
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    print(f"{path.stem} ...", flush=True)
+    value = make()
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)
+    print(f"  {value}", flush=True)
+    return value
+
+
+def probe(folder: Path) -> dict[str, dict[str, Any]]:
+    fit, held = parts(folder)
+
+    def one(make: Callable[[], nn.Module]) -> dict[str, Any]:
+        model = make()
+        cut = accuracy(model, held)
+        model, seconds = train(model, fit, 0, PROBE)
+        return {"at the cut": cut, "held-out": accuracy(model, held), "cpu seconds": seconds,
+                **size(model)}  # fmt: skip
+
+    found = {}
+    for score in SCORES:
+        found[score] = keep(
+            folder / f"probe {score}.json", lambda s=score: one(lambda: ours(s, fit, 0))
+        )
+    for peer in PEERS:
+        found[peer] = keep(folder / f"probe {peer}.json", lambda v=peer: one(lambda: theirs(v)))
+    return found
+
+
+def best(found: dict[str, dict[str, Any]], names: tuple[str, ...]) -> str:
+    return max(names, key=lambda n: float(found[n]["held-out"]))
+
+
+def paired(folder: Path, seed: int) -> dict[str, dict[str, Any]]:
+    chosen = probe(folder)
+    fit, _ = parts(folder)
+    test = images(folder, "test")
+
+    def one(make: Callable[[], nn.Module], name: str) -> dict[str, Any]:
+        model = make()
+        cut = accuracy(model, test)
+        model, seconds = train(model, fit, seed, STEPS)
+        return {"name": name, "at the cut": cut, "accuracy": accuracy(model, test),
+                "cpu seconds": seconds, "steps": STEPS, **size(model)}  # fmt: skip
+
+    score, peer = best(chosen, SCORES), best(chosen, PEERS)
+    return {
+        "ours": keep(
+            folder / f"{seed} ours.json", lambda: one(lambda: ours(score, fit, seed), score)
+        ),
+        "peer": keep(folder / f"{seed} peer.json", lambda: one(lambda: theirs(peer), peer)),
+    }
+
+
+def latency(folder: Path, batch: int = 64, repeats: int = 25) -> dict[str, Any]:
+    """Milliseconds of dense, ours and the peer's, all runs in turn."""
+    import onnxruntime
+
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    chosen, (fit, _) = probe(folder), parts(folder)
+    x = fit.normalized(slice(0, batch))
+    models = {
+        "dense": dense(), "ours": ours(best(chosen, SCORES), fit, 0),
+        "peer": theirs(best(chosen, PEERS)),
+    }  # fmt: skip
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as place, torch.no_grad():
+        for name, model in models.items():
+            path = export_onnx(model.eval(), x, Path(place) / f"{name}.onnx")
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+            feed = {session.get_inputs()[0].name: x.numpy()}
+            last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+            y = x.contiguous(memory_format=torch.channels_last)
+            runs[name, "onnxruntime"] = lambda s=session, f=feed: s.run(None, f)
+            runs[name, "torch eager"] = lambda m=model: m(x)
+            runs[name, "torch eager, channels_last"] = lambda m=last, y=y: m(y)
+        seen: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+        for turn in range(repeats + 2):
+            for key, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if turn >= 2:
+                    seen[key].append(1e3 * (time.perf_counter() - start))
+    found: dict[str, Any] = {"batch": batch, "repeats": repeats, "threads": torch.get_num_threads()}
+    for runtime in ("torch eager", "torch eager, channels_last", "onnxruntime"):
+        rows = {
+            n: {"median_ms": statistics.median(seen[n, runtime]), "min_ms": min(seen[n, runtime])}
+            for n in models
+        }
+        faster = {n: rows["dense"]["median_ms"] / rows[n]["median_ms"] for n in ("ours", "peer")}
+        found[runtime] = {**rows, "speedup": faster}
+    return found
+
+
+def report(folder: Path, seeds: list[int]) -> dict[str, Any]:
+    def recorded(name: str) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+        return value
+
+    pairs = {s: {side: recorded(f"{s} {side}") for side in ("ours", "peer")} for s in seeds}
+    before = recorded("dense")
+    gains = [p["ours"]["accuracy"] - p["peer"]["accuracy"] for p in pairs.values()]
+    losses = [before["accuracy"] - p["ours"]["accuracy"] for p in pairs.values()]
+    interval = paired_interval(gains)
+    return {
+        "machine": machine(),
+        "recipe": {**RECIPE, "batch": BATCH, "steps": STEPS, "teacher": "the dense model",
+                   "round_to": 8, "residual streams": "whole (ours)", "flops share": SHARE},
+        "dense": before,
+        "probe on held-out training images": {n: recorded(f"probe {n}") for n in SCORES + PEERS},
+        "seeds": pairs,
+        "loss of ours, points": {"mean": statistics.mean(losses), "worst": max(losses)},
+        "ours minus peer, points": {"mean": interval.mean,
+                                    "interval": [interval.low, interval.high]},
+        "latency": recorded("latency"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("part", choices=("probe", "train", "latency", "all", "report"))
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/slim"))
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    folder: Path = given.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if given.part in ("probe", "all"):
+        probe(folder)
+    if given.part in ("train", "all"):
+        for seed in given.seed:
+            paired(folder, seed)
+    if given.part in ("latency", "all"):
+        model = dense()
+        keep(folder / "dense.json",
+             lambda: {"accuracy": accuracy(model, images(folder, "test")), **size(model)})  # fmt: skip
+        keep(folder / "latency.json", lambda: latency(folder))
+    if given.part in ("report", "all"):
+        text = json.dumps(report(folder, given.seed), indent=1)
+        if given.out:
+            given.out.write_text(text + "\n")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
