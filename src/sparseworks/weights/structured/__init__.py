@@ -17,6 +17,7 @@ registry.register(
         "group-taylor": f"{_ROOM}.scores:Taylor",
         "group-fisher": f"{_ROOM}.scores:Fisher",
         "group-energy": f"{_ROOM}.scores:ActivationEnergy",
+        "ofb": f"{_ROOM}.ofb:OFB",
         "wgsef": f"{_ROOM}.wgsef:WGSEF",
     }
 )

@@ -1,0 +1,270 @@
+"""OFB: one search that learns which units matter and how many of each layer are worth their cost.
+
+A layer with d units has a score z_j per unit and logits a_k over widths r_1 d .. r_K d. With
+p = softmax(a) over the widths still alive and rank(j) the place of unit j among descending z,
+
+    u_j = sum_k p_k [rank(j) <= r_k d]              (a staircase, differentiable in a)
+    m_j = w sigmoid(z_j) + (1 - w) u_j              (the bi-mask, on activations)
+
+w falls from 0.99 to 0.1 over the warm-up: importance leads first, the budget later. The loss is
+
+    task + 5 ((F(p) - F*) / F_all)^2 + 0.5 sum_layers (one-hot(p) + 1e-4 sum_j sigmoid(z_j)) + PMIM,
+    one-hot(p) = H(p) + cot(pi s) / n,   s = sum_k (p_k - 1/n)^2 / (1 - 1/n),
+
+n the number of widths alive. Three times an epoch widths with p_k <= 0.2 / n die, and with the
+largest of them the units beyond it. PMIM hides a growing share of patches and reconstructs their
+pixels from the tokens. At the end the gates are multiplied into the weights and the units are cut.
+
+Source: Ye, Yu, Ye, Yang, Lin, Chen et al. 2024, Once for Both: Single Stage of Importance and
+Sparsity Search for Vision Transformer Compression. Ours: dead units are held at zero until the
+end instead of being sliced at once (the same function), and layer norms count kept channels only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseworks.core.errors import DataError, InvalidArgument, ModelError
+from sparseworks.core.registry import MethodInfo
+from sparseworks.models.calls import Batch, call, logits_of, move, split
+from sparseworks.models.coupling import Coupling, trace
+from sparseworks.weights.structured.applying import check
+from sparseworks.weights.structured.cutting import cut
+from sparseworks.weights.structured.gates import Gates
+from sparseworks.weights.structured.pmim import Pmim
+from sparseworks.weights.structured.recovery import distillation
+from sparseworks.weights.structured.widths import (
+    LearnedWidth,
+    cost_table,
+    entries,
+    expected_flops,
+    one_hot,
+)
+
+__all__ = ["OFB", "OFBResult"]
+
+
+@dataclass(frozen=True)
+class OFBResult:
+    """What the search chose.
+
+    Args:
+        widths: name of the layer -> units before and after.
+        flops: on the example, before and after.
+        certainty: least probability of a chosen width when the search ended.
+        losses: task loss of every epoch, mean.
+    """
+
+    widths: dict[str, tuple[int, int]]
+    flops: tuple[float, float]
+    certainty: float
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class OFB:
+    """Search of importance and widths together, then a cut.
+
+    Args:
+        flops: share to keep.
+        candidates: widths of a layer, in equal steps.
+        floor: least share of a layer.
+        streams: also the embedding channels (through all blocks, norms and the head).
+        warmup: share of the search over which w falls and patches disappear.
+        lr: of the weights (AdamW, cosine).
+        score_lr: of the scores z (Adam).
+        width_lr: of the width logits (Adam).
+        weight_decay: of the weights.
+        flops_weight: of the FLOPs term.
+        layer_weight: of the one-hot and score terms.
+        decay_w: let w fall; False keeps it at 0.99 (an ablation: importance alone).
+        pmim: weight of the reconstruction, relative to the task loss; 0 for none.
+        start: first value of z.
+    """
+
+    flops: float = 0.5
+    candidates: int = 8
+    floor: float = 0.25
+    streams: bool = True
+    warmup: float = 0.2
+    lr: float = 2.5e-4
+    score_lr: float = 0.02
+    width_lr: float = 0.02
+    weight_decay: float = 1e-3
+    flops_weight: float = 5.0
+    layer_weight: float = 0.5
+    decay_w: bool = True
+    pmim: float = 1.0
+    start: float = 2.0
+
+    info: ClassVar[MethodInfo] = MethodInfo(
+        name="ofb",
+        title="Once for Both: Single Stage of Importance and Sparsity Search for Vision "
+        "Transformer Compression",
+        authors="Ye et al.",
+        year=2024,
+        room="weights/structured",
+        kind="driver",
+        card="030",
+        needs=("data", "loss", "training"),
+        pattern="heads, hidden units, embedding channels",
+        budget="flops, widths learned",
+        cost="one training",
+        summary="learn scores of units and widths of layers in one search, then cut",
+    )
+
+    def search(
+        self,
+        model: nn.Module,
+        example: Batch,
+        batches: Callable[[int], Iterable[Batch]],
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        teacher: nn.Module | None = None,
+        patches: tuple[str, int] | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> OFBResult:
+        """Train weights, scores and widths together in place, then cut.
+
+        Args:
+            model: a trained transformer.
+            example: one batch, on which operations are counted.
+            batches: epoch number -> (images, target) batches.
+            epochs: of the search.
+            steps_per_epoch: batches of an epoch.
+            teacher: adds distillation from its logits, half of the task loss.
+            patches: name of the module whose output holds the tokens, and the side of a patch, for
+                PMIM; None for none.
+            seed: of the hidden patches.
+            progress: called with (done, total, what).
+
+        Raises:
+            InvalidArgument: an option is out of range, or FLOPs cannot fall that far.
+            ModelError: nothing can be gated.
+            DataError: the loss is not finite.
+        """
+        coupling = trace(model, example)
+        layers = self._layers(model, coupling, epochs * steps_per_epoch)
+        families = [x.family for x in layers]
+        table = cost_table(coupling, families)
+        whole = coupling.flops()
+        total, step, losses = epochs * steps_per_epoch, 0, []
+        gates = Gates(model, coupling, families)
+        hide = None
+        if patches is not None and self.pmim > 0:
+            hide = Pmim(model, example, *patches, seed=seed)
+        extra = [] if hide is None else list(hide.parameters())
+        optimizers = [
+            torch.optim.AdamW(
+                [*model.parameters(), *extra], self.lr, weight_decay=self.weight_decay
+            ),
+            torch.optim.Adam([x.z for x in layers], self.score_lr),
+            torch.optim.Adam([x.a for x in layers], self.width_lr),
+        ]
+        model.train()
+        with gates, contextlib.nullcontext() if hide is None else contextlib.closing(hide):
+            for epoch in range(epochs):
+                sum_, count = 0.0, 0
+                for batch in batches(epoch):
+                    if step >= total:
+                        break
+                    w = self._w(step / total)
+                    self._set(gates, layers, w)
+                    task = self._task(model, batch, teacher, hide, step / total)
+                    cost = expected_flops(table, [x.share() for x in layers])
+                    loss = task + self.flops_weight * ((cost / whole - self.flops) ** 2).float()
+                    for layer in layers:
+                        loss = loss + self.layer_weight * self._prior(layer)
+                    if not bool(torch.isfinite(loss)):
+                        raise DataError(f"the loss is {float(loss)} at step {step}; lower lr=")
+                    for optimizer in optimizers:
+                        optimizer.zero_grad()
+                    optimizers[0].param_groups[0]["lr"] = self.lr * _cosine(step / total)
+                    torch.autograd.backward(loss)
+                    for optimizer in optimizers:
+                        optimizer.step()
+                    step += 1
+                    sum_, count = sum_ + float(task.detach()), count + 1
+                    if step % max(1, steps_per_epoch // 3) == 0 and step > self.warmup * total:
+                        for layer in layers:
+                            layer.kill(0.2)
+                losses.append(sum_ / max(1, count))
+                if progress is not None:
+                    progress(epoch + 1, epochs, "searching widths")
+            certainty = min(layer.decide() for layer in layers)
+            self._set(gates, layers, self._w(1.0))
+        model.eval()
+        gates.fuse()
+        keep = coupling.keep_all()
+        for layer in layers:
+            keep[layer.family.roots[~layer.kept.cpu().numpy()]] = False
+        check(model, example, coupling, keep)
+        cut(model, coupling, keep)
+        widths = {x.family.axes[0][0]: (x.units, int(x.kept.sum())) for x in layers}
+        return OFBResult(widths, (whole, coupling.flops(keep)), certainty, tuple(losses))
+
+    def _layers(self, model: nn.Module, coupling: Coupling, steps: int) -> list[LearnedWidth]:
+        if not 0 < self.flops < 1 or not 0 <= self.floor < 1 or self.candidates < 2:
+            raise InvalidArgument("flops= lies in (0, 1), floor= in [0, 1), candidates= from 2")
+        if steps < 1 or not 0 < self.warmup <= 1:
+            raise InvalidArgument("epochs and steps_per_epoch are at least 1, warmup= in (0, 1]")
+        families = [f for f in coupling.families if (f.exact or self.streams) and len(f) > 1]
+        if not families:
+            raise ModelError(f"{type(model).__name__} has no group of channels that may be gated")
+        device = next(model.parameters()).device
+        layers = []
+        for f in families:
+            price = 4e-4 if entries(coupling, f) > 1 else 1e-4
+            layers.append(LearnedWidth(f, self.candidates, self.floor, self.start, price, device))
+        shares = [x.widths[0] / x.units for x in layers]
+        least = float(expected_flops(cost_table(coupling, families), shares)) / coupling.flops()
+        if least > self.flops:
+            raise InvalidArgument(
+                f"flops={self.flops} cannot be reached: {least:.3f} is left at the least widths; "
+                "lower floor= or allow streams=True"
+            )
+        return layers
+
+    def _w(self, done: float) -> float:
+        return 0.99 - 0.89 * min(1.0, done / self.warmup) if self.decay_w else 0.99
+
+    def _set(self, gates: Gates, layers: list[LearnedWidth], w: float) -> None:
+        for i, layer in enumerate(layers):
+            gates.values[i] = layer.mask(w)
+            decided = int(layer.living.sum()) == 1
+            gates.weights[i] = layer.kept.float() if decided else None
+
+    def _task(
+        self, model: nn.Module, batch: Batch, teacher: nn.Module | None, hide: Pmim | None,
+        done: float,
+    ) -> Tensor:  # fmt: skip
+        inputs, target = split(move(batch, next(model.parameters()).device))
+        kept = 0.95 - 0.20 * min(1.0, done / self.warmup)
+        shown = inputs if hide is None else hide.hide(inputs, kept)
+        logits = logits_of(call(model, shown)).float()
+        task = F.cross_entropy(logits, target)
+        if teacher is not None:
+            with torch.no_grad():
+                guide = logits_of(call(teacher, inputs)).float()
+            task = 0.5 * task + 0.5 * distillation(logits, guide, 1.0)
+        if hide is None:
+            return task
+        error = hide.error()
+        return task + self.pmim * error * (task.detach() / error.detach().clamp_min(1e-12))
+
+    def _prior(self, layer: LearnedWidth) -> Tensor:
+        return one_hot(layer.p()) + layer.price * torch.sigmoid(layer.z).sum()
+
+
+def _cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * done))
