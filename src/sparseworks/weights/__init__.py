@@ -16,6 +16,7 @@ registry.register(
         "set": f"{_ROOM}.dynamic.rewiring:SET",
         "static": f"{_ROOM}.dynamic.rewiring:Static",
         "random": f"{_ROOM}.oneshot.random:Random",
+        "jackpots": f"{_ROOM}.dynamic.jackpots:Jackpots",
         "magnitude": f"{_ROOM}.oneshot.magnitude:Magnitude",
         "snip": f"{_ROOM}.oneshot.snip:Snip",
         "grasp": f"{_ROOM}.oneshot.grasp:Grasp",

@@ -12,6 +12,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.random import generator_for
 from sparseworks.core.selection import keep_top
 from sparseworks.training.hooked import Run
+from sparseworks.training.transforming import Transformed
 
 __all__ = [
     "check_fraction",
@@ -32,7 +33,7 @@ def check_fraction(method: str, **values: float) -> None:
             raise InvalidArgument(f"{method}: {name}={value} must be in [0, 1]")
 
 
-def span(run: Run, begin: float, end: float) -> tuple[int, int]:
+def span(run: Run | Transformed, begin: float, end: float) -> tuple[int, int]:
     """First and last step of a schedule, from fractions of the training.
 
     Raises:
@@ -46,7 +47,7 @@ def span(run: Run, begin: float, end: float) -> tuple[int, int]:
     return round(begin * run.steps), round(end * run.steps)
 
 
-def magnitudes(run: Run) -> dict[str, Tensor]:
+def magnitudes(run: Run | Transformed) -> dict[str, Tensor]:
     """|w| as matrices, -inf where masked."""
     found = {}
     for name, view in run.views.items():
@@ -56,7 +57,7 @@ def magnitudes(run: Run) -> dict[str, Tensor]:
 
 
 def chosen_masks(
-    run: Run, scores: Mapping[str, Tensor], sparsity: float
+    run: Run | Transformed, scores: Mapping[str, Tensor], sparsity: float
 ) -> Iterator[tuple[str, Tensor]]:
     """Masks of exactly this sparsity, by the run's pattern and budget, from matrix scores."""
     specs = [v.spec(run.pattern) for v in run.views.values()]
@@ -66,13 +67,13 @@ def chosen_masks(
         yield name, view.from_matrix(mask).contiguous()
 
 
-def select_masks(run: Run, scores: Mapping[str, Tensor], sparsity: float) -> None:
+def select_masks(run: Run | Transformed, scores: Mapping[str, Tensor], sparsity: float) -> None:
     """Make `chosen_masks` the masks of the run."""
     for name, mask in chosen_masks(run, scores, sparsity):
         run.set_mask(name, mask)
 
 
-def random_masks(run: Run, sparsity: float) -> None:
+def random_masks(run: Run | Transformed, sparsity: float) -> None:
     """Random masks with the numbers that the run's budget gives each tensor."""
     scores = {}
     for name, view in run.views.items():
