@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +37,14 @@ def image_subject(
     )
     part = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
     chosen = ImageSet(_resized(train.pixels[part], size), train.labels[part])
-    shown = ImageSet(_resized(test.pixels, size), test.labels)
+    shown = ImageSet(_resized(test.pixels[:held], size), test.labels[:held])
     return chosen, accuracy(shown.batches(500))
+
+
+@cache
+def _read(path: Path) -> ImageSet:
+    """Decoded once for all seeds: it takes as long as an epoch."""
+    return read_images(path)
 
 
 def _resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
