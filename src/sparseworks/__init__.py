@@ -6,6 +6,7 @@ The whole surface is reachable from here and is imported on first use:
 
     sw.prune(model, "wanda", sparsity=0.5, data=batches)
     run = sw.sparsify(model, optimizer, "rigl", sparsity=0.9, steps=N)
+    sw.experiment(fit, model, "rewinding", sparsity=0.9)
     sw.slim(model, example, flops=0.5)
     fast = sw.compile(model, example)
     sw.save(model, path); sw.load(path, model); sw.from_pretrained(folder)
@@ -28,6 +29,7 @@ _LAZY = {
     "export_dense": "sparseworks.io",
     "sparsify": "sparseworks.training",
     "transform": "sparseworks.training",
+    "experiment": "sparseworks.training.experiment",
     "slim": "sparseworks.weights.structured",
     "compile": "sparseworks.engine",
     "masks": "sparseworks.core.masks",
@@ -42,6 +44,7 @@ _LAZY = {
     "Banded": "sparseworks.core.patterns",
     "parse_pattern": "sparseworks.core.patterns",
     "by_sensitivity": "sparseworks.core.budgets",
+    "by_masks": "sparseworks.core.budgets",
     "SparseworksError": "sparseworks.core.errors",
 }
 _MODULES = {"methods", "schedules", "zoo"}

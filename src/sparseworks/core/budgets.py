@@ -7,62 +7,40 @@ tensors, less what a pattern cannot reach (blocks, rows), which `shortfall` repo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
+from sparseworks.core.densities import (
+    Budget,
+    Scores,
+    TensorSpec,
+    er,
+    erk,
+    erk_plus,
+    no_fixed_density,
+    scaled_densities,
+    uniform,
+    uniform_plus,
+)
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.patterns import Pattern, Unstructured, check_sparsity, count_dropped
+from sparseworks.core.masks import Masks
+from sparseworks.core.patterns import check_sparsity, count_dropped
 from sparseworks.core.selection import joint_keep_counts
 
 __all__ = [
     "Budget",
     "TensorSpec",
+    "by_masks",
     "by_sensitivity",
+    "er",
     "erk",
+    "erk_plus",
     "get_budget",
     "global_",
     "per_tensor",
     "shortfall",
     "uniform",
+    "uniform_plus",
 ]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a budget knows of a tensor: its name, its own shape, its 2-D view and its pattern."""
-
-    name: str
-    shape: tuple[int, ...]
-    view: tuple[int, int]
-    pattern: Pattern
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-
-Scores = Mapping[str, Tensor] | None
-Budget = Callable[[Sequence[TensorSpec], float, Scores], dict[str, int]]
-
-
-def uniform(specs: Sequence[TensorSpec], sparsity: float, scores: Scores = None) -> dict[str, int]:
-    """The same sparsity for every tensor: units - floor(s * units) each."""
-    check_sparsity(sparsity)
-    return {s.name: s.pattern.keep(s.view, sparsity) for s in specs}
-
-
-def erk(specs: Sequence[TensorSpec], sparsity: float, scores: Scores = None) -> dict[str, int]:
-    """Erdos-Renyi-Kernel densities: d_l = eps * (sum of dims) / (product of dims).
-
-    eps is such that sum d_l N_l = (1 - s) sum N_l; tensors whose d_l would exceed 1 are dense and
-    eps is solved again for the rest. (Evci et al. 2020, Rigging the Lottery.)
-    """
-    check_sparsity(sparsity)
-    _no_fixed_density(specs, "erk")
-    raw = {s.name: sum(s.shape) / s.weights for s in specs}
-    return _scaled_densities(specs, raw, sparsity)
 
 
 def by_sensitivity(sensitivity: Mapping[str, float]) -> Budget:
@@ -76,16 +54,27 @@ def by_sensitivity(sensitivity: Mapping[str, float]) -> Budget:
         specs: Sequence[TensorSpec], sparsity: float, scores: Scores = None
     ) -> dict[str, int]:
         check_sparsity(sparsity)
-        _no_fixed_density(specs, "by_sensitivity")
+        no_fixed_density(specs, "by_sensitivity")
         for spec in specs:
             value = sensitivity.get(spec.name)
             if value is None or not (value > 0 and math.isfinite(value)):
                 raise InvalidArgument(
                     f"sensitivity of {spec.name!r} is {value}; a positive number is needed"
                 )
-        return _scaled_densities(specs, {s.name: sensitivity[s.name] for s in specs}, sparsity)
+        return scaled_densities(specs, {s.name: sensitivity[s.name] for s in specs}, sparsity)
 
     return budget
+
+
+def by_masks(record: Masks) -> Budget:
+    """The layer densities of other masks, and not their positions ("SNIP ratios").
+
+    At the sparsity of the record every tensor keeps exactly as many weights as there; at another
+    one the densities are scaled, clipped at 1. A tensor that the record empties keeps a weight.
+    (Liu et al. 2022, The Unreasonable Effectiveness of Random Pruning.)
+    """
+    kept = {n: max(1, record.entry(n).kept) / math.prod(record.entry(n).shape) for n in record}
+    return by_sensitivity(kept)
 
 
 def per_tensor(sparsities: Mapping[str, float]) -> Budget:
@@ -108,7 +97,7 @@ def per_tensor(sparsities: Mapping[str, float]) -> Budget:
 def global_(specs: Sequence[TensorSpec], sparsity: float, scores: Scores = None) -> dict[str, int]:
     """One threshold over all tensors: units compete by their mean score per weight."""
     check_sparsity(sparsity)
-    _no_fixed_density(specs, "global")
+    no_fixed_density(specs, "global")
     if scores is None:
         raise InvalidArgument("the global budget compares scores; this method gives none up front")
     pooled = [s.pattern.pool(scores[s.name]) / s.pattern.weights_per_unit(s.view) for s in specs]
@@ -137,11 +126,18 @@ def shortfall(specs: Sequence[TensorSpec], keep: Mapping[str, int], sparsity: fl
     return total - count_dropped(total, sparsity) - kept
 
 
-_NAMED: dict[str, Budget] = {"uniform": uniform, "erk": erk, "global": global_}
+_NAMED: dict[str, Budget] = {
+    "uniform": uniform,
+    "uniform+": uniform_plus,
+    "er": er,
+    "erk": erk,
+    "erk+": erk_plus,
+    "global": global_,
+}
 
 
 def get_budget(budget: str | Mapping[str, float] | Budget) -> Budget:
-    """A budget from its name ("uniform", "erk", "global"), a mapping name -> sparsity, or itself.
+    """A budget from its name, a mapping tensor name -> sparsity, or itself.
 
     Raises:
         InvalidArgument: no budget has this name.
@@ -153,54 +149,3 @@ def get_budget(budget: str | Mapping[str, float] | Budget) -> Budget:
     if isinstance(budget, Mapping):
         return per_tensor(budget)
     return budget
-
-
-def _no_fixed_density(specs: Sequence[TensorSpec], budget: str) -> None:
-    for spec in specs:
-        if spec.pattern.fixed_density is not None:
-            raise InvalidArgument(
-                f"pattern {spec.pattern} has one density; budget {budget!r} cannot vary it"
-                " (use budget 'uniform')"
-            )
-
-
-def _scaled_densities(
-    specs: Sequence[TensorSpec], raw: Mapping[str, float], sparsity: float
-) -> dict[str, int]:
-    """Densities eps * raw clipped at 1 by making the largest dense, then exact integers."""
-    total = sum(s.weights for s in specs)
-    allowed = total - count_dropped(total, sparsity)
-    dense: set[str] = set()
-    eps = 0.0
-    while len(dense) < len(specs):
-        open_ = [s for s in specs if s.name not in dense]
-        room = allowed - sum(s.weights for s in specs if s.name in dense)
-        eps = room / sum(raw[s.name] * s.weights for s in open_)
-        top = max(raw[s.name] for s in open_)
-        if eps * top <= 1.0:
-            break
-        dense |= {s.name for s in open_ if raw[s.name] == top}
-    wanted = {
-        s.name: float(s.weights) if s.name in dense else eps * raw[s.name] * s.weights
-        for s in specs
-    }
-    keep = {name: math.floor(value) for name, value in wanted.items()}
-    by_remainder = sorted(specs, key=lambda s: keep[s.name] - wanted[s.name])
-    missing = allowed - sum(keep.values())
-    while missing > 0:
-        grown = 0
-        for spec in by_remainder:
-            if missing and keep[spec.name] < spec.weights:
-                keep[spec.name] += 1
-                missing -= 1
-                grown += 1
-        if not grown:
-            break
-    return {
-        s.name: keep[s.name]
-        if isinstance(s.pattern, Unstructured) and s.pattern.scope == "tensor"
-        else s.pattern.reachable(
-            s.view, math.floor(keep[s.name] / s.pattern.weights_per_unit(s.view) + 1e-9)
-        )
-        for s in specs
-    }
