@@ -70,7 +70,7 @@ def fit(
 
 def spearman(a: Tensor, b: Tensor) -> float:
     def ranks(x: Tensor) -> Tensor:
-        values, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
+        _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
         return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
 
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
