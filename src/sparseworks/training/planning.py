@@ -1,0 +1,118 @@
+"""What a training is made from: the plan (how long, how fast) and the sparse method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sparseworks.core import registry
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.training.fitting import Recipe
+from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.sparsify import sparsify
+from sparseworks.training.transforming import Transform, Transformed, transform
+
+__all__ = ["HALVES", "Plan", "Sparse"]
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_COMMON = ("pattern", "budget", "include", "exclude", "seed")
+
+
+@dataclass(frozen=True)
+class Plan(Recipe):
+    """How a model is trained.
+
+    Args:
+        optimizer: SGD with Nesterov momentum, or AdamW.
+        warmup: fraction of the training in which the learning rate rises to `lr`; then it falls
+            on a cosine.
+        accumulate: batches whose gradients add up to one step.
+        clip: largest norm of the gradient.
+        amp: compute in "bf16" or "fp16" (with a loss scaler).
+        seed: of torch's generators.
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    warmup: float = 0.3
+    accumulate: int = 1
+    clip: float | None = None
+    amp: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.warmup < 1:
+            raise InvalidArgument(f"warmup={self.warmup} must be between 0 and 1")
+        if self.accumulate < 1:
+            raise InvalidArgument(f"accumulate={self.accumulate} must be at least 1")
+        if self.clip is not None and not self.clip > 0:
+            raise InvalidArgument(f"clip={self.clip} must be positive")
+        if self.amp is not None and self.amp not in HALVES:
+            raise InvalidArgument(f"amp={self.amp!r}: use bf16 or fp16")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise InvalidArgument(f"optimizer={self.optimizer!r}: use sgd or adamw")
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What `sparsify` or `transform` is called with, whichever the method is for.
+
+    Args:
+        method: a registered method or an object, of kind "hooked" or "transform".
+        sparsity: final fraction of zeros.
+        settings: the other arguments (pattern, budget, include, exclude, seed, method options).
+
+    Raises:
+        InvalidArgument: no such method or option, or one of another kind.
+    """
+
+    method: Any
+    sparsity: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        own = {k: v for k, v in self.settings.items() if k not in _COMMON}
+        chosen = registry.build(self.method, **own)
+        if not isinstance(chosen, (Hooked, Transform)):
+            raise InvalidArgument(
+                f"method {self.method!r} is {chosen.info.kind}, not one for a training loop "
+                f"({', '.join(_trainable())})"
+            )
+        if isinstance(chosen, Hooked):
+            needed = not chosen.starts_from_record
+        else:
+            needed = chosen.needs_sparsity
+        if needed and self.sparsity is None:
+            raise InvalidArgument(f"method {chosen.info.name!r} needs a sparsity, in [0, 1)")
+        object.__setattr__(self, "chosen", chosen)
+
+    @property
+    def every(self) -> int | None:
+        """Steps between mask updates, for methods that have such an option."""
+        every = getattr(self.chosen, "every", None)
+        return every if isinstance(every, int) else None
+
+    def begin(
+        self,
+        model: nn.Module,
+        steps: int,
+        build: Callable[[Any], torch.optim.Optimizer],
+    ) -> tuple[Run | Transformed, torch.optim.Optimizer]:
+        """The sparse run and the optimizer, made in the order that the method needs."""
+        given = {"sparsity": self.sparsity, "steps": steps, **self.settings}
+        if isinstance(self.chosen, Transform):
+            job = transform(model, self.method, **given)
+            optimizer = build(job.parameter_groups())
+            return job.attach(optimizer), optimizer
+        optimizer = build(model.parameters())
+        return sparsify(model, optimizer, self.method, **given), optimizer
+
+
+def _trainable() -> list[str]:
+    kinds = {n: registry.resolve(n).info.kind for n in registry.names()}
+    return [n for n, kind in kinds.items() if kind in ("hooked", "transform")]
