@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ class Transformed:
         self._masks: dict[str, Tensor] = {}
         self._orders: dict[str, list[str]] = {}  # parametrized -> its module's parameters in order
         self._replaced: dict[str, nn.Module] = {}
-        self._frozen: list[tuple[nn.Module, str]] = []
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._handle: Any = None
         self._before = {id(p) for p in model.parameters()}
 
@@ -186,9 +186,20 @@ class Transformed:
     def freeze(self, module: nn.Module, attribute: str) -> None:
         """A parameter does not train until `finish`."""
         parameter = module._parameters.get(attribute)
-        if parameter is not None and parameter.requires_grad:
+        if parameter is not None:
             parameter.requires_grad_(False)
-            self._frozen.append((module, attribute))
+
+    def train_only(self, what: Literal["parts", "model"]) -> None:
+        """From now on only the parts' parameters take gradients, or only those of before.
+
+        The others lose the gradient they have: a zero one would still decay and move by momentum.
+        """
+        parts = list(self.added.values())
+        for group, trains in ((parts, what == "parts"), (self._trainable, what == "model")):
+            for parameter in group:
+                parameter.requires_grad_(trains)
+                if not trains:
+                    parameter.grad = None
 
     def set_mask(self, name: str, mask: Tensor) -> None:
         """A new mask, into the part's buffer where it has one."""
@@ -225,9 +236,9 @@ class Transformed:
             state = "finished" if self.finished else "already attached to an optimizer"
             raise InvalidArgument(f"this transform is {state}; transform the model again")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        brought = [n for n, p in self.model.named_parameters() if id(p) not in self._before]
-        named = dict(self.model.named_parameters())
-        lacking = [n for n in brought if named[n].requires_grad and id(named[n]) not in held]
+        brought = {n: p for n, p in self.model.named_parameters() if id(p) not in self._before}
+        lacking = [n for n, p in brought.items()
+                   if (p.requires_grad or n in self.added) and id(p) not in held]  # fmt: skip
         if lacking:
             raise InvalidArgument(
                 f"the optimizer does not hold {lacking[0]!r}, which the transform added; build the "
@@ -347,11 +358,8 @@ class Transformed:
             known[attribute] = known.pop(attribute)
 
     def _release(self) -> None:
-        for module, attribute in self._frozen:
-            parameter = module._parameters.get(attribute)
-            if parameter is not None:
-                parameter.requires_grad_(True)
-        self._frozen.clear()
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
