@@ -1,1 +1,1 @@
-"""Lottery tickets and searches over masks."""
+"""Lottery tickets, soups and searches over masks: methods that train several times."""
