@@ -98,7 +98,7 @@ def prepare(options: Any) -> Job:
         sparse = Sparse(options.method, options.sparsity, settings)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     text, images, loaded = _model_and_data(options)
-    optimizer = options.optimizer or ("adamw" if text else "sgd")
+    optimizer: Any = options.optimizer or ("adamw" if text else "sgd")
     sgd = optimizer == "sgd"
 
     def chosen(name: str, default: Any) -> Any:
@@ -141,7 +141,8 @@ def _model_and_data(options: Any) -> tuple[bool, Any, Any]:
     from sparseworks.io import load
 
     torch.manual_seed(options.seed)
-    images, loaded = None, None
+    images: Any = None
+    loaded: Any = None
     if options.model not in _ZOO:
         loaded = load_model(options.model)
         if loaded.kind == "encoder" or (loaded.kind == "classifier" and loaded.tokenizer):

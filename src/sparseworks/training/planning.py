@@ -11,6 +11,7 @@ from torch import nn
 
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.patterns import check_sparsity
 from sparseworks.training.fitting import Recipe
 from sparseworks.training.hooked import Hooked, Run
 from sparseworks.training.sparsify import sparsify
@@ -89,6 +90,8 @@ class Sparse:
             needed = chosen.needs_sparsity
         if needed and self.sparsity is None:
             raise InvalidArgument(f"method {chosen.info.name!r} needs a sparsity, in [0, 1)")
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
         object.__setattr__(self, "chosen", chosen)
 
     @property

@@ -1,0 +1,291 @@
+"""`sparseworks train`: what it writes, that a kill costs nothing, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sparseworks as sw
+from sparseworks.cli import main
+from sparseworks.io import inspect
+from sparseworks.training.checkpointing import load_state
+
+NET = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
+        nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 10))
+
+def narrow():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(65, 10))
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A classifier factory, its weights, a tiny Llama with a tokenizer, a text, and images."""
+    from PIL import Image
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("train")
+    (root / "net.py").write_text(NET)
+    words = {w: i for i, w in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz "])}
+    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]").save_pretrained(root / "lm")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=1, intermediate_size=24)
+    ).save_pretrained(root / "lm")  # fmt: skip
+    (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+    g = torch.Generator().manual_seed(0)
+    for label in ("cat", "dog"):
+        (root / "images" / label).mkdir(parents=True)
+        for i in range(6):
+            pixels = torch.randint(0, 256, (8, 8, 3), generator=g, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(root / "images" / label / f"{i}.png")
+    return root
+
+
+def arguments(work, out, *more, method="rigl", sparsity=0.8):
+    chosen = ["--method", method, *(["--sparsity", sparsity] if sparsity is not None else [])]
+    base = [f"{work}/net.py:make", "--data", "digits", "--samples", 256, "--batch-size", 32,
+            "--epochs", 3, "--no-augment", "--no-tensorboard", "--out", out]  # fmt: skip
+    return ["train", *map(str, [*base, *chosen, *more])]
+
+
+def tensors(path):
+    """All tensors of a saved model, for comparison."""
+    module = {}
+    exec(NET, module)
+    model = sw.load(path, module["make"]())
+    return {**model.state_dict(), **{f"mask {k}": m for k, m in (sw.masks(model) or {}).items()}}
+
+
+def history(out):
+    rows = json.loads((out / "result.json").read_text())["history"]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def equal(a, b):
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def fails(capsys, *words):
+    """The one-line error of a command that must fail."""
+    assert main([str(w) for w in words]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    return error[0]
+
+
+def killed_at(step, words):
+    """Run the command in another process that gets SIGKILL right after a step."""
+    code = textwrap.dedent(f"""
+        import os, signal, sys
+        from sparseworks.cli import main
+        from sparseworks.training import loop
+        step = loop.Training._advance
+        def advance(self, batches):
+            step(self, batches)
+            if self.step == {step}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        loop.Training._advance = advance
+        sys.exit(main({words!r}))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+METHODS = {
+    "gradual": ["--option", "every=3", "--amp", "bf16"],
+    "rigl": ["--option", "every=3", "--optimizer", "adamw", "--clip", 0.5],
+    "granet": ["--option", "every=3", "--accumulate", 2],
+    "set": ["--option", "every=3"],
+}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_stopped_anywhere_and_resumed_equals_uninterrupted(method, work, tmp_path, monkeypatch):
+    more = METHODS[method]
+    assert main(arguments(work, tmp_path / "whole", *more, method=method)) == 0
+    out = tmp_path / "parts"
+    from sparseworks.training import loop
+
+    advance = loop.Training._advance
+    steps = 8 // (2 if method == "granet" else 1)
+    for stop in (steps + 1, 2 * steps + 3):  # after the first and after the second epoch
+
+        def broken(self, batches, stop=stop):
+            advance(self, batches)
+            if self.step == stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop.Training, "_advance", broken)
+        first = arguments(work, out, *more, method=method)
+        assert main(["train", "--resume", "--out", str(out)] if out.exists() else first) == 130
+        assert load_state(out / "state.safetensors")["step"] == stop // steps * steps
+    monkeypatch.undo()
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    whole, parts = tensors(tmp_path / "whole/model.safetensors"), tensors(out / "model.safetensors")
+    assert equal(whole, parts)
+    assert len(history(out)) == 3
+    assert history(out) == history(tmp_path / "whole")
+
+
+def test_kill_9_and_resume_equals_uninterrupted(work, tmp_path):
+    more = ["--option", "every=3", "--save-every", 5]
+    assert main(arguments(work, tmp_path / "whole", *more)) == 0
+    out = tmp_path / "killed"
+    killed_at(15, arguments(work, out, *more))
+    assert sorted(p.name for p in out.iterdir()) == ["options.json", "state.safetensors"]
+    assert load_state(out / "state.safetensors")["step"] == 10  # in the middle of an epoch
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert equal(tensors(tmp_path / "whole/model.safetensors"), tensors(out / "model.safetensors"))
+    assert not (out / "state.safetensors").exists()
+
+
+def test_the_result_is_sparse_says_so_and_learns(work, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--option", "every=2", "--eval-data", "digits", "--lr", 0.3, "--epochs", 12, "--json"]
+    assert main(arguments(work, out, *more, method="gradual", sparsity=0.6)) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((out / "result.json").read_text())
+    assert result["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert result["steps"] == 96 and len(result["history"]) == 12
+    assert result["history"][-1]["accuracy"] == result["metric"]["after"] > 60
+    loaded = tensors(out / "model.safetensors")
+    for name, share in result["tensors"].items():
+        assert bool((loaded[name][~loaded[f"mask {name}"]] == 0).all())
+        assert 1 - loaded[f"mask {name}"].float().mean() == pytest.approx(share, abs=1e-6)
+    before = (out / "model.safetensors").read_bytes()
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_sparsity_zero_and_dense_are_the_same_training(work, tmp_path):
+    assert main(arguments(work, tmp_path / "a", method="dense", sparsity=None)) == 0
+    assert main(arguments(work, tmp_path / "b", "--option", "every=3", sparsity=0)) == 0
+    dense, sparse = (tensors(tmp_path / f"{n}/model.safetensors") for n in "ab")
+    assert all(torch.equal(dense[k], sparse[k]) for k in dense)
+
+
+def test_fixed_masks_start_from_a_file(work, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(arguments(work, first, method="static")) == 0
+    start = ["--start", first / "model.safetensors"]
+    assert main(arguments(work, second, *start, method="fixed", sparsity=None)) == 0
+    a, b = tensors(first / "model.safetensors"), tensors(second / "model.safetensors")
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith("mask "))
+    assert not torch.equal(a["5.weight"], b["5.weight"])
+
+
+def test_a_language_model_on_text(work, tmp_path, capsys):
+    out = tmp_path / "lm"
+    words = ["train", work / "lm", "--data", work / "text.txt", "--eval-data", work / "text.txt",
+             "--method", "gradual", "--sparsity", 0.5, "--option", "every=2", "--length", 32,
+             "--batch-size", 8, "--epochs", 3, "--lr", 0.01, "--no-tensorboard",
+             "--out", out, "--json"]  # fmt: skip
+    assert main([str(w) for w in words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["metric"]["name"] == "perplexity"
+    assert result["metric"]["after"] < 0.8 * result["metric"]["before"]
+    model = sw.from_pretrained(out / "checkpoint")
+    assert sw.masks(model).sparsity() == pytest.approx(0.5, abs=1e-3)
+    assert sw.masks(model).violations(model) == {}
+    assert (out / "checkpoint" / "tokenizer.json").is_file()
+
+
+def test_a_resnet_on_a_folder_of_images(work, tmp_path):
+    out = tmp_path / "resnet"
+    words = ["train", "resnet20", "--data", work / "images", "--method", "set", "--sparsity", 0.9,
+             "--batch-size", 4, "--epochs", 1, "--option", "every=1", "--out", out]  # fmt: skip
+    assert main([str(w) for w in words]) == 0
+    info = {t.name: t.shape for t in inspect(out / "model.safetensors").tensors}
+    assert info["linear.weight"] == (2, 64)  # one output per folder
+    if (out / "tensorboard").exists():
+        assert any(p.name.startswith("events") for p in (out / "tensorboard").iterdir())
+
+
+def test_bad_input_is_refused_in_one_line(work, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def refused(*more, **kwargs):
+        error = fails(capsys, *arguments(work, out, *more, **kwargs))
+        assert not out.exists(), "nothing may be written"
+        return error
+
+    assert "did you mean 'rigl'" in refused(method="rigel")
+    assert "is one-shot, not one for a training loop (" in refused(method="wanda")
+    assert "needs a sparsity" in refused(sparsity=None)
+    assert "sparsity" in refused(sparsity=1.5)
+    assert "no option 'evry'; did you mean 'every'" in refused("--option", "evry=3")
+    assert "end=1.2 must be in [0, 1]" in refused("--option", "end=1.2")
+    assert "every 100 steps, but the training ends after 24" in refused()
+    assert "fewer than" in refused("--batch-size", 300)
+    assert "needs a model with masks" in refused(method="fixed", sparsity=None)
+    assert "takes no --sparsity" in refused(method="dense")
+    assert "amp='int8'" in refused("--amp", "int8")
+    assert "sgd or adamw" in refused("--optimizer", "lion")
+    assert "warmup=2" in refused("--warmup", 2)
+    assert "epochs=0" in refused("--epochs", 0)
+    assert "no such file" in refused("--data", tmp_path / "absent.parquet")
+    tiny = ["--data", "digits", "--out", out, "--method", "dense"]
+    assert "labels from 0 to 9" in fails(capsys, "train", f"{work}/net.py:narrow", *tiny)
+    assert "cannot take images of [1, 8, 8]" in fails(capsys, "train", f"{work}/net.py:wide", *tiny)
+    assert "resnet20 cannot take images" in fails(capsys, "train", "resnet20", *tiny)
+    assert "no --method" in fails(capsys, "train", "resnet20", "--data", "digits", "--out", out)
+    assert "give --out" in fails(capsys, "train", "resnet20", "--data", "digits")
+    assert "holds no training to resume" in fails(capsys, "train", "--resume", "--out", out)
+    assert not out.exists()
+
+
+def test_resuming_another_training_is_refused(work, tmp_path, capsys):
+    out = tmp_path / "out"
+    killed_at(9, arguments(work, out, "--option", "every=3"))
+    state = (out / "state.safetensors").read_bytes()
+    again = ["train", "--resume", "--out", out]
+    assert "was started with --method rigl, not set" in fails(capsys, *again, "--method", "set")
+    assert "--sparsity 0.8, not 0.9" in fails(capsys, *again, "--sparsity", 0.9)
+    assert "--epochs 3, not 30" in fails(capsys, *again, "--epochs", 30)
+    assert "go on with --resume" in fails(capsys, *arguments(work, out, "--option", "every=3"))
+    # options.json changed by hand: the state itself knows better
+    stored = json.loads((out / "options.json").read_text())
+    for change, message in (
+        ({"method": "set"}, "the state is of method 'rigl'"),
+        ({"epochs": 4}, "a training of 24 steps, this one has 32"),
+        ({"samples": 320}, "a training of 24 steps, this one has 30"),
+    ):
+        (out / "options.json").write_text(json.dumps({**stored, **change}))
+        assert message in fails(capsys, *again)
+    (out / "options.json").write_text(json.dumps(stored))
+    (out / "state.safetensors").write_bytes(state[:-9])
+    assert "cannot be read as a training state" in fails(capsys, *again)
+    save_file({"a": torch.ones(1)}, out / "state.safetensors")
+    assert "not a training state" in fails(capsys, *again)
+    (out / "state.safetensors").write_bytes(state)
+    assert main([str(w) for w in again]) == 0
+
+
+def test_a_diverging_training_says_so(work, tmp_path, capsys):
+    more = ["--lr", 1e30, "--optimizer", "sgd"]
+    error = fails(capsys, *arguments(work, tmp_path / "out", *more, method="static"))
+    assert "not finite in epoch 1; lower the learning rate" in error
+    assert os.listdir(tmp_path / "out") == ["options.json"]
