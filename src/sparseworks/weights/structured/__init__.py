@@ -18,6 +18,7 @@ registry.register(
         "group-fisher": f"{_ROOM}.scores:Fisher",
         "group-energy": f"{_ROOM}.scores:ActivationEnergy",
         "ofb": f"{_ROOM}.ofb:OFB",
+        "mask-sparsity": f"{_ROOM}.mask_sparsity:MaskSparsity",
         "wgsef": f"{_ROOM}.wgsef:WGSEF",
     }
 )

@@ -1,0 +1,184 @@
+"""MaskSparsity: press only on the channels that are going to be cut.
+
+Network slimming presses on every batch-norm scale, also on those that stay, which then under-fit.
+Here a mask of channels is chosen first; training starts again from the dense weights with
+
+    loss + s sum over marked channels of |gamma_c|,
+
+a slope s sign(gamma) added after the backward pass. The scales of marked channels fall to zero, the
+others are trained as ever, and the marked channels are cut almost without loss. What a cut channel
+still says, act(beta), is folded into the next layer. Groups of a residual stream share one mark.
+
+Source: Jiang et al. 2022, Pruning-aware Sparse Regularization for Network Pruning. The folding is
+an addition.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.registry import MethodInfo
+from sparseworks.models.calls import Batch
+from sparseworks.models.coupling import Coupling, trace
+from sparseworks.weights.structured.recovery import finetune
+from sparseworks.weights.structured.scales import Keep, Scales, cut_folded, find_scales, press
+
+__all__ = ["MaskSparsity", "MaskSparsityResult"]
+
+
+@dataclass(frozen=True)
+class MaskSparsityResult:
+    """What training and cutting did.
+
+    Args:
+        widths: batch-norm scale -> channels before and after.
+        marked: groups that were pressed on.
+        cut: groups that were cut.
+        largest_marked: largest |gamma| of a marked group before the cut.
+        least_kept: 5th percentile of the mean |gamma| of the groups that stay.
+    """
+
+    widths: dict[str, tuple[int, int]]
+    marked: int
+    cut: int
+    largest_marked: float
+    least_kept: float
+
+
+@dataclass(frozen=True)
+class MaskSparsity:
+    """Mark, train with a penalty on the marked scales, cut.
+
+    Args:
+        keep: share of the channels that stay.
+        allocation: "uniform", the same share of every layer, or "global", one threshold on |gamma|.
+        strength: s. The paper's 5e-4 is for 100 epochs of ImageNet; the fall of a scale is about
+            lr s / (1 - momentum) a step, so short schedules need more.
+        threshold: channels under this |gamma| are cut; None: all marked ones, whatever they weigh.
+        near: |gamma| under which the penalty is quadratic; 0: never.
+        exclude: name patterns; families that touch one of these parameters stay whole.
+        lr: peak learning rate.
+    """
+
+    keep: float = 0.5
+    allocation: Literal["uniform", "global"] = "uniform"
+    strength: float = 5e-4
+    threshold: float | None = 0.01
+    near: float = 0.0
+    exclude: tuple[str, ...] = ()
+    lr: float = 0.05
+
+    info: ClassVar[MethodInfo] = MethodInfo(
+        name="mask-sparsity",
+        title="Pruning-aware Sparse Regularization for Network Pruning",
+        authors="Jiang et al.",
+        year=2022,
+        room="weights/structured",
+        kind="driver",
+        card="013",
+        needs=("data", "loss", "training"),
+        pattern="coupled channels under batch norm",
+        budget="uniform or global",
+        cost="one training; one added slope per batch norm and step",
+        summary="press only the scales of channels that will be cut to zero, then cut them",
+    )
+
+    def mark(self, coupling: Coupling, scales: tuple[Scales, ...]) -> Keep:
+        """False for the groups with the smallest mean |gamma|; at least one of a family stays."""
+        keep = coupling.keep_all()
+        values = [s.mean() for s in scales]
+        if self.allocation == "uniform":
+            gone = [len(v) - max(1, round(self.keep * len(v))) for v in values]
+        else:
+            every = torch.cat(values).sort().values
+            cut = len(every) - max(1, round(self.keep * len(every)))
+            line = float(every[cut - 1]) if cut else -1.0
+            gone = [min(int((v <= line).sum()), len(v) - 1) for v in values]
+        for scale, value, n in zip(scales, values, gone):
+            order = value.argsort(stable=True)[:n].numpy()
+            keep[scale.family.roots[order]] = False
+        return keep
+
+    def fit(
+        self,
+        model: nn.Module,
+        example: Batch,
+        batches: Callable[[int], Iterable[Batch]],
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        keep: Keep | None = None,
+        fold_batches: int = 4,
+        **training: Any,
+    ) -> MaskSparsityResult:
+        """Train in place from the dense weights and cut; fine-tune afterwards at a small rate.
+
+        Args:
+            model: trained, dense.
+            example: one batch, to trace the model.
+            batches: epoch number -> batches.
+            epochs: passes.
+            steps_per_epoch: batches of a pass.
+            keep: True for group numbers of `trace(model, example)` that stay: any other criterion
+                instead of |gamma|.
+            fold_batches: batches over which the means of cut channels are taken.
+            training: further arguments of `finetune`.
+
+        Raises:
+            InvalidArgument: an option out of range, or a `keep` of another model.
+            ModelError: nothing here has batch-norm scales.
+        """
+        if not 0 < self.keep < 1 or self.strength < 0:
+            raise InvalidArgument("keep= lies in (0, 1) and strength= is at least 0")
+        if self.allocation not in ("uniform", "global"):
+            raise InvalidArgument(f"allocation={self.allocation!r}: uniform or global")
+        coupling = trace(model, example)
+        scales = find_scales(model, coupling, self.exclude)
+        stay = self.mark(coupling, scales) if keep is None else np.asarray(keep, bool)
+        if stay.shape != (coupling.count,):
+            raise InvalidArgument(
+                f"keep has {stay.shape} entries; this model has {coupling.count} group numbers"
+            )
+
+        def penalty(_: nn.Module) -> None:
+            press(scales, self.strength, ~stay, self.near)
+
+        finetune(
+            model, batches, epochs=epochs, steps_per_epoch=steps_per_epoch, penalty=penalty,
+            **{"lr": self.lr, **training},
+        )  # fmt: skip
+        final = self._final(coupling, scales, stay)
+        marked = torch.cat([s.largest()[~torch.as_tensor(stay[s.family.roots])] for s in scales])
+        kept = torch.cat([s.mean()[torch.as_tensor(stay[s.family.roots])] for s in scales])
+        data = list(itertools.islice(batches(0), fold_batches))
+        cut_folded(model, example, coupling, final, data)
+        widths = {
+            next(iter(s.entries)): (len(s.family), int(final[s.family.roots].sum())) for s in scales
+        }
+        return MaskSparsityResult(
+            widths,
+            int((~stay).sum()),
+            int((~final).sum()),
+            float(marked.max()) if len(marked) else 0.0,
+            float(kept.quantile(0.05)) if len(kept) else 0.0,
+        )
+
+    def _final(self, coupling: Coupling, scales: tuple[Scales, ...], stay: Keep) -> Keep:
+        """What is cut: every channel under the threshold, or the marked ones."""
+        if self.threshold is None:
+            return stay
+        final = coupling.keep_all()
+        for scale in scales:
+            value = scale.largest()
+            under = (value < self.threshold).numpy()
+            under[int(value.argmax())] = False
+            final[scale.family.roots[under]] = False
+        return final
