@@ -122,9 +122,21 @@ class Run:
                 continue
             self._bound[name] = parameter
             if parameter.requires_grad:
-                hook = self._gradient_hook(name)
+                before, after = self._fresh_hook(name), self._gradient_hook(name)
                 add = parameter.register_post_accumulate_grad_hook
-                self._handles.append(add(hook))  # type: ignore[no-untyped-call]
+                self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
+                self._handles.append(add(after))  # type: ignore[no-untyped-call]
+
+    def _fresh_hook(self, name: str) -> Any:
+        """Forget a dense gradient whose step never came (a scaler skips steps that overflow)."""
+
+        def forget(gradient: Tensor) -> None:
+            if name in self.dense_gradients:
+                grad = self._bound[name].grad
+                if grad is None or not bool(grad.any()):
+                    del self.dense_gradients[name]
+
+        return forget
 
     def _gradient_hook(self, name: str) -> Any:
         def mask_gradient(parameter: Tensor) -> None:
