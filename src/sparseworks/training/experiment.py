@@ -145,7 +145,7 @@ class Experiment:
             else:
                 done.into(copied)
             if self.evaluate is not None:
-                figures["score"] = self._score(copied)
+                figures["score"] = self.score(copied)
             self.store.keep(done, copied)
         self.finished[name] = done
         if self.progress is not None:
@@ -253,8 +253,14 @@ class Experiment:
         return steps[0]
 
     @torch.no_grad()
-    def _score(self, model: nn.Module) -> float:
-        assert self.evaluate is not None
+    def score(self, model: nn.Module) -> float:
+        """What `evaluate` says of a model, which is left in evaluation mode.
+
+        Raises:
+            InvalidArgument: there is no `evaluate`, or it did not return a finite number.
+        """
+        if self.evaluate is None:
+            raise InvalidArgument(f"method {self.method.info.name!r} chooses by `evaluate`")
         model.eval()
         value = float(self.evaluate(model))
         if not math.isfinite(value):
