@@ -7,6 +7,7 @@ _ROOM = "sparseworks.weights"
 
 registry.register(
     {
+        "dass": f"{_ROOM}.dynamic.dass:DASS",
         "dsl": f"{_ROOM}.dynamic.dsl:DSL",
         "fixed": f"{_ROOM}.dynamic.fixed:Fixed",
         "gradual": f"{_ROOM}.dynamic.gradual:Gradual",
@@ -19,6 +20,7 @@ registry.register(
         "static": f"{_ROOM}.dynamic.rewiring:Static",
         "rewinding": f"{_ROOM}.tickets.rewinding:Rewinding",
         "random-search": f"{_ROOM}.tickets.random_search:RandomSearch",
+        "ownership": f"{_ROOM}.tickets.ownership:Ownership",
         "sparse-then-prune": f"{_ROOM}.dynamic.sparse_regularization:SparseRegularization",
         "soup": f"{_ROOM}.tickets.soups:SparseSoup",
         "random": f"{_ROOM}.oneshot.random:Random",
