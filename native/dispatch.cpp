@@ -35,6 +35,11 @@ Spmm spmm() {
   return name == "avx512" ? spmm_avx512 : name == "avx2" ? spmm_avx2 : spmm_base;
 }
 
+RunOp run_op() {
+  const std::string name = instruction_set();
+  return name == "avx512" ? run_op_avx512 : name == "avx2" ? run_op_avx2 : run_op_base;
+}
+
 Spmv spmv() {
 #if defined(__x86_64__)
   if (instruction_set() == "avx512" && __builtin_cpu_supports("avx512vbmi2")) return spmv_vbmi2;

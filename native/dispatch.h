@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "program.h"
 #include "spmm.h"
 #include "spmv.h"
 
@@ -13,6 +14,8 @@ namespace sparseworks {
 std::string instruction_set();
 
 Spmm spmm();
+
+RunOp run_op();
 
 // The batch-1 product expands with AVX-512 VBMI2 where it is there.
 Spmv spmv();

@@ -11,12 +11,15 @@
 namespace nb = nanobind;
 using namespace sparseworks;
 
+void define_program(nb::module_& m);  // program_module.cpp
+
 template <typename T, int N>
 using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of sparseworks.";
   m.def("instruction_set", &instruction_set);
+  define_program(m);
   m.def(
       "spmm",
       [](Array<const int64_t, 1> start, Array<const uint16_t, 1> column,

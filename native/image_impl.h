@@ -1,0 +1,200 @@
+// Between the tensors of a caller and the planes of a program, and the plain operations on planes.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "product_impl.h"
+
+namespace sparseworks {
+namespace {
+
+inline std::pair<int, int> share(int count, int part, int parts) {
+  return {static_cast<int>(static_cast<int64_t>(count) * part / parts),
+          static_cast<int>(static_cast<int64_t>(count) * (part + 1) / parts)};
+}
+
+// out[c][r] = in[r][c]
+void transpose(const float* in, int64_t in_stride, int rows, int columns, float* out,
+               int64_t out_stride) {
+  int r = 0;
+  for (; r + kLanes <= rows; r += kLanes) {
+    int c = 0;
+    for (; c + kLanes <= columns; c += kLanes)
+      transpose16(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
+    for (; c < columns; ++c)
+      for (int i = r; i < r + kLanes; ++i) out[c * out_stride + i] = in[i * in_stride + c];
+  }
+  for (; r < rows; ++r)
+    for (int c = 0; c < columns; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+}
+
+// The first image of a group of 16; missing ones are read as the last one and never written.
+inline int images(const Call& call, int64_t item) {
+  return static_cast<int>(std::min<int64_t>(kLanes, call.entries - item * kLanes));
+}
+
+void load_tensor(const Op& op, const int64_t* where, float* arena, const Call& call, int64_t item,
+                 int part, int parts) {
+  const Geometry& g = op.to;
+  const Tensor& t = call.tensors[op.tensor];
+  float* out = arena + where[op.out];
+  const auto [begin, end] = share(op.channels, part, parts);
+  if (op.flag) {  // [tokens, channels]
+    const float* in = t.data + (t.items == 1 ? 0 : item * t.size);
+    for (int c = begin; c < end; c += 64) {
+      const int count = std::min(64, end - c);
+      transpose(in + c, op.channels, g.width, count, out + c * g.plane, g.plane);
+      for (int k = c; k < c + count; ++k)
+        std::fill(out + k * g.plane + g.width, out + (k + 1) * g.plane, 0.0f);
+    }
+    return;
+  }
+  for (int c = begin; c < end; ++c) {
+    float* plane = out + c * g.plane;
+    clear_padding(plane, g, true);
+    for (int y = 0; y < g.height; ++y) {
+      const int64_t pixel = (static_cast<int64_t>(c) * g.height + y) * g.width;
+      float* row = plane + g.origin + y * g.pitch;
+      if (g.lanes == 1) {
+        std::copy_n(t.data + item * t.size + pixel, g.width, row);
+        continue;
+      }
+      const int count = images(call, item);
+      const float* in = t.data + item * kLanes * t.size + pixel;
+      if (count == kLanes) {
+        transpose(in, t.size, kLanes, g.width, row, kLanes);
+        continue;
+      }
+      for (int x = 0; x < g.width; ++x)
+        for (int i = 0; i < kLanes; ++i)
+          row[x * kLanes + i] = in[std::min(i, count - 1) * t.size + x];
+    }
+  }
+}
+
+void store_tensor(const Op& op, const int64_t* where, float* arena, const Call& call, int64_t item,
+                  int part, int parts) {
+  const Geometry& g = op.from;
+  const Tensor& t = call.tensors[op.tensor];
+  const float* in = arena + where[op.in];
+  const auto [begin, end] = share(op.channels, part, parts);
+  if (op.flag) {
+    for (int x = 0; x < g.width; x += 64)
+      transpose(in + begin * g.plane + x, g.plane, end - begin, std::min(64, g.width - x),
+                t.data + item * t.size + static_cast<int64_t>(x) * op.channels + begin, op.channels);
+    return;
+  }
+  for (int c = begin; c < end; ++c)
+    for (int y = 0; y < g.height; ++y) {
+      const int64_t pixel = (static_cast<int64_t>(c) * g.height + y) * g.width;
+      const float* row = in + c * g.plane + g.origin + y * g.pitch;
+      if (g.lanes == 1) {
+        std::copy_n(row, g.width, t.data + item * t.size + pixel);
+        continue;
+      }
+      float* out = t.data + item * kLanes * t.size + pixel;
+      for (int i = 0; i < images(call, item); ++i)
+        for (int x = 0; x < g.width; ++x) out[i * t.size + x] = row[x * kLanes + i];
+    }
+}
+
+// Windows that reach over the edge take what is there; an average divides by what it took, or by
+// the whole window where padding counts.
+void pool(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry &from = op.from, &to = op.to;
+  const auto [begin, end] = share(op.channels, part, parts);
+  const int lanes = from.lanes;
+  for (int c = begin; c < end; ++c) {
+    const float* in = arena + where[op.in] + c * from.plane + from.origin;
+    float* out = arena + where[op.out] + c * to.plane;
+    clear_padding(out, to, true);
+    for (int y = 0; y < to.height; ++y)
+      for (int x = 0; x < to.width; ++x) {
+        const int y0 = y * op.stride - op.padding, x0 = x * op.stride - op.padding;
+        const int y1 = std::min(y0 + op.window, from.height), x1 = std::min(x0 + op.window, from.width);
+        float best[kLanes];
+        std::fill_n(best, lanes, op.flag ? -std::numeric_limits<float>::infinity() : 0.0f);
+        for (int v = std::max(y0, 0); v < y1; ++v)
+          for (int u = std::max(x0, 0); u < x1; ++u) {
+            const float* p = in + v * from.pitch + u * lanes;
+            if (op.flag)
+              for (int i = 0; i < lanes; ++i) best[i] = p[i] > best[i] ? p[i] : best[i];
+            else
+              for (int i = 0; i < lanes; ++i) best[i] += p[i];
+          }
+        const int whole = (std::min(y0 + op.window, from.height + op.padding) - y0) *
+                          (std::min(x0 + op.window, from.width + op.padding) - x0);
+        const int inside = (y1 - std::max(y0, 0)) * (x1 - std::max(x0, 0));
+        const float factor = op.flag ? 1.0f : 1.0f / (op.broadcast ? whole : inside);
+        float* o = out + to.origin + y * to.pitch + x * lanes;
+        for (int i = 0; i < lanes; ++i) o[i] = best[i] * factor;
+      }
+  }
+}
+
+void mean(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry &from = op.from, &to = op.to;
+  const auto [begin, end] = share(op.channels, part, parts);
+  const float factor = 1.0f / (static_cast<float>(from.height) * from.width);
+  for (int c = begin; c < end; ++c) {
+    const float* in = arena + where[op.in] + c * from.plane + from.origin;
+    float sum[kLanes] = {};
+    for (int y = 0; y < from.height; ++y)
+      for (int x = 0; x < from.width; ++x)
+        for (int i = 0; i < from.lanes; ++i) sum[i] += in[y * from.pitch + x * from.lanes + i];
+    float* out = arena + where[op.out] + c * to.plane;
+    std::fill(out, out + to.plane, 0.0f);
+    for (int i = 0; i < from.lanes; ++i) out[to.origin + i] = sum[i] * factor;
+  }
+}
+
+// activation(a + b), activation(a b) or activation(a), on whole planes.
+void combine(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry& g = op.to;
+  const auto [begin, end] = share(op.channels, part, parts);
+  with_activation(op.activation, [&](auto a) {
+    constexpr Activation A = decltype(a)::value;
+    for (int c = begin; c < end; ++c) {
+      const float* x = arena + where[op.in] + c * g.plane;
+      float* out = arena + where[op.out] + c * g.plane;
+      const float* y = op.other < 0 ? nullptr : arena + where[op.other] + c * op.from.plane;
+      for (int64_t i = 0; i < g.plane; i += kLanes) {
+        Vec v = load(x + i);
+        if (y != nullptr) {
+          const Vec w = !op.broadcast ? load(y + i) : op.from.lanes == 1 ? all(y[0]) : load(y);
+          v = op.flag ? v * w : v + w;
+        }
+        store(out + i, activate<A>(v));
+      }
+      if (op.broadcast || A != Activation::kNone) clear_padding(out, g, true);
+    }
+  });
+}
+
+// Plane (c, py, px) holds the pixels (y stride + py, x stride + px) of channel c.
+void phases(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry &from = op.from, &to = op.to;
+  const int s = op.stride;
+  const auto [begin, end] = share(op.channels, part, parts);  // channels of `in`
+  for (int c = begin; c < end; ++c)
+    for (int phase = 0; phase < s * s; ++phase) {
+      const float* in = arena + where[op.in] + c * from.plane + from.origin;
+      float* out = arena + where[op.out] + (static_cast<int64_t>(c) * s * s + phase) * to.plane;
+      clear_padding(out, to, true);
+      const int py = phase / s, px = phase % s, lanes = to.lanes;
+      for (int y = 0; y < to.height; ++y) {
+        const int v = y * s + py;
+        float* row = out + to.origin + y * to.pitch;
+        for (int x = 0; x < to.width; ++x) {
+          const int u = x * s + px;
+          const bool inside = v < from.height && u < from.width;
+          for (int i = 0; i < lanes; ++i)
+            row[x * lanes + i] = inside ? in[v * from.pitch + u * lanes + i] : 0.0f;
+        }
+      }
+    }
+}
+
+}  // namespace
+}  // namespace sparseworks

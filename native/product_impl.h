@@ -1,0 +1,216 @@
+// The sparse product: out[row][p] = activation(sum over taps value * in[p + offset] + bias[row] +
+// residual[row][p]). A kept weight is one broadcast times a run of positions; the accumulators of a
+// block of rows and positions stay in registers.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "math.h"
+
+namespace sparseworks {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRun = 16, kPair = 8, kQuad = 6;  // vectors a block, by rows a block
+#elif defined(__AVX2__)
+constexpr int kRun = 6, kPair = 3, kQuad = 1;
+#else
+constexpr int kRun = 2, kPair = 1, kQuad = 1;
+#endif
+
+// Where a block of results goes, and what is added on the way.
+struct Target {
+  float* out;
+  const float* residual;  // null: none
+  const uint16_t* live;   // null: all lanes
+  const float* bias;
+  int64_t plane;
+  Activation activation;
+  float floor;  // of ReLU: 0; else -inf
+};
+
+inline Vec kept(Vec v, int live) {
+  const IntVec bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return (bits & live) != 0 ? v : Vec{};
+}
+
+inline void finish(Vec v, const Target& to, int row, int64_t at, int index) {
+  const int64_t p = row * to.plane + at;
+  if (to.residual != nullptr) v += load(to.residual + p);
+  v = maximum(v, all(to.floor));
+  if (to.live != nullptr && to.live[index] != 0xffff) v = kept(v, to.live[index]);
+  store(to.out + p, v);
+}
+
+// The other activations, on results that are still in the first cache.
+inline void activate_stored(const Target& to, int row, int64_t at, int vectors) {
+  float* p = to.out + row * to.plane + at;
+  with_activation(to.activation, [&](auto a) {
+    for (int v = 0; v < vectors; ++v)
+      store(p + v * kLanes, activate<decltype(a)::value>(load(p + v * kLanes)));
+  });
+}
+
+template <int P, int S>
+inline void accumulate(const float* in, const int32_t* offset, const float* value, int64_t n,
+                       Vec (&acc)[P]) {
+  for (int64_t t = 0; t < n; ++t) {
+    const float* x = in + offset[t];
+    const Vec w = all(value[t]);
+    for (int v = 0; v < P; ++v) acc[v] += w * load(x + v * S * kLanes);
+  }
+}
+
+// One row, P vectors.
+template <int P, int S>
+void one_row(const Taps& w, int row, const float* in, int64_t at, int index, const Target& to) {
+  Vec acc[P];
+  for (int v = 0; v < P; ++v) acc[v] = all(to.bias ? to.bias[row] : 0.0f);
+  const int64_t begin = w.start[row];
+  accumulate<P, S>(in, w.offset + begin, w.value + begin, w.start[row + 1] - begin, acc);
+  for (int v = 0; v < P; ++v) finish(acc[v], to, row, at + v * kLanes, index + v);
+}
+
+// Two rows at once, so that few positions still fill the pipeline.
+template <int P, int S>
+void two_rows(const Taps& w, int row, const float* in, int64_t at, int index, const Target& to) {
+  Vec a[P], b[P];
+  for (int v = 0; v < P; ++v) {
+    a[v] = all(to.bias ? to.bias[row] : 0.0f);
+    b[v] = all(to.bias ? to.bias[row + 1] : 0.0f);
+  }
+  int64_t i = w.start[row], j = w.start[row + 1];
+  const int64_t i_end = j, j_end = w.start[row + 2];
+  const int64_t both = std::min(i_end - i, j_end - j);
+  for (int64_t n = 0; n < both; ++n, ++i, ++j) {
+    const float* x = in + w.offset[i];
+    const float* y = in + w.offset[j];
+    const Vec s = all(w.value[i]), t = all(w.value[j]);
+    for (int v = 0; v < P; ++v) a[v] += s * load(x + v * S * kLanes);
+    for (int v = 0; v < P; ++v) b[v] += t * load(y + v * S * kLanes);
+  }
+  accumulate<P, S>(in, w.offset + i, w.value + i, i_end - i, a);
+  accumulate<P, S>(in, w.offset + j, w.value + j, j_end - j, b);
+  for (int v = 0; v < P; ++v) finish(a[v], to, row, at + v * kLanes, index + v);
+  for (int v = 0; v < P; ++v) finish(b[v], to, row + 1, at + v * kLanes, index + v);
+}
+
+// G rows that share their taps: one load serves G products. For weights that are nearly dense.
+template <int G, int P, int S>
+void shared_taps(const Taps& w, int group, const float* in, int64_t at, int index,
+                 const Target& to) {
+  Vec acc[G][P];
+  const int first = group * G;
+  for (int g = 0; g < G; ++g)
+    for (int v = 0; v < P; ++v)
+      acc[g][v] = all(to.bias && first + g < w.rows ? to.bias[first + g] : 0.0f);
+  const int64_t end = w.start[group + 1];
+  for (int64_t t = w.start[group]; t < end; ++t) {
+    const float* x = in + w.offset[t];
+    const float* value = w.value + t * G;
+    for (int v = 0; v < P; ++v) {
+      const Vec run = load(x + v * S * kLanes);
+      for (int g = 0; g < G; ++g) acc[g][v] += value[g] * run;
+    }
+  }
+  for (int g = 0; g < G && first + g < w.rows; ++g)
+    for (int v = 0; v < P; ++v) finish(acc[g][v], to, first + g, at + v * kLanes, index + v);
+}
+
+// All groups [begin, end) on one block of P vectors.
+template <int G, int P, int S>
+void block(const Taps& w, int begin, int end, const float* in, int64_t at, int index,
+           const Target& to) {
+  if constexpr (G > 1) {
+    for (int g = begin; g < end; ++g) shared_taps<G, P, S>(w, g, in, at, index, to);
+  } else {
+    int row = begin;
+    if constexpr (P <= kPair)
+      for (; row + 2 <= end; row += 2) two_rows<P, S>(w, row, in, at, index, to);
+    for (; row < end; ++row) one_row<P, S>(w, row, in, at, index, to);
+  }
+  if (to.activation != Activation::kNone)
+    for (int row = begin * G; row < std::min(end * G, w.rows); ++row)
+      activate_stored(to, row, at, P);
+}
+
+template <int G, int P, int S>
+void block_of(int vectors, const Taps& w, int begin, int end, const float* in, int64_t at,
+              int index, const Target& to) {
+  if (vectors == P) return block<G, P, S>(w, begin, end, in, at, index, to);
+  if constexpr (P > 1) block_of<G, P - 1, S>(vectors, w, begin, end, in, at, index, to);
+}
+
+// A run of `vectors` vectors, in blocks of nearly equal size.
+template <int G, int S>
+void run_of(const Taps& w, int begin, int end, const float* in, int vectors, int64_t at,
+            const Target& to) {
+  constexpr int most = G == 1 ? kRun : kQuad;
+  const int blocks = (vectors + most - 1) / most;
+  for (int b = 0, done = 0; b < blocks; ++b) {
+    const int size = (vectors - done + blocks - b - 1) / (blocks - b);
+    block_of<G, most, S>(size, w, begin, end, in + static_cast<int64_t>(done) * S * kLanes,
+                            at + done * kLanes, done, to);
+    done += size;
+  }
+}
+
+// The first group from which on at least `part` of `parts` of all taps lie before.
+inline int cut(const Taps& w, int part, int parts) {
+  const int groups = (w.rows + w.group - 1) / w.group;
+  if (part <= 0) return 0;
+  if (part >= parts) return groups;
+  const int64_t goal = (w.start[groups] + groups) * part / parts;
+  int low = 0, high = groups;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (w.start[middle] + middle < goal) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+// Zeros round the pixels of one channel; between the rows only where they are not written anyway.
+inline void clear_padding(float* plane, const Geometry& g, bool between) {
+  if (g.pad == 0) return;
+  std::fill(plane, plane + g.origin, 0.0f);
+  const int64_t width = static_cast<int64_t>(g.width) * g.lanes;
+  if (between)
+    for (int y = 0; y < g.height; ++y)
+      std::fill(plane + g.origin + y * g.pitch + width, plane + g.origin + (y + 1) * g.pitch, 0.0f);
+  std::fill(plane + g.origin + (g.height - 1) * g.pitch + width, plane + g.plane, 0.0f);
+}
+
+void product(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry &from = op.from, &to = op.to;
+  const int begin = cut(op.taps, part, parts), end = cut(op.taps, part + 1, parts);
+  float* out = arena + where[op.out];
+  for (int c = begin * op.taps.group; c < std::min(end * op.taps.group, op.taps.rows); ++c)
+    clear_padding(out + c * to.plane, to, !op.flat);
+  const float* in = arena + where[op.in] + from.origin;
+  const float* residual = op.other < 0 ? nullptr : arena + where[op.other];
+  const bool relu = op.activation == Activation::kRelu;
+  const Target target{out, residual, op.live.empty() ? nullptr : op.live.data(), op.bias, to.plane,
+                      relu ? Activation::kNone : op.activation,
+                      relu ? 0.0f : -std::numeric_limits<float>::infinity()};
+  const int lanes = from.lanes;
+  const int runs = op.flat ? 1 : to.height;
+  const int64_t length = op.flat ? (to.height - 1) * to.pitch + to.width
+                                 : static_cast<int64_t>(to.width) * lanes;
+  const int vectors = static_cast<int>((length + kLanes - 1) / kLanes);
+  for (int y = 0; y < runs; ++y) {
+    const float* row = in + y * from.pitch * op.stride;
+    const int64_t at = to.origin + y * to.pitch;
+    if (op.taps.group == 4) {
+      if (op.stride == 2) run_of<4, 2>(op.taps, begin, end, row, vectors, at, target);
+      else run_of<4, 1>(op.taps, begin, end, row, vectors, at, target);
+    } else {
+      if (op.stride == 2) run_of<1, 2>(op.taps, begin, end, row, vectors, at, target);
+      else run_of<1, 1>(op.taps, begin, end, row, vectors, at, target);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparseworks

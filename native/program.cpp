@@ -1,0 +1,128 @@
+#include "program.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+#include "dispatch.h"
+#include "pool.h"
+
+namespace sparseworks {
+namespace {
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<float, Free>;
+
+Memory allocate(int64_t floats) {
+  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 4095) / 4096 * 4096;
+  void* p = std::aligned_alloc(4096, bytes);
+  if (p == nullptr) throw std::bad_alloc();
+  std::fill_n(static_cast<float*>(p), bytes / sizeof(float), 0.0f);
+  return Memory(static_cast<float*>(p));
+}
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+// Working memory of calls in flight; given back memory is used again.
+struct Program::Arenas {
+  std::mutex mutex;
+  std::vector<Memory> idle;
+
+  Memory take(int64_t floats) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!idle.empty()) {
+        Memory memory = std::move(idle.back());
+        idle.pop_back();
+        return memory;
+      }
+    }
+    return allocate(floats);
+  }
+  void give(Memory memory) {
+    std::lock_guard<std::mutex> lock(mutex);
+    idle.push_back(std::move(memory));
+  }
+};
+
+Program::Program(std::vector<int64_t> where, int64_t arena, int lanes)
+    : where_(std::move(where)), size_(arena), lanes_(lanes), arenas_(new Arenas) {}
+
+Program::~Program() = default;
+
+void Program::add(Op op) { ops_.push_back(std::move(op)); }
+
+void Program::run(const std::vector<Tensor>& tensors, int64_t entries, int threads) const {
+  const RunOp run = run_op();
+  const Call call{tensors.data(), entries, lanes_};
+  const int64_t items = (entries + lanes_ - 1) / lanes_;
+  const int64_t alone = threads <= 1 ? items : items / threads * threads;
+  // whole items side by side, no waiting in between ...
+  if (alone > 0)
+    parallel_for(static_cast<int>(std::min<int64_t>(alone, threads)), threads, [&](int first) {
+      Memory memory = arenas_->take(size_);
+      for (int64_t item = first; item < alone; item += std::min<int64_t>(alone, threads))
+        for (const Op& op : ops_) run(op, where_.data(), memory.get(), call, item, 0, 1);
+      arenas_->give(std::move(memory));
+    });
+  // ... and what is left over by all threads together
+  for (int64_t item = alone; item < items; ++item) {
+    Memory memory = arenas_->take(size_);
+    together(call, item, memory.get(), run, threads);
+    arenas_->give(std::move(memory));
+  }
+}
+
+// Pieces are taken by counting up; whoever finds none left waits until the operation is complete.
+// A helper that never comes is not waited for.
+void Program::together(const Call& call, int64_t item, float* arena, RunOp run,
+                       int threads) const {
+  struct Progress {
+    std::atomic<int> next{0}, done{0};
+  };
+  std::unique_ptr<Progress[]> progress(new Progress[ops_.size()]);
+  parallel_for(threads, threads, [&](int) {
+    for (size_t i = 0; i < ops_.size(); ++i) {
+      const Op& op = ops_[i];
+      Progress& at = progress[i];
+      if (at.done.load(std::memory_order_acquire) == op.parts) continue;
+      for (;;) {
+        const int part = at.next.fetch_add(1, std::memory_order_relaxed);
+        if (part >= op.parts) break;
+        run(op, where_.data(), arena, call, item, part, op.parts);
+        at.done.fetch_add(1, std::memory_order_release);
+      }
+      while (at.done.load(std::memory_order_acquire) != op.parts) relax();
+    }
+  });
+}
+
+std::vector<double> Program::profile(const std::vector<Tensor>& tensors, int64_t entries,
+                                     int repeats) const {
+  using Clock = std::chrono::steady_clock;
+  const RunOp run = run_op();
+  const Call call{tensors.data(), entries, lanes_};
+  Memory memory = arenas_->take(size_);
+  std::vector<double> best(ops_.size(), 1e30);
+  for (int r = 0; r < repeats; ++r)
+    for (size_t i = 0; i < ops_.size(); ++i) {
+      const auto begin = Clock::now();
+      run(ops_[i], where_.data(), memory.get(), call, 0, 0, 1);
+      const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+      best[i] = std::min(best[i], seconds);
+    }
+  arenas_->give(std::move(memory));
+  return best;
+}
+
+}  // namespace sparseworks

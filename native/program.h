@@ -1,0 +1,115 @@
+// A whole model as one list of operations that runs in one call.
+//
+// Activations are channel-major, [channel][position]: positions are the tokens of one sequence, the
+// pixels of one image (lanes = 1), or the pixels of 16 images at once (lanes = 16, [pixel][image]).
+// An image has `pad` zero pixels on its left, shared with the right end of the row before, and `pad`
+// zero rows above and below, so that a tap of a convolution is a constant offset.
+//
+// The batch is cut into items (a sequence, an image, 16 images) that do not depend on each other.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace sparseworks {
+
+enum class Activation : int {
+  kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kHardswish, kHardsigmoid, kSigmoid, kTanh
+};
+
+enum class Kind : int {
+  kLoad,       // an input tensor -> buffer
+  kStore,      // buffer -> an output tensor
+  kProduct,    // sparse linear map with taps, bias, residual and activation
+  kPool,       // max or average over windows
+  kMean,       // average over all positions
+  kCombine,    // sum or product of two buffers, or an activation alone
+  kPhases,     // the input of a strided convolution, one plane per phase
+  kNorm,       // layer norm over channels
+  kAttention,  // softmax(q k^T scale + mask) v
+};
+
+// All strides in floats.
+struct Geometry {
+  int height = 1, width = 1, pad = 0, lanes = 1;
+  int64_t pitch = 0, plane = 0, origin = 0;
+};
+
+// The rows of a linear map in groups that share their taps.
+struct Taps {
+  int rows = 0, group = 1;
+  const int64_t* start = nullptr;   // [groups + 1], in taps
+  const int32_t* offset = nullptr;  // from the position's own address, in floats
+  const float* value = nullptr;     // [tap][group]
+};
+
+struct Op {
+  Kind kind;
+  int out = -1, in = -1, other = -1, extra = -1;  // buffers
+  int tensor = -1;                                // of kLoad and kStore
+  int channels = 0;                               // of out
+  int stride = 1;
+  bool flat = false;  // kProduct: all rows of pixels as one run (equal pitches, lanes = 1)
+  Geometry from, to;
+  Taps taps;
+  const float* bias = nullptr;      // kProduct: [rows]; kNorm: beta
+  const float* scale = nullptr;     // kNorm: gamma
+  Activation activation = Activation::kNone;
+  float number = 0.0f;              // epsilon, or the scale of attention
+  int window = 0, padding = 0;      // kPool; kPhases: the padding of its convolution
+  bool flag = false;   // kPool: max; kCombine: product; kAttention: causal; kLoad/kStore: tokens
+  bool broadcast = false;           // kCombine: `other` has one position; kPool: count pads
+  int heads = 0, groups = 0;        // query heads, key heads
+  int q = 0, k = 0, v = 0;          // first channels in `in`, `other`, `extra`
+  int mask = -1;  // kAttention: an input tensor, [items or 1, keys (, queries)]; empty: none
+  int keys = 0;
+  std::vector<uint16_t> live;       // per vector of a run: which lanes are not padding
+  int parts = 1;                    // pieces when threads share one item
+};
+
+struct Tensor {
+  float* data;
+  int64_t items;  // size of its first dimension; 1 is shared by all
+  int64_t size;   // floats of one entry of the first dimension
+};
+
+// One call: the tensors and how many entries (images, sequences) they hold.
+struct Call {
+  const Tensor* tensors;
+  int64_t entries;
+  int lanes;
+};
+
+// Piece `part` of `parts` of an operation on one item.
+using RunOp = void (*)(const Op& op, const int64_t* where, float* arena, const Call& call,
+                       int64_t item, int part, int parts);
+
+void run_op_base(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
+void run_op_avx2(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
+void run_op_avx512(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
+
+class Program {
+ public:
+  Program(std::vector<int64_t> where, int64_t arena, int lanes);
+  ~Program();
+  void add(Op op);
+  // Safe to call from several threads at once.
+  void run(const std::vector<Tensor>& tensors, int64_t entries, int threads) const;
+  // Seconds that each operation takes on the first item, on one thread: least of `repeats`.
+  std::vector<double> profile(const std::vector<Tensor>& tensors, int64_t entries,
+                              int repeats) const;
+  const std::vector<Op>& ops() const { return ops_; }
+
+ private:
+  struct Arenas;
+  void together(const Call& call, int64_t item, float* arena, RunOp run, int threads) const;
+  std::vector<int64_t> where_;
+  int64_t size_;
+  int lanes_;
+  std::vector<Op> ops_;
+  std::unique_ptr<Arenas> arenas_;
+};
+
+}  // namespace sparseworks

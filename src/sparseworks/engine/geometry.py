@@ -1,0 +1,89 @@
+"""Sizes of a program's values, and where each lies in its working memory.
+
+A value takes channels x plane floats. An image has `pad` zero pixels to its left, shared with the
+right end of the row before, and `pad` zero rows above and below; `lanes` is 1, or 16 images whose
+pixels lie side by side. All images of one height and width have the same padding, so that they can
+be added as they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Geometry", "arrange", "image", "tokens"]
+
+_VECTOR = 16
+_SLACK = 2048  # floats before and after everything, that shifted reads may touch
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """As the native code has it; distances in floats."""
+
+    height: int
+    width: int
+    pad: int
+    lanes: int
+    pitch: int
+    plane: int
+    origin: int
+
+    def numbers(self) -> list[int]:
+        return [
+            self.height, self.width, self.pad, self.lanes, self.pitch, self.plane, self.origin,
+        ]  # fmt: skip
+
+
+def image(height: int, width: int, pad: int, lanes: int) -> Geometry:
+    """Planes of pixels."""
+    pitch = (width + pad) * lanes
+    origin = (pad * (width + pad) + pad) * lanes
+    end = origin + (height - 1) * pitch + width * lanes
+    whole = origin + (height + pad) * pitch
+    return Geometry(
+        height, width, pad, lanes, pitch, _round_up(max(whole, end + _VECTOR)), origin
+    )
+
+
+def tokens(count: int) -> Geometry:
+    """One row of positions; planes of a power of two would meet in the same cache sets."""
+    plane = _round_up(count)
+    if plane > 256:
+        plane += _VECTOR
+    return Geometry(1, count, 0, 1, plane, plane, 0)
+
+
+def _round_up(count: int) -> int:
+    return (count + _VECTOR - 1) // _VECTOR * _VECTOR
+
+
+def arrange(sizes: Sequence[int], lives: Iterable[tuple[int, int]]) -> tuple[list[int], int]:
+    """Places in one arena: values whose lives overlap do not.
+
+    Args:
+        sizes: floats of each value.
+        lives: first and last operation that touches it.
+
+    Returns:
+        The place of each, and the size of the arena.
+    """
+    spans = list(lives)
+    places = [0] * len(sizes)
+    placed: list[int] = []
+    end = 0
+    for i in sorted(range(len(sizes)), key=lambda i: (spans[i][0], -sizes[i])):
+        busy = sorted(
+            (places[j], places[j] + sizes[j])
+            for j in placed
+            if spans[j][1] >= spans[i][0] and spans[i][1] >= spans[j][0]
+        )
+        at = _SLACK
+        for start, stop in busy:
+            if at + sizes[i] <= start:
+                break
+            at = max(at, stop)
+        places[i] = at
+        placed.append(i)
+        end = max(end, at + sizes[i])
+    return places, end + _SLACK

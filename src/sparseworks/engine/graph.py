@@ -1,0 +1,139 @@
+"""A model as a graph of operators that any batch size runs through, by torch.export."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Captured", "arguments", "capture"]
+
+
+@dataclass
+class Captured:
+    """An exported model.
+
+    Args:
+        graph: of operators.
+        constants: parameters and buffers by the name of their node.
+        inputs: names of the nodes that the caller's tensors become, in flat order.
+        outputs: nodes, or constants, in flat order.
+        keywords: names of keyword arguments, in the order of the export.
+        in_spec, out_spec: how the caller nests them.
+    """
+
+    graph: torch.fx.Graph
+    constants: dict[str, Tensor]
+    inputs: list[str]
+    outputs: list[Any]
+    keywords: list[str]
+    in_spec: Any
+    out_spec: Any
+
+    def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The caller's tensors in order.
+
+        Raises:
+            InvalidArgument: not nested as the example was.
+        """
+        if set(kwargs) != set(self.keywords):
+            raise InvalidArgument(
+                f"the model was compiled for the keywords {self.keywords}, not {sorted(kwargs)}"
+            )
+        values, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in self.keywords}))
+        if spec != self.in_spec:
+            raise InvalidArgument("the arguments are not nested as in the example")
+        return values
+
+    def nested(self, values: list[Any]) -> Any:
+        """Outputs as the model returns them."""
+        return pytree.tree_unflatten(values, self.out_spec)
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a batch becomes when the model is called on it."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple):
+        return example, {}
+    return (example,), {}
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    """Export a model in eval mode; every axis of its inputs may change where the model allows it.
+
+    Raises:
+        Exception: whatever torch.export raises on models that it cannot follow.
+    """
+    args, kwargs = pytree.tree_map(_doubled(args, kwargs), (args, dict(kwargs)))
+    shapes = pytree.tree_map(_dynamic, (args, kwargs))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=_named(model, shapes), strict=False
+        )
+    signature = program.graph_signature
+    constants = {
+        node: program.state_dict[target]
+        if target in program.state_dict
+        else program.constants[target]
+        for table in (
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+            signature.inputs_to_lifted_tensor_constants,
+        )
+        for node, target in table.items()
+    }
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    kept = len(signature.user_outputs)
+    return Captured(
+        program.graph,
+        {name: tensor.detach() for name, tensor in constants.items()},
+        [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT"],
+        list(output.args[0])[len(output.args[0]) - kept :],
+        list(kwargs),
+        program.call_spec.in_spec,
+        program.call_spec.out_spec,
+    )
+
+
+def _doubled(args: Any, kwargs: Any) -> Any:
+    """A batch of one is repeated: torch.export would take its size for a constant."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
+    single = bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x]) if single and isinstance(x, Tensor) and x.ndim else x
+
+    return twice
+
+
+def _dynamic(x: Any) -> Any:
+    """Batch and tokens may change; pixels and channels are what the weights expect."""
+    if not isinstance(x, Tensor):
+        return None
+    free = 1 if x.ndim >= 3 and x.is_floating_point() and x.ndim != 3 else min(2, x.ndim)
+    return {axis: Dim.AUTO for axis in range(free)}
+
+
+def _named(model: nn.Module, shapes: Any) -> Any:
+    """Shapes by the names of forward's parameters, as torch.export wants them."""
+    import inspect
+
+    args, kwargs = shapes
+    names = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(names) < len(args):
+        return tuple(args) if not kwargs else None
+    return dict(zip(names, args, strict=False)) | kwargs

@@ -1,0 +1,360 @@
+"""Operations with sizes: the native program for one height, width or number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseworks.core.errors import ModelError
+from sparseworks.engine.geometry import Geometry, arrange, image, tokens
+from sparseworks.engine.ir import (
+    Activation,
+    Attention,
+    Combine,
+    Load,
+    Mean,
+    Norm,
+    Op,
+    Pool,
+    Product,
+    Store,
+    Value,
+)
+from sparseworks.kernels.native import module
+
+__all__ = ["Instance", "build"]
+
+_LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION = range(9)
+_SHARED = 4  # rows that share their taps where weights are nearly dense
+_DENSE = 0.5  # share of kept weights from which on sharing pays
+_SMALL = 20_000  # vector multiply-adds below which one thread does an operation alone
+
+
+@dataclass
+class Instance:
+    """A native program for one size.
+
+    Args:
+        native: the program.
+        lanes: images side by side.
+        tensors: names of its inputs and outputs, in its order.
+        products: index of the native operation of each product, with its multiply-adds.
+        shapes: of each output without the batch.
+    """
+
+    native: Any
+    lanes: int
+    tensors: list[str]
+    products: dict[int, tuple[Product, int]]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def build(
+    ops: Sequence[Op], sizes: dict[str, tuple[int, ...]], lanes: int, threads: int
+) -> Instance:
+    """Lay a program out.
+
+    Args:
+        ops: in the order in which they run.
+        sizes: height and width, or the number of tokens, of each `Load` by its source.
+        lanes: 1, or 16 images side by side.
+        threads: among which an operation on one item may be divided.
+
+    Raises:
+        ModelError: sizes that do not fit the operations.
+    """
+    return _Builder(ops, sizes, lanes, threads).instance()
+
+
+@dataclass
+class _Builder:
+    ops: Sequence[Op]
+    sizes: dict[str, tuple[int, ...]]
+    lanes: int
+    threads: int
+    shape: dict[Value, tuple[int, ...]] = field(default_factory=dict)
+    pads: dict[tuple[int, ...], int] = field(default_factory=dict)
+    buffers: dict[Any, int] = field(default_factory=dict)
+    floats: list[int] = field(default_factory=list)
+    lives: list[list[int]] = field(default_factory=list)
+    native: list[dict[str, Any]] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list)
+    products: dict[int, tuple[Product, int]] = field(default_factory=dict)
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def instance(self) -> Instance:
+        for op in self.ops:
+            self._size(op)
+        for op in self.ops:
+            self._emit(op)
+        where, arena = arrange(self.floats, [(a, b) for a, b in self.lives])
+        program = module().Program(where, arena, self.lanes, self.native)  # type: ignore[union-attr]
+        return Instance(program, self.lanes, self.tensors, self.products, self.outputs)
+
+    # sizes
+
+    def _size(self, op: Op) -> None:
+        shape = self.shape
+        if isinstance(op, Load):
+            shape[op.out] = self.sizes[op.source]
+        elif isinstance(op, Product):
+            shape[op.out] = self._convolved(op)
+        elif isinstance(op, Pool):
+            height, width = (_pooled(n, op) for n in shape[op.x])
+            shape[op.out] = (height, width)
+        elif isinstance(op, Mean):
+            shape[op.out] = (1, 1)
+        elif isinstance(op, Attention):
+            shape[op.out] = shape[op.q.value]
+        elif isinstance(op, Combine):
+            shape[op.out] = shape[op.x]
+            if op.y is not None and shape[op.y] not in (shape[op.x], (1, 1)):
+                raise ModelError(f"sizes {shape[op.x]} and {shape[op.y]} do not fit together")
+        elif isinstance(op, Norm):
+            shape[op.out] = shape[op.x]
+        if len(shape[op.out]) == 2:
+            self.pads.setdefault(shape[op.out], 0)
+
+    def _convolved(self, op: Product) -> tuple[int, ...]:
+        given = self.shape[op.x]
+        if len(given) == 1:
+            return given
+        kernel = tuple(op.weight.shape[2:]) or (1, 1)
+        reach = [op.dilation * (k - 1) for k in kernel]
+        made = tuple(
+            (n + 2 * op.padding - r - 1) // op.stride + 1
+            for n, r in zip(given, reach, strict=True)
+        )
+        if min(made) < 1:
+            raise ModelError(f"{op.name}: an image of {given} pixels is smaller than the kernel")
+        if op.residual is not None and self.shape[op.residual] != made:
+            raise ModelError(f"{op.name}: sizes {made} and {self.shape[op.residual]} are added")
+        read = self._phase_size(op) if self._phased(op) else given
+        for n, out, r in zip(read, made, reach, strict=True):
+            step = 1 if self._phased(op) else op.stride
+            first = op.padding // op.stride + (op.padding % op.stride > 0)
+            left = first if self._phased(op) else op.padding
+            last = (r - op.padding) // op.stride if self._phased(op) else r - op.padding
+            right = (out - 1) * step + last - (n - 1)
+            self.pads[read] = max(self.pads.get(read, 0), left, right)
+        return made
+
+    def _phased(self, op: Product) -> bool:
+        return op.stride > 1 and (self.lanes == 1 or op.stride > 2)
+
+    def _phase_size(self, op: Product) -> tuple[int, ...]:
+        return tuple(-(-n // op.stride) for n in self.shape[op.x])
+
+    def _geometry(self, shape: tuple[int, ...]) -> Geometry:
+        if len(shape) == 1:
+            return tokens(shape[0])
+        return image(shape[0], shape[1], self.pads[shape], self.lanes)
+
+    def _of(self, value: Value) -> Geometry:
+        return self._geometry(self.shape[value])
+
+    # operations
+
+    def _buffer(self, key: Any, floats: int = 0) -> int:
+        """The buffer of a value, which lives until the operation that is being made."""
+        now = len(self.native)
+        if key not in self.buffers:
+            self.buffers[key] = len(self.floats)
+            if isinstance(key, Value):
+                floats = key.channels * self._of(key).plane
+            self.floats.append(floats)
+            self.lives.append([now, now])
+        at = self.buffers[key]
+        self.lives[at][1] = now
+        return at
+
+    def _tensor(self, name: str) -> int:
+        self.tensors.append(name)
+        return len(self.tensors) - 1
+
+    def _add(self, kind: int, work: int = 0, **fields: Any) -> None:
+        fields["kind"] = kind
+        # more pieces than threads, so that a thread that comes late does not hold up the others
+        fields["parts"] = 1 if work < _SMALL or self.threads == 1 else 2 * self.threads
+        for name in ("to", "from"):
+            if name in fields:
+                fields[name] = fields[name].numbers()
+        self.native.append(fields)
+
+    def _emit(self, op: Op) -> None:
+        emit = getattr(self, "_" + type(op).__name__.lower())
+        emit(op)
+
+    def _load(self, op: Load) -> None:
+        g = self._of(op.out)
+        self._add(
+            _LOAD, op.out.channels * g.plane // 16, out=self._buffer(op.out), to=g,
+            channels=op.out.channels, tensor=self._tensor(op.source),
+            flag=int(op.out.kind == "tokens"),
+        )  # fmt: skip
+
+    def _store(self, op: Store) -> None:
+        g, channels = self._of(op.out), op.out.channels
+        self._add(
+            _STORE, channels * g.plane // 16, **{"in": self._buffer(op.out), "from": g},
+            channels=channels, tensor=self._tensor(op.target), flag=int(op.out.kind == "tokens"),
+        )  # fmt: skip
+        shape = self.shape[op.out]
+        if op.out.kind == "tokens":
+            self.outputs[op.target] = (*shape, channels)
+        else:
+            self.outputs[op.target] = (channels,) if op.vector else (channels, *shape)
+
+    def _product(self, op: Product) -> None:
+        made, given = self._of(op.out), self._of(op.x)
+        source, stride = self._buffer(op.x), op.stride
+        if self._phased(op):
+            given, source, stride = self._phase(op, source)
+        start, offset, value, group = _taps(op, given, stride if not self._phased(op) else 0)
+        fields: dict[str, Any] = {"in": source, "from": given}
+        if op.residual is not None:
+            fields["other"] = self._buffer(op.residual)
+        if op.bias is not None:
+            fields["bias"] = op.bias.float().contiguous()
+        flat = made.lanes == 1 and made.pitch == given.pitch and stride == 1
+        if made.lanes == 1 and len(self.shape[op.out]) == 2:
+            fields["live"] = _live(made, flat)
+        vectors = made.height * -(-made.width * made.lanes // 16)
+        work = value.numel() * vectors
+        self.products[len(self.native)] = (op, value.numel() * vectors * 16)
+        self._add(
+            _PRODUCT, work, out=self._buffer(op.out), to=made, channels=op.out.channels,
+            stride=stride, flat=int(flat), start=start, offset=offset, value=value, group=group,
+            activation=int(op.activation), **fields,
+        )  # fmt: skip
+
+    def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
+        g = self._geometry(self._phase_size(op))
+        planes = op.x.channels * op.stride**2
+        key = ("phases", op.x, op.stride)
+        done = key in self.buffers
+        buffer = self._buffer(key, planes * g.plane)
+        if not done:
+            self._add(
+                _PHASES, planes * g.plane // 16, **{"in": source, "from": self._of(op.x)},
+                out=buffer, to=g, channels=op.x.channels, stride=op.stride,
+            )  # fmt: skip
+            self._buffer(key)
+        return g, buffer, 1
+
+    def _pool(self, op: Pool) -> None:
+        given = self._of(op.x)
+        self._add(
+            _POOL, op.x.channels * given.plane * op.window // 16,
+            **{"in": self._buffer(op.x), "from": given}, out=self._buffer(op.out),
+            to=self._of(op.out), channels=op.out.channels, stride=op.stride, window=op.window,
+            padding=op.padding, flag=int(op.largest), broadcast=int(op.count_padding),
+        )  # fmt: skip
+
+    def _mean(self, op: Mean) -> None:
+        given = self._of(op.x)
+        self._add(
+            _MEAN, op.x.channels * given.plane // 16,
+            **{"in": self._buffer(op.x), "from": given}, out=self._buffer(op.out),
+            to=self._of(op.out), channels=op.out.channels,
+        )  # fmt: skip
+
+    def _combine(self, op: Combine) -> None:
+        made = self._of(op.out)
+        fields: dict[str, Any] = {"in": self._buffer(op.x)}
+        if op.y is not None:
+            fields["other"] = self._buffer(op.y)
+            fields["from"] = self._of(op.y)
+            fields["broadcast"] = int(self.shape[op.y] != self.shape[op.x])
+        self._add(
+            _COMBINE, op.out.channels * made.plane // 8, out=self._buffer(op.out), to=made,
+            channels=op.out.channels, flag=int(op.multiply), activation=int(op.activation),
+            **fields,
+        )  # fmt: skip
+
+    def _norm(self, op: Norm) -> None:
+        made = self._of(op.out)
+        fields = {"in": self._buffer(op.x)}
+        for name, tensor in (("scale", op.gamma), ("bias", op.beta)):
+            if tensor is not None:
+                fields[name] = tensor.float().contiguous()  # type: ignore[assignment]
+        self._add(
+            _NORM, op.out.channels * made.plane // 4, out=self._buffer(op.out), to=made,
+            channels=op.out.channels, number=op.epsilon, **fields,
+        )  # fmt: skip
+
+    def _attention(self, op: Attention) -> None:
+        queries, keys = self._of(op.q.value), self._of(op.k.value)
+        fields: dict[str, Any] = {"from": queries, "to": keys, "in": self._buffer(op.q.value)}
+        fields["other"], fields["extra"] = self._buffer(op.k.value), self._buffer(op.v.value)
+        if op.mask is not None:
+            fields["mask"] = self._tensor(op.mask)
+        self._add(
+            _ATTENTION, op.q.heads * op.q.size * queries.plane * keys.width // 8,
+            out=self._buffer(op.out), heads=op.q.heads, groups=op.k.heads, window=op.q.size,
+            q=op.q.first, k=op.k.first, v=op.v.first, number=op.scale, keys=keys.width,
+            flag=int(op.causal), **fields,
+        )  # fmt: skip
+
+
+def _pooled(n: int, op: Pool) -> int:
+    span = n + 2 * op.padding - op.window
+    count = (-(-span // op.stride) if op.ceil else span // op.stride) + 1
+    if op.ceil and (count - 1) * op.stride >= n + op.padding:
+        count -= 1
+    return count
+
+
+def _live(g: Geometry, flat: bool) -> Tensor:
+    """Which lanes of each vector of a run are pixels, 16 bits a vector."""
+    length = (g.height - 1) * g.pitch + g.width if flat else g.width
+    vectors = -(-length // 16)
+    position = torch.arange(vectors * 16)
+    inside = (position % g.pitch < g.width) & (position < length)
+    bits = (inside.view(vectors, 16).long() << torch.arange(16)).sum(1)
+    return bits.to(torch.int32).to(torch.uint16)
+
+
+def _taps(op: Product, given: Geometry, stride: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The kept weights of each row, as distances from the position itself.
+
+    Args:
+        stride: of the pixels that are read; 0: the input is cut into phases.
+    """
+    weight = op.weight.detach().float()
+    if weight.ndim == 2:
+        weight = weight[:, :, None, None]
+    rows, per_group, kh, kw = weight.shape
+    y = torch.arange(kh) * op.dilation - op.padding
+    x = torch.arange(kw) * op.dilation - op.padding
+    channel = torch.arange(per_group)
+    if stride == 0:
+        s = op.stride
+        phase = (y % s)[:, None] * s + (x % s)[None, :]
+        channels = channel[:, None, None] * s * s + phase
+        shift = (y // s)[:, None] * given.pitch + (x // s)[None, :] * given.lanes
+        step = per_group * s * s
+    else:
+        channels = channel[:, None, None].expand(per_group, kh, kw)
+        shift = y[:, None] * given.pitch + x[None, :] * given.lanes
+        step = per_group
+    local = (channels * given.plane + shift).reshape(-1)
+    flat = weight.reshape(rows, -1)
+    first = torch.arange(rows) // (rows // op.groups) * step * given.plane
+    kept = flat != 0
+    share = float(torch.count_nonzero(kept)) / max(1, kept.numel())
+    group = _SHARED if share >= _DENSE and rows // op.groups % _SHARED == 0 else 1
+    united = kept.view(rows // group, group, -1).any(1)
+    start = torch.zeros(rows // group + 1, dtype=torch.int64)
+    start[1:] = united.sum(1).cumsum(0)
+    row, column = united.nonzero(as_tuple=True)
+    offset = (first[row * group] + local[column]).to(torch.int32)
+    if group == 1:
+        value = flat[row, column]
+    else:
+        value = flat.view(rows // group, group, -1).transpose(1, 2)[row, column]
+    return start, offset, value.reshape(-1).contiguous(), group
