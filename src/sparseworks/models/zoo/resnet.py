@@ -85,9 +85,9 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def resnet20(classes: int = 10) -> CifarResNet:
-    """ResNet-20: 269,722 parameters with 10 classes."""
-    return CifarResNet(3, classes)
+def resnet20(classes: int = 10, width: int = 16) -> CifarResNet:
+    """ResNet-20: 269,722 parameters with 10 classes and width 16."""
+    return CifarResNet(3, classes, width)
 
 
 def resnet56(classes: int = 10) -> CifarResNet:
