@@ -99,11 +99,13 @@ def resolve(name: str) -> Any:
 
 
 def options_of(method: Any) -> dict[str, Any]:
-    """The options of a method object as plain values, for records and comparison."""
+    """The options of a method object as plain values, for records and comparison.
+
+    Fields with `repr=False` (models, data) are left out.
+    """
     plain = (bool, int, float, str, type(None))
-    found = (
-        {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
-    )
+    shown = [f.name for f in fields(method) if f.repr] if is_dataclass(method) else []
+    found = {name: getattr(method, name) for name in shown}
     return {n: v if isinstance(v, plain) else str(v) for n, v in found.items()}
 
 
