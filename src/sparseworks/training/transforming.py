@@ -79,9 +79,11 @@ class Transformed:
 
     Attributes:
         model: the model, changed in place.
-        views: parameter name (as it was before) -> its matrix view.
+        views: parameter name -> its matrix view; the name is the one the parameter has after
+            `finish`. A method that replaces modules sets the views of the new ones.
         optimizer: after `attach`.
         step: optimizer steps taken.
+        own: what the method keeps between its calls.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Transformed:
         self.step = 0
         self.optimizer: Optimizer | None = None
         self.finished = False
+        self.own: dict[str, Any] = {}
         self._masks: dict[str, Tensor] = {}
         self._orders: dict[str, list[str]] = {}  # parametrized -> its module's parameters in order
         self._replaced: dict[str, nn.Module] = {}
