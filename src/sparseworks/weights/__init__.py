@@ -25,6 +25,7 @@ registry.register(
         "soup": f"{_ROOM}.tickets.soups:SparseSoup",
         "random": f"{_ROOM}.oneshot.random:Random",
         "bip": f"{_ROOM}.dynamic.bip:BiP",
+        "sparse-ift": f"{_ROOM}.dynamic.sparse_ift:SparseIFT",
         "jackpots": f"{_ROOM}.dynamic.jackpots:Jackpots",
         "magnitude": f"{_ROOM}.oneshot.magnitude:Magnitude",
         "snip": f"{_ROOM}.oneshot.snip:Snip",
