@@ -9,11 +9,6 @@
 namespace sparseworks {
 namespace {
 
-inline std::pair<int, int> share(int count, int part, int parts) {
-  return {static_cast<int>(static_cast<int64_t>(count) * part / parts),
-          static_cast<int>(static_cast<int64_t>(count) * (part + 1) / parts)};
-}
-
 // out[c][r] = in[r][c]
 void transpose(const float* in, int64_t in_stride, int rows, int columns, float* out,
                int64_t out_stride) {

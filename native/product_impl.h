@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 #include "math.h"
 
@@ -18,6 +20,12 @@ constexpr int kRun = 6, kPair = 3, kQuad = 1;
 #else
 constexpr int kRun = 2, kPair = 1, kQuad = 1;
 #endif
+
+// What piece `part` of `parts` has of `count` things: [first, last).
+inline std::pair<int, int> share(int count, int part, int parts) {
+  return {static_cast<int>(static_cast<int64_t>(count) * part / parts),
+          static_cast<int>(static_cast<int64_t>(count) * (part + 1) / parts)};
+}
 
 // Where a block of results goes, and what is added on the way.
 struct Target {
@@ -142,14 +150,14 @@ void block_of(int vectors, const Taps& w, int begin, int end, const float* in, i
   if constexpr (P > 1) block_of<G, P - 1, S>(vectors, w, begin, end, in, at, index, to);
 }
 
-// A run of `vectors` vectors, in blocks of nearly equal size.
+// Vectors [first, last) of a run, in blocks of nearly equal size.
 template <int G, int S>
-void run_of(const Taps& w, int begin, int end, const float* in, int vectors, int64_t at,
+void run_of(const Taps& w, int begin, int end, const float* in, int first, int last, int64_t at,
             const Target& to) {
   constexpr int most = G == 1 ? kRun : kQuad;
-  const int blocks = (vectors + most - 1) / most;
-  for (int b = 0, done = 0; b < blocks; ++b) {
-    const int size = (vectors - done + blocks - b - 1) / (blocks - b);
+  const int blocks = (last - first + most - 1) / most;
+  for (int b = 0, done = first; b < blocks; ++b) {
+    const int size = (last - done + blocks - b - 1) / (blocks - b);
     block_of<G, most, S>(size, w, begin, end, in + static_cast<int64_t>(done) * S * kLanes,
                             at + done * kLanes, done, to);
     done += size;
@@ -182,32 +190,39 @@ inline void clear_padding(float* plane, const Geometry& g, bool between) {
   std::fill(plane + g.origin + (g.height - 1) * g.pitch + width, plane + g.plane, 0.0f);
 }
 
+// Pieces are runs of positions, or rows of the weight where there are few positions.
 void product(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry &from = op.from, &to = op.to;
-  const int begin = cut(op.taps, part, parts), end = cut(op.taps, part + 1, parts);
+  const int lanes = from.lanes;
+  const int runs = op.flat ? 1 : to.height;
+  const int64_t length = op.flat ? (to.height - 1) * to.pitch + to.width
+                                 : static_cast<int64_t>(to.width) * lanes;
+  const int vectors = static_cast<int>((length + kLanes - 1) / kLanes);
+  const bool few = runs * vectors < 2 * parts;
+  const int begin = few ? cut(op.taps, part, parts) : 0;
+  const int end = few ? cut(op.taps, part + 1, parts) : cut(op.taps, 1, 1);
+  int first_run = 0, last_run = runs, first = 0, last = vectors;
+  if (!few && runs > 1) std::tie(first_run, last_run) = share(runs, part, parts);
+  if (!few && runs == 1) std::tie(first, last) = share(vectors, part, parts);
   float* out = arena + where[op.out];
-  for (int c = begin * op.taps.group; c < std::min(end * op.taps.group, op.taps.rows); ++c)
-    clear_padding(out + c * to.plane, to, !op.flat);
+  if (few || part == 0)
+    for (int c = begin * op.taps.group; c < std::min(end * op.taps.group, op.taps.rows); ++c)
+      clear_padding(out + c * to.plane, to, !op.flat);
   const float* in = arena + where[op.in] + from.origin;
   const float* residual = op.other < 0 ? nullptr : arena + where[op.other];
   const bool relu = op.activation == Activation::kRelu;
   const Target target{out, residual, op.live.empty() ? nullptr : op.live.data(), op.bias, to.plane,
                       relu ? Activation::kNone : op.activation,
                       relu ? 0.0f : -std::numeric_limits<float>::infinity()};
-  const int lanes = from.lanes;
-  const int runs = op.flat ? 1 : to.height;
-  const int64_t length = op.flat ? (to.height - 1) * to.pitch + to.width
-                                 : static_cast<int64_t>(to.width) * lanes;
-  const int vectors = static_cast<int>((length + kLanes - 1) / kLanes);
-  for (int y = 0; y < runs; ++y) {
+  for (int y = first_run; y < last_run; ++y) {
     const float* row = in + y * from.pitch * op.stride;
     const int64_t at = to.origin + y * to.pitch;
     if (op.taps.group == 4) {
-      if (op.stride == 2) run_of<4, 2>(op.taps, begin, end, row, vectors, at, target);
-      else run_of<4, 1>(op.taps, begin, end, row, vectors, at, target);
+      if (op.stride == 2) run_of<4, 2>(op.taps, begin, end, row, first, last, at, target);
+      else run_of<4, 1>(op.taps, begin, end, row, first, last, at, target);
     } else {
-      if (op.stride == 2) run_of<1, 2>(op.taps, begin, end, row, vectors, at, target);
-      else run_of<1, 1>(op.taps, begin, end, row, vectors, at, target);
+      if (op.stride == 2) run_of<1, 2>(op.taps, begin, end, row, first, last, at, target);
+      else run_of<1, 1>(op.taps, begin, end, row, first, last, at, target);
     }
   }
 }

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -83,27 +84,56 @@ void Program::run(const std::vector<Tensor>& tensors, int64_t entries, int threa
   }
 }
 
-// Pieces are taken by counting up; whoever finds none left waits until the operation is complete.
-// A helper that never comes is not waited for.
+// Thread t makes piece t of every operation, so that what it reads is mostly what it wrote. Thread 0
+// makes the pieces of threads that have not come yet; they join between two operations.
 void Program::together(const Call& call, int64_t item, float* arena, RunOp run,
                        int threads) const {
-  struct Progress {
-    std::atomic<int> next{0}, done{0};
+  struct alignas(128) Seat {
+    std::atomic<int> done{0};    // operations whose piece is complete
+    std::atomic<int> wants{0};   // to join
+    std::atomic<int> from{INT_MAX};  // the first operation with a piece of this thread
   };
-  std::unique_ptr<Progress[]> progress(new Progress[ops_.size()]);
-  parallel_for(threads, threads, [&](int) {
-    for (size_t i = 0; i < ops_.size(); ++i) {
+  const int count = static_cast<int>(ops_.size());
+  std::unique_ptr<Seat[]> seats(new Seat[threads]);
+  const auto wait = [](const std::atomic<int>& value, int least) {
+    while (value.load(std::memory_order_acquire) < least) relax();
+  };
+  const auto lead = [&] {
+    std::vector<char> joined(threads, 0);
+    for (int i = 0; i < count; ++i) {
       const Op& op = ops_[i];
-      Progress& at = progress[i];
-      if (at.done.load(std::memory_order_acquire) == op.parts) continue;
-      for (;;) {
-        const int part = at.next.fetch_add(1, std::memory_order_relaxed);
-        if (part >= op.parts) break;
-        run(op, where_.data(), arena, call, item, part, op.parts);
-        at.done.fetch_add(1, std::memory_order_release);
-      }
-      while (at.done.load(std::memory_order_acquire) != op.parts) relax();
+      for (int t = 1; t < threads; ++t)
+        if (!joined[t] && seats[t].wants.load(std::memory_order_relaxed)) {
+          joined[t] = 1;
+          seats[t].from.store(i, std::memory_order_release);
+        }
+      for (int part = 0; part < op.parts; ++part)
+        if (part == 0 || part >= threads || !joined[part])
+          run(op, where_.data(), arena, call, item, part, op.parts);
+      seats[0].done.store(i + 1, std::memory_order_release);
+      for (int t = 1; t < std::min(threads, op.parts); ++t)
+        if (joined[t]) wait(seats[t].done, i + 1);
     }
+    for (int t = 1; t < threads; ++t)
+      if (!joined[t]) seats[t].from.store(count, std::memory_order_release);
+  };
+  const auto follow = [&](int me) {
+    Seat& seat = seats[me];
+    seat.wants.store(1, std::memory_order_relaxed);
+    while (seat.from.load(std::memory_order_acquire) == INT_MAX) relax();
+    for (int i = seat.from.load(); i < count; ++i) {
+      const Op& op = ops_[i];
+      if (me < op.parts) run(op, where_.data(), arena, call, item, me, op.parts);
+      seat.done.store(i + 1, std::memory_order_release);
+      wait(seats[0].done, i + 1);
+      for (int t = 1; t < std::min(threads, op.parts); ++t)
+        if (t != me && seats[t].from.load(std::memory_order_acquire) <= i)
+          wait(seats[t].done, i + 1);
+    }
+  };
+  parallel_for(threads, threads, [&](int me) {
+    if (me == 0) lead();
+    else follow(me);
   });
 }
 

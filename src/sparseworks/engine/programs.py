@@ -178,8 +178,7 @@ class _Builder:
 
     def _add(self, kind: int, work: int = 0, **fields: Any) -> None:
         fields["kind"] = kind
-        # more pieces than threads, so that a thread that comes late does not hold up the others
-        fields["parts"] = 1 if work < _SMALL or self.threads == 1 else 2 * self.threads
+        fields["parts"] = 1 if work < _SMALL or self.threads == 1 else self.threads
         for name in ("to", "from"):
             if name in fields:
                 fields[name] = fields[name].numbers()
