@@ -65,6 +65,19 @@ def data_parallel(method: str, rank: int, ranks: int, wrapped_first: bool):
     return trained(wrapped, *parts, inner, rank, ranks)
 
 
+def fully_sharded(method: str, rank: int, ranks: int):
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+    assert all(hasattr(p, "to_local") for p in model.parameters())
+    parts = sparse(model, method)
+    return trained(model, *parts, model, rank, ranks)
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -72,6 +85,7 @@ def main(folder: Path) -> None:
     for method in METHODS:
         for first in (True, False):
             found[f"ddp {method} {first}"] = data_parallel(method, rank, ranks, first)
+        found[f"fsdp {method}"] = fully_sharded(method, rank, ranks)
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

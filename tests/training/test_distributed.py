@@ -46,6 +46,11 @@ def test_ddp_has_the_masks_of_one_process_on_every_rank(method, wrapped_first, r
     check(ranks, f"ddp {method} {wrapped_first}", method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_fsdp2_has_the_masks_of_one_process_on_every_rank(method, ranks):
+    check(ranks, f"fsdp {method}", method)
+
+
 def check(ranks, key, method):
     one = alone(method)
     assert len(one["masks"]) > 0

@@ -24,6 +24,7 @@ from sparseworks.core.masks import MaskEntry, Masks, attach
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
+from sparseworks.training.sharding import local_mask, local_part, whole
 
 __all__ = ["Hooked", "Run", "plain_name", "unwrapped"]
 
@@ -87,7 +88,8 @@ class Run:
         self.seed = seed
         self.step = 0
         self.masks: dict[str, Tensor] = {
-            n: torch.ones_like(v.parameter, dtype=torch.bool) for n, v in self.views.items()
+            n: torch.ones(v.parameter.shape, dtype=torch.bool, device=v.parameter.device)
+            for n, v in self.views.items()
         }
         self.dense_gradients: dict[str, Tensor] = {}
         self.memory: dict[str, Tensor] = {}
@@ -133,7 +135,7 @@ class Run:
         def forget(gradient: Tensor) -> None:
             if name in self.dense_gradients:
                 grad = self._bound[name].grad
-                if grad is None or not bool(grad.any()):
+                if grad is None or not bool(local_part(grad).any()):
                     del self.dense_gradients[name]
 
         return forget
@@ -142,10 +144,10 @@ class Run:
         def mask_gradient(parameter: Tensor) -> None:
             if parameter.grad is None or self.finished:
                 return
-            mask = self.masks[name]
+            mask = local_mask(self.masks[name], parameter)
             if self.method.wants_dense_gradients(self):
                 self._keep_dense(name, parameter.grad.detach(), mask)
-            parameter.grad.masked_fill_(~mask, 0.0)
+            local_part(parameter.grad).masked_fill_(~mask, 0.0)
 
         return mask_gradient
 
@@ -154,7 +156,7 @@ class Run:
         before = self.dense_gradients.get(name)
         dense = gradient.clone()
         if before is not None:
-            dense += before.masked_fill(mask, 0.0)
+            local_part(dense).add_(local_part(before).masked_fill(mask, 0.0))
         self.dense_gradients[name] = dense
 
     @torch.no_grad()
@@ -168,22 +170,26 @@ class Run:
     @torch.no_grad()
     def apply(self) -> None:
         """Set masked weights and their per-element optimizer state to exactly 0."""
-        for name, parameter in self._bound.items():
-            dropped = ~self.masks[name]
-            parameter.masked_fill_(dropped, 0.0)
-            for value in self.optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.masked_fill_(dropped, 0.0)
+        for name in self._bound:
+            self._zero(name)
 
     @torch.no_grad()
     def set_mask(self, name: str, mask: Tensor) -> None:
         """A new mask; weights that were masked start at 0 with fresh optimizer state."""
         self.masks[name] = mask
+        self._zero(name)
+
+    def _zero(self, name: str) -> None:
         parameter = self._bound[name]
-        parameter.masked_fill_(~mask, 0.0)
+        dropped = ~local_mask(self.masks[name], parameter)
+        local_part(parameter).masked_fill_(dropped, 0.0)
         for value in self.optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.masked_fill_(~mask, 0.0)
+                local_part(value).masked_fill_(dropped, 0.0)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight to look at, whole also where it is sharded; `parameters` are to be written."""
+        return whole(self._bound[name].detach())
 
     def record(self) -> Masks:
         """The masks as they are now."""

@@ -12,6 +12,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.random import generator_for
 from sparseworks.core.selection import keep_top
 from sparseworks.training.hooked import Run
+from sparseworks.training.sharding import is_sharded, whole
 from sparseworks.training.transforming import Transformed
 
 __all__ = [
@@ -51,7 +52,7 @@ def magnitudes(run: Run | Transformed) -> dict[str, Tensor]:
     """|w| as matrices, -inf where masked."""
     found = {}
     for name, view in run.views.items():
-        weight = view.matrix(run.parameters[name].detach()).float().abs()
+        weight = view.matrix(run.weight(name)).float().abs()
         found[name] = weight.masked_fill(~view.matrix(run.masks[name]), -torch.inf)
     return found
 
@@ -96,15 +97,21 @@ def drop_and_grow(run: Run, name: str, count: int, grow: Tensor) -> None:
     count = min(count, active, mask.numel() - active)
     if count <= 0:
         return
-    weight = run.parameters[name].detach().float().abs()
+    weight = run.weight(name).float().abs()
     kept = keep_top(weight.masked_fill(~mask, -torch.inf), active - count, name)
     grown = keep_top(grow.float().masked_fill(kept, -torch.inf), count, name)
     run.set_mask(name, kept | grown)
 
 
 def summed_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over processes, so that every rank chooses the same masks."""
+    """The sum over processes, so that every rank chooses the same masks.
+
+    A sharded gradient has been summed already and is gathered.
+    """
     import torch.distributed as dist
+
+    if is_sharded(tensor):
+        return whole(tensor)
 
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         tensor = tensor.clone()
