@@ -15,6 +15,7 @@ COMMANDS = {
     "prune": "make a trained model sparse, save it, and report what it cost",
     "train": "train a classifier or a language model sparse, with checkpoints",
     "slim": "cut channels and heads: a smaller dense model for any runtime",
+    "tickets": "train a classifier several times: lottery tickets and sparse soups",
     "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
     "compare": "methods x sparsities on one model and metric: table, CSV, plot",
     "methods": "the catalogue of methods",

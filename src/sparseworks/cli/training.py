@@ -97,7 +97,7 @@ def prepare(options: Any) -> Job:
         }
         sparse = Sparse(options.method, options.sparsity, settings)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    text, images, loaded = _model_and_data(options)
+    text, images, loaded = model_and_data(options)
     optimizer: Any = options.optimizer or ("adamw" if text else "sgd")
     sgd = optimizer == "sgd"
 
@@ -132,7 +132,7 @@ def prepare(options: Any) -> Job:
     return Job(training, loaded.tokenizer, metric, before)
 
 
-def _model_and_data(options: Any) -> tuple[bool, Any, Any]:
+def model_and_data(options: Any) -> tuple[bool, Any, Any]:
     """Is it text, the training images, and the loaded model."""
     import torch
 
