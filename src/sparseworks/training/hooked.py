@@ -24,7 +24,7 @@ from sparseworks.core.masks import MaskEntry, Masks, attach
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
-from sparseworks.training.sharding import local_mask, local_part, whole
+from sparseworks.training.sharding import local_mask, local_part
 
 __all__ = ["Hooked", "Run", "plain_name", "unwrapped"]
 
@@ -186,10 +186,6 @@ class Run:
         for value in self.optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 local_part(value).masked_fill_(dropped, 0.0)
-
-    def weight(self, name: str) -> Tensor:
-        """The weight to look at, whole also where it is sharded; `parameters` are to be written."""
-        return whole(self._bound[name].detach())
 
     def record(self) -> Masks:
         """The masks as they are now."""

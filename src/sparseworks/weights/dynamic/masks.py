@@ -52,7 +52,7 @@ def magnitudes(run: Run | Transformed) -> dict[str, Tensor]:
     """|w| as matrices, -inf where masked."""
     found = {}
     for name, view in run.views.items():
-        weight = view.matrix(run.weight(name)).float().abs()
+        weight = view.matrix(whole(run.parameters[name].detach())).float().abs()
         found[name] = weight.masked_fill(~view.matrix(run.masks[name]), -torch.inf)
     return found
 
@@ -97,7 +97,7 @@ def drop_and_grow(run: Run, name: str, count: int, grow: Tensor) -> None:
     count = min(count, active, mask.numel() - active)
     if count <= 0:
         return
-    weight = run.weight(name).float().abs()
+    weight = whole(run.parameters[name].detach()).float().abs()
     kept = keep_top(weight.masked_fill(~mask, -torch.inf), active - count, name)
     grown = keep_top(grow.float().masked_fill(kept, -torch.inf), count, name)
     run.set_mask(name, kept | grown)
