@@ -17,6 +17,7 @@ registry.register(
         "group-taylor": f"{_ROOM}.scores:Taylor",
         "group-fisher": f"{_ROOM}.scores:Fisher",
         "group-energy": f"{_ROOM}.scores:ActivationEnergy",
+        "ecodiff": f"{_ROOM}.ecodiff:EcoDiff",
         "ofb": f"{_ROOM}.ofb:OFB",
         "mask-sparsity": f"{_ROOM}.mask_sparsity:MaskSparsity",
         "wgsef": f"{_ROOM}.wgsef:WGSEF",

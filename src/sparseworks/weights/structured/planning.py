@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,8 @@ def choose(
             f"{type(model).__name__}: no group may be cut; widen include=/exclude=, allow streams "
             "under normalisation (streams=True), or widths per layer (uniform=False)"
         )
-    scores = plan.method.score(model, coupling, plan.data, plan.loss)
+    allowed = replace(coupling, families=tuple(families))
+    scores = plan.method.score(model, allowed, plan.data, plan.loss)
     made = ladders(
         coupling,
         families,

@@ -55,7 +55,7 @@ def ladders(
     families: Sequence[Family],
     scores: NDArray[np.float64],
     *,
-    normalise: bool,
+    normalise: bool | None,
     shared: Mapping[int, object],
     round_to: int | None,
     floor: float,
@@ -63,6 +63,8 @@ def ladders(
     """Ladders of families from scores per group (index = group number; higher stays).
 
     Args:
+        normalise: what scores are measured in: True, the mean of their family; False, the
+            operations a group costs; None, as they are.
         shared: family index -> key; families with one key keep equal shares.
     """
     cost = {f.index: _saving(coupling, f) for f in families}
@@ -80,7 +82,10 @@ def ladders(
                 raise ModelError(
                     f"{family.axes[0][0]}: scores are not finite; are weights and data?"
                 )
-            s = s / max(float(s.mean()), 1e-30) if normalise else s / max(cost[family.index], 1e-30)
+            if normalise:
+                s = s / max(float(s.mean()), 1e-30)
+            elif normalise is not None:
+                s = s / max(cost[family.index], 1e-30)
             order = np.argsort(s, kind="stable")
             each = len(family) // levels
             for level in range(levels):

@@ -101,6 +101,7 @@ def slim(
     if getattr(getattr(scorer, "info", None), "kind", "") != "structured":
         raise InvalidArgument(f"method {method!r} does not score groups; see `sparseworks methods`")
     batches = None if data is None else list(data)
+    calibrates = getattr(scorer, "calibrates", True)  # is data= made of the model's own batches?
     plan = Plan(
         scorer,
         batches,
@@ -111,7 +112,7 @@ def slim(
         floor,
         has_config(model) if uniform is None else uniform,
         streams,
-        fold or ("none" if batches is None else "mean"),
+        fold or ("mean" if batches is not None and calibrates else "none"),
         verify,
     )
     if copy:
