@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -221,3 +222,36 @@ def test_a_training_that_swallows_its_end_is_noticed():
 
     with pytest.raises(InvalidArgument, match="step 2"):
         sw.experiment(fit, net(), Chain())
+
+
+def test_a_run_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    from sparseworks.io import writing
+
+    fit, whole = Fit(), net()
+    sw.experiment(Fit(), whole, Chain())
+    real, seen = writing.save, []
+
+    def broken(model, path, **options):
+        seen.append(path)
+        if len(seen) == 2:
+            path.write_bytes(b"half")
+            raise OSError("no space left")
+        return real(model, path, **options)
+
+    monkeypatch.setattr(writing, "save", broken)
+    with pytest.raises(CheckpointError, match="no space"):
+        sw.experiment(fit, net(), Chain(), folder=tmp_path, about={})
+    assert len(list(tmp_path.iterdir())) == 1
+    model = net()
+    sw.experiment(fit, model, Chain(), folder=tmp_path, about={})
+    assert fit.calls == 4 and same(model, whole)
+
+
+def test_what_was_left_long_ago_is_swept_away(tmp_path):
+    old, young = tmp_path / ".a.1.tmp", tmp_path / ".b.2.tmp"
+    for place in (old, young):
+        place.mkdir()
+        (place / "weights.safetensors").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    sw.experiment(Fit(), net(), Chain(), folder=tmp_path, about={})
+    assert not old.exists() and young.exists()

@@ -182,8 +182,8 @@ def _subject(options: Options) -> _Subject:
     held, train = parts
     h = hashlib.blake2b(digest_size=8)
     for part in parts:
-        h.update(part.pixels.contiguous().numpy())
-        h.update(part.labels.numpy())
+        h.update(part.pixels.contiguous().numpy().data)
+        h.update(part.labels.numpy().data)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)
     if any(isinstance(m, torch.nn.Conv2d) for m in model.modules()):

@@ -12,9 +12,12 @@ them. Without a folder, runs are kept in memory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ from sparseworks.core.masks import Masks, attach, masks
 __all__ = ["Finished", "Store", "digest_of", "digest_of_masks", "digest_of_model"]
 
 _DESCRIPTION, _WEIGHTS = "run.json", "weights.safetensors"
+_DAY = 24 * 3600.0
 
 
 def digest_of(description: Mapping[str, Any]) -> str:
@@ -55,7 +59,7 @@ def digest_of_model(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
 
 
@@ -90,6 +94,15 @@ class Store:
         self._kept: dict[str, tuple[dict[str, Tensor], Masks | None, dict[str, Any]]] = {}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep(self.folder)
+
+    @staticmethod
+    def _sweep(folder: Path) -> None:
+        """Remove what killed processes left half written; younger ones may be at work."""
+        for left in folder.glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _DAY:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def find(self, digest: str) -> dict[str, Any] | None:
         """What run.json of a finished run says, or None when there is no such run.

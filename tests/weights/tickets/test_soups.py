@@ -147,7 +147,7 @@ def test_bad_calls_are_refused_before_any_training():
     for options in (
         {"phases": 0}, {"copies": 0}, {"merge": "best"}, {"vary": "lr"},
         {"vary": "lr", "values": (0.1,)}, {"values": (1, 2, 3)}, {"merge": "greedy"},
-        {"data": None}, {"sparsity": None},
+        {"vary": "start", "values": (1, 2, 3)}, {"data": None}, {"sparsity": None},
     ):  # fmt: skip
         with pytest.raises(InvalidArgument, match="soup"):
             soup(**options)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from sparseworks.training.runs import Finished, digest_of_masks
 from sparseworks.weights.tickets.selecting import levels, pruned
 
 __all__ = ["SparseSoup", "average"]
+
+_TAKEN = {"name", "start", "record", "first_step", "stop_at"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class SparseSoup(Driver):
                 f"the training function and give {self.copies} values, or vary the seed without"
             )
 
+        if self.vary in _TAKEN:
+            raise InvalidArgument(f"soup: vary={self.vary!r} is decided by the method itself")
+
     def run(self, experiment: Experiment) -> Finished:
         wanted = levels(self.info.name, experiment.sparsity, self.phases, 0.5)
         if self.merge == "greedy" and experiment.evaluate is None:
@@ -119,7 +124,7 @@ class SparseSoup(Driver):
         seed = experiment.seed + phase * self.copies
         if self.vary == "seed":
             return experiment.train(name, start=start, record=record, seed=seed + j)
-        option = {self.vary: self.values[j]}
+        option: dict[str, Any] = {self.vary: self.values[j]}
         return experiment.train(name, start=start, record=record, seed=seed, **option)
 
     def _merge(self, experiment: Experiment, name: str, copies: Sequence[Finished]) -> Finished:
