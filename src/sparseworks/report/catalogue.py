@@ -8,6 +8,7 @@ from typing import Any
 
 from sparseworks.core import registry
 from sparseworks.core.registry import MethodInfo
+from sparseworks.training.experiment import Driver
 
 __all__ = ["catalogue_markdown", "describe", "infos"]
 
@@ -43,6 +44,8 @@ def describe(cls: Any) -> str:
 
 
 def _entry(info: MethodInfo) -> str:
+    if issubclass(registry.resolve(info.name), Driver):
+        return f'sw.experiment(fit, model, "{info.name}", ...)'
     return {
         "one-shot": f'sw.prune(model, "{info.name}", ...)',
         "hooked": f'sw.sparsify(model, optimizer, "{info.name}", ...)',
