@@ -93,7 +93,9 @@ def test_chance_is_the_hypergeometric_tail():
     code = Code.of_text("me", 5)
     for seed in range(6):
         weight = record_of([(0, (6, 7, 2, 2))], 0.2, seed)["c0.weight"]
-        verdict = verify({"c0.weight": weight}, code, Place("c0.weight", 1, 2))
+        verdict = verify(
+            {"c0.weight": weight, "bias": torch.ones(9)}, code, Place("c0.weight", 1, 2)
+        )
         read = kernels(weight)[1:6, 2:7]
         hits = int((read & code.bits).sum())
         tail = hypergeom.sf(hits - 1, 25, int(code.bits.sum()), int(read.sum()))

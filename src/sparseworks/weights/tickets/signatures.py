@@ -210,7 +210,7 @@ def verify(weights: Mapping[str, Tensor], code: Code, place: Place) -> Verdict:
     """Does the window hold the code?
 
     Args:
-        weights: name -> weight or mask; all that could host the code, for `chance`.
+        weights: name -> weight or mask; all that could host the code count for `chance`.
         code: the owner's.
         place: where the owner says it is.
 
@@ -224,6 +224,7 @@ def verify(weights: Mapping[str, Tensor], code: Code, place: Place) -> Verdict:
     windows = sum(
         max(0, w.shape[0] - code.size + 1) * max(0, w.shape[1] - code.size + 1)
         for w in weights.values()
+        if w.dim() > 1
     )
     total, ones, full = len(bits), int(bits.sum()), int(read.sum())
     tail = _hypergeometric_tail(total, ones, full, int((bits & read).sum()))
