@@ -22,11 +22,15 @@ constexpr int kBlock = 2;
 template <int M, int V>
 inline void multiply(const float* a, int64_t a_step, int64_t a_next, const float* b,
                      int64_t b_step, int n, Vec (&acc)[M][V]) {
+#pragma GCC unroll 32
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 32
     for (int v = 0; v < V; ++v) acc[i][v] = Vec{};
   for (int t = 0; t < n; ++t)
+#pragma GCC unroll 32
     for (int v = 0; v < V; ++v) {
       const Vec x = load(b + t * b_step + v * kLanes);
+#pragma GCC unroll 32
       for (int i = 0; i < M; ++i) acc[i][v] += a[t * a_step + i * a_next] * x;
     }
 }
@@ -39,12 +43,15 @@ void scores_of(const float* q, const float* k, int64_t q_plane, int64_t k_plane,
   for (; key + kBlock <= keys; key += kBlock) {
     Vec acc[kBlock][V];
     multiply<kBlock, V>(k + key, k_plane, 1, q, q_plane, size, acc);
+#pragma GCC unroll 32
     for (int i = 0; i < kBlock; ++i)
+#pragma GCC unroll 32
       for (int v = 0; v < V; ++v) store(scores + (key + i) * V * kLanes + v * kLanes, acc[i][v] * scale);
   }
   for (; key < keys; ++key) {
     Vec acc[1][V];
     multiply<1, V>(k + key, k_plane, 1, q, q_plane, size, acc);
+#pragma GCC unroll 32
     for (int v = 0; v < V; ++v) store(scores + key * V * kLanes + v * kLanes, acc[0][v] * scale);
   }
 }
@@ -53,6 +60,7 @@ void scores_of(const float* q, const float* k, int64_t q_plane, int64_t k_plane,
 template <int V>
 void add_mask(const float* mask, int64_t step, int keys, float* scores) {
   for (int key = 0; key < keys; ++key)
+#pragma GCC unroll 32
     for (int v = 0; v < V; ++v) {
       float* s = scores + (key * V + v) * kLanes;
       store(s, load(s) + (step == 0 ? all(mask[key]) : load(mask + key * step + v * kLanes)));
@@ -67,9 +75,11 @@ void attend(const Op& op, const float* q, const float* k, const float* v, float*
   if (mask != nullptr) add_mask<V>(mask, mask_step, op.keys, scores);
   if (op.flag)  // causal: a query sees the keys up to its own place
     for (int key = 0; key < op.keys; ++key)
+#pragma GCC unroll 32
       for (int i = 0; i < V * kLanes; ++i)
         if (key > first + i) scores[key * V * kLanes + i] = -std::numeric_limits<float>::infinity();
   Vec sum[V];
+#pragma GCC unroll 32
   for (int j = 0; j < V; ++j) {
     Vec top = load(scores + j * kLanes);
     for (int key = 1; key < op.keys; ++key) top = maximum(top, load(scores + (key * V + j) * kLanes));
@@ -82,18 +92,22 @@ void attend(const Op& op, const float* q, const float* k, const float* v, float*
       sum[j] += e;
     }
   }
+#pragma GCC unroll 32
   for (int j = 0; j < V; ++j) sum[j] = 1.0f / sum[j];
   int c = 0;
   for (; c + kBlock <= size; c += kBlock) {
     Vec acc[kBlock][V];
     multiply<kBlock, V>(v + c * op.to.plane, 1, op.to.plane, scores, V * kLanes, op.keys, acc);
+#pragma GCC unroll 32
     for (int i = 0; i < kBlock; ++i)
+#pragma GCC unroll 32
       for (int j = 0; j < V; ++j)
         store(out + (c + i) * op.from.plane + j * kLanes, acc[i][j] * sum[j]);
   }
   for (; c < size; ++c) {
     Vec acc[1][V];
     multiply<1, V>(v + c * op.to.plane, 1, op.to.plane, scores, V * kLanes, op.keys, acc);
+#pragma GCC unroll 32
     for (int j = 0; j < V; ++j) store(out + c * op.from.plane + j * kLanes, acc[0][j] * sum[j]);
   }
 }

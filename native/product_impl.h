@@ -38,13 +38,26 @@ struct Target {
   float floor;  // of ReLU: 0; else -inf
 };
 
+// One block of taps: the first starts from the bias, the others from what is stored, and the last
+// adds what comes after the sum.
+struct Stage {
+  const int64_t* start;
+  bool first, last;
+};
+
+inline Vec begin_sum(const Target& to, const Stage& stage, int row, int64_t at) {
+  if (!stage.first) return load(to.out + row * to.plane + at);
+  return all(to.bias != nullptr ? to.bias[row] : 0.0f);
+}
+
 inline Vec kept(Vec v, int live) {
   const IntVec bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
   return (bits & live) != 0 ? v : Vec{};
 }
 
-inline void finish(Vec v, const Target& to, int row, int64_t at, int index) {
+inline void finish(Vec v, const Target& to, const Stage& stage, int row, int64_t at, int index) {
   const int64_t p = row * to.plane + at;
+  if (!stage.last) return store(to.out + p, v);
   if (to.residual != nullptr) v += load(to.residual + p);
   v = maximum(v, all(to.floor));
   if (to.live != nullptr && to.live[index] != 0xffff) v = kept(v, to.live[index]);
@@ -66,77 +79,100 @@ inline void accumulate(const float* in, const int32_t* offset, const float* valu
   for (int64_t t = 0; t < n; ++t) {
     const float* x = in + offset[t];
     const Vec w = all(value[t]);
+#pragma GCC unroll 32
     for (int v = 0; v < P; ++v) acc[v] += w * load(x + v * S * kLanes);
   }
 }
 
 // One row, P vectors.
 template <int P, int S>
-void one_row(const Taps& w, int row, const float* in, int64_t at, int index, const Target& to) {
+void one_row(const Taps& w, const Stage& stage, int row, const float* in, int64_t at, int index,
+             const Target& target) {
+  const Target to = target;  // a copy, which stores cannot change
   Vec acc[P];
-  for (int v = 0; v < P; ++v) acc[v] = all(to.bias ? to.bias[row] : 0.0f);
-  const int64_t begin = w.start[row];
-  accumulate<P, S>(in, w.offset + begin, w.value + begin, w.start[row + 1] - begin, acc);
-  for (int v = 0; v < P; ++v) finish(acc[v], to, row, at + v * kLanes, index + v);
+#pragma GCC unroll 32
+  for (int v = 0; v < P; ++v) acc[v] = begin_sum(to, stage, row, at + v * kLanes);
+  const int64_t begin = stage.start[row];
+  accumulate<P, S>(in, w.offset + begin, w.value + begin, stage.start[row + 1] - begin, acc);
+#pragma GCC unroll 32
+  for (int v = 0; v < P; ++v) finish(acc[v], to, stage, row, at + v * kLanes, index + v);
 }
 
 // Two rows at once, so that few positions still fill the pipeline.
 template <int P, int S>
-void two_rows(const Taps& w, int row, const float* in, int64_t at, int index, const Target& to) {
+void two_rows(const Taps& w, const Stage& stage, int row, const float* in, int64_t at, int index,
+              const Target& target) {
+  const Target to = target;
   Vec a[P], b[P];
+#pragma GCC unroll 32
   for (int v = 0; v < P; ++v) {
-    a[v] = all(to.bias ? to.bias[row] : 0.0f);
-    b[v] = all(to.bias ? to.bias[row + 1] : 0.0f);
+    a[v] = begin_sum(to, stage, row, at + v * kLanes);
+    b[v] = begin_sum(to, stage, row + 1, at + v * kLanes);
   }
-  int64_t i = w.start[row], j = w.start[row + 1];
-  const int64_t i_end = j, j_end = w.start[row + 2];
+  int64_t i = stage.start[row], j = stage.start[row + 1];
+  const int64_t i_end = j, j_end = stage.start[row + 2];
   const int64_t both = std::min(i_end - i, j_end - j);
   for (int64_t n = 0; n < both; ++n, ++i, ++j) {
     const float* x = in + w.offset[i];
     const float* y = in + w.offset[j];
     const Vec s = all(w.value[i]), t = all(w.value[j]);
+#pragma GCC unroll 32
     for (int v = 0; v < P; ++v) a[v] += s * load(x + v * S * kLanes);
+#pragma GCC unroll 32
     for (int v = 0; v < P; ++v) b[v] += t * load(y + v * S * kLanes);
   }
   accumulate<P, S>(in, w.offset + i, w.value + i, i_end - i, a);
   accumulate<P, S>(in, w.offset + j, w.value + j, j_end - j, b);
-  for (int v = 0; v < P; ++v) finish(a[v], to, row, at + v * kLanes, index + v);
-  for (int v = 0; v < P; ++v) finish(b[v], to, row + 1, at + v * kLanes, index + v);
+#pragma GCC unroll 32
+  for (int v = 0; v < P; ++v) finish(a[v], to, stage, row, at + v * kLanes, index + v);
+#pragma GCC unroll 32
+  for (int v = 0; v < P; ++v) finish(b[v], to, stage, row + 1, at + v * kLanes, index + v);
 }
 
 // G rows that share their taps: one load serves G products. For weights that are nearly dense.
 template <int G, int P, int S>
-void shared_taps(const Taps& w, int group, const float* in, int64_t at, int index,
-                 const Target& to) {
+void shared_taps(const Taps& w, const Stage& stage, int group, const float* in, int64_t at,
+                 int index, const Target& target) {
+  const Target to = target;
   Vec acc[G][P];
   const int first = group * G;
+#pragma GCC unroll 32
   for (int g = 0; g < G; ++g)
+#pragma GCC unroll 32
     for (int v = 0; v < P; ++v)
-      acc[g][v] = all(to.bias && first + g < w.rows ? to.bias[first + g] : 0.0f);
-  const int64_t end = w.start[group + 1];
-  for (int64_t t = w.start[group]; t < end; ++t) {
+      acc[g][v] = first + g < w.rows ? begin_sum(to, stage, first + g, at + v * kLanes) : Vec{};
+  const int64_t end = stage.start[group + 1];
+  for (int64_t t = stage.start[group]; t < end; ++t) {
     const float* x = in + w.offset[t];
     const float* value = w.value + t * G;
+#pragma GCC unroll 32
     for (int v = 0; v < P; ++v) {
       const Vec run = load(x + v * S * kLanes);
+#pragma GCC unroll 32
       for (int g = 0; g < G; ++g) acc[g][v] += value[g] * run;
     }
   }
+#pragma GCC unroll 32
   for (int g = 0; g < G && first + g < w.rows; ++g)
-    for (int v = 0; v < P; ++v) finish(acc[g][v], to, first + g, at + v * kLanes, index + v);
+#pragma GCC unroll 32
+    for (int v = 0; v < P; ++v) finish(acc[g][v], to, stage, first + g, at + v * kLanes, index + v);
 }
 
 // All groups [begin, end) on one block of P vectors.
 template <int G, int P, int S>
 void block(const Taps& w, int begin, int end, const float* in, int64_t at, int index,
            const Target& to) {
-  if constexpr (G > 1) {
-    for (int g = begin; g < end; ++g) shared_taps<G, P, S>(w, g, in, at, index, to);
-  } else {
-    int row = begin;
-    if constexpr (P <= kPair)
-      for (; row + 2 <= end; row += 2) two_rows<P, S>(w, row, in, at, index, to);
-    for (; row < end; ++row) one_row<P, S>(w, row, in, at, index, to);
+  const int groups = (w.rows + G - 1) / G;
+  for (int b = 0; b < w.blocks; ++b) {
+    const Stage stage{w.start + static_cast<int64_t>(b) * groups, b == 0, b + 1 == w.blocks};
+    if constexpr (G > 1) {
+      for (int g = begin; g < end; ++g) shared_taps<G, P, S>(w, stage, g, in, at, index, to);
+    } else {
+      int row = begin;
+      if constexpr (P <= kPair)
+        for (; row + 2 <= end; row += 2) two_rows<P, S>(w, stage, row, in, at, index, to);
+      for (; row < end; ++row) one_row<P, S>(w, stage, row, in, at, index, to);
+    }
   }
   if (to.activation != Activation::kNone)
     for (int row = begin * G; row < std::min(end * G, w.rows); ++row)

@@ -70,10 +70,9 @@ void Program::run(const std::vector<Tensor>& tensors, int64_t entries, int threa
   const int64_t alone = threads <= 1 ? items : items / threads * threads;
   // whole items side by side, no waiting in between ...
   if (alone > 0)
-    parallel_for(static_cast<int>(std::min<int64_t>(alone, threads)), threads, [&](int first) {
+    parallel_for(static_cast<int>(alone), threads, [&](int item) {
       Memory memory = arenas_->take(size_);
-      for (int64_t item = first; item < alone; item += std::min<int64_t>(alone, threads))
-        for (const Op& op : ops_) run(op, where_.data(), memory.get(), call, item, 0, 1);
+      for (const Op& op : ops_) run(op, where_.data(), memory.get(), call, item, 0, 1);
       arenas_->give(std::move(memory));
     });
   // ... and what is left over by all threads together

@@ -37,10 +37,11 @@ struct Geometry {
   int64_t pitch = 0, plane = 0, origin = 0;
 };
 
-// The rows of a linear map in groups that share their taps.
+// The rows of a linear map in groups that share their taps. The taps come in blocks of inputs that
+// fit into the first cache together.
 struct Taps {
-  int rows = 0, group = 1;
-  const int64_t* start = nullptr;   // [groups + 1], in taps
+  int rows = 0, group = 1, blocks = 1;
+  const int64_t* start = nullptr;   // [blocks * groups + 1], in taps
   const int32_t* offset = nullptr;  // from the position's own address, in floats
   const float* value = nullptr;     // [tap][group]
 };

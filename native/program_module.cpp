@@ -85,12 +85,14 @@ Op parse(Held& held, const nb::dict& d) {
   if (op.kind == Kind::kProduct) {
     op.taps.rows = op.channels;
     op.taps.group = number(d, "group", 1);
+    op.taps.blocks = number(d, "blocks", 1);
     size_t starts = 0, offsets = 0, values = 0;
     op.taps.start = pointer<int64_t>(held, d, "start", &starts);
     op.taps.offset = pointer<int32_t>(held, d, "offset", &offsets);
     op.taps.value = pointer<float>(held, d, "value", &values);
-    const size_t groups = (op.taps.rows + op.taps.group - 1) / op.taps.group;
-    if ((op.taps.group != 1 && op.taps.group != 4) || starts != groups + 1 ||
+    const size_t groups =
+        (op.taps.rows + op.taps.group - 1) / op.taps.group * static_cast<size_t>(op.taps.blocks);
+    if (op.taps.blocks < 1 || (op.taps.group != 1 && op.taps.group != 4) || starts != groups + 1 ||
         offsets != static_cast<size_t>(op.taps.start[groups]) ||
         values != offsets * op.taps.group)
       throw std::invalid_argument("a product's taps do not fit together");

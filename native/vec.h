@@ -15,7 +15,7 @@ typedef float LooseVec __attribute__((vector_size(kLanes * sizeof(float)), align
 
 inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-inline Vec all(float x) { return Vec{} + x; }
+inline Vec all(float x) { return x - Vec{}; }  // 0 + x would have to turn -0 into 0
 
 typedef int IntVec __attribute__((vector_size(64), aligned(64)));
 

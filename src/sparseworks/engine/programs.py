@@ -31,6 +31,8 @@ __all__ = ["Instance", "build"]
 _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION = range(9)
 _SHARED = 4  # rows that share their taps where weights are nearly dense
 _DENSE = 0.5  # share of kept weights from which on sharing pays
+_CACHE = 40 << 10  # bytes of the first cache for the inputs of a block of taps
+_TAPS = 20  # of a row in a block, at least
 _SMALL = 20_000  # vector multiply-adds below which one thread does an operation alone
 
 
@@ -85,10 +87,12 @@ class _Builder:
     tensors: list[str] = field(default_factory=list)
     products: dict[int, tuple[Product, int]] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    last: dict[Value, Op] = field(default_factory=dict)  # who reads a value last
 
     def instance(self) -> Instance:
         for op in self.ops:
             self._size(op)
+            self.last.update(dict.fromkeys(op.inputs(), op))
         for op in self.ops:
             self._emit(op)
         where, arena = arrange(self.floats, [(a, b) for a, b in self.lives])
@@ -213,7 +217,7 @@ class _Builder:
         source, stride = self._buffer(op.x), op.stride
         if self._phased(op):
             given, source, stride = self._phase(op, source)
-        start, offset, value, group = _taps(op, given, stride if not self._phased(op) else 0)
+        taps = _taps(op, given, stride if not self._phased(op) else 0)
         fields: dict[str, Any] = {"in": source, "from": given}
         if op.residual is not None:
             fields["other"] = self._buffer(op.residual)
@@ -222,13 +226,14 @@ class _Builder:
         flat = made.lanes == 1 and made.pitch == given.pitch and stride == 1
         if made.lanes == 1 and len(self.shape[op.out]) == 2:
             fields["live"] = _live(made, flat)
+        if op.residual is not None and taps["blocks"] == 1 and self.last[op.residual] is op:
+            self.buffers[op.out] = self.buffers[op.residual]  # each sum is read before it is made
         vectors = made.height * -(-made.width * made.lanes // 16)
-        work = value.numel() * vectors
-        self.products[len(self.native)] = (op, value.numel() * vectors * 16)
+        work = taps["value"].numel() * vectors
+        self.products[len(self.native)] = (op, work * 16)
         self._add(
             _PRODUCT, work, out=self._buffer(op.out), to=made, channels=op.out.channels,
-            stride=stride, flat=int(flat), start=start, offset=offset, value=value, group=group,
-            activation=int(op.activation), **fields,
+            stride=stride, flat=int(flat), activation=int(op.activation), **taps, **fields,
         )  # fmt: skip
 
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
@@ -318,8 +323,11 @@ def _live(g: Geometry, flat: bool) -> Tensor:
     return bits.to(torch.int32).to(torch.uint16)
 
 
-def _taps(op: Product, given: Geometry, stride: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The kept weights of each row, as distances from the position itself.
+def _taps(op: Product, given: Geometry, stride: int) -> dict[str, Any]:
+    """The kept weights, as distances from the position itself.
+
+    They are in blocks of input channels that fit into the first cache, in each by rows; rows that
+    are nearly dense share their taps.
 
     Args:
         stride: of the pixels that are read; 0: the input is cut into phases.
@@ -348,12 +356,31 @@ def _taps(op: Product, given: Geometry, stride: int) -> tuple[Tensor, Tensor, Te
     share = float(torch.count_nonzero(kept)) / max(1, kept.numel())
     group = _SHARED if share >= _DENSE and rows // op.groups % _SHARED == 0 else 1
     united = kept.view(rows // group, group, -1).any(1)
-    start = torch.zeros(rows // group + 1, dtype=torch.int64)
-    start[1:] = united.sum(1).cumsum(0)
-    row, column = united.nonzero(as_tuple=True)
-    offset = (first[row * group] + local[column]).to(torch.int32)
-    if group == 1:
-        value = flat[row, column]
-    else:
-        value = flat.view(rows // group, group, -1).transpose(1, 2)[row, column]
-    return start, offset, value.reshape(-1).contiguous(), group
+    width = _block(given, per_group, kh, kw, share)
+    blocks = -(-per_group // width)
+    edges = [min(b * width, per_group) * kh * kw for b in range(blocks + 1)]
+    starts, offsets, values = [torch.zeros(1, dtype=torch.int64)], [], []
+    for low, high in zip(edges, edges[1:], strict=False):
+        part = united[:, low:high]
+        starts.append(part.sum(1))
+        row, column = part.nonzero(as_tuple=True)
+        offsets.append((first[row * group] + local[low + column]).to(torch.int32))
+        by_group = flat.view(rows // group, group, -1).transpose(1, 2)
+        values.append(by_group[row, low + column].reshape(-1))
+    return {
+        "start": torch.cat(starts).cumsum(0),
+        "offset": torch.cat(offsets),
+        "value": torch.cat(values).contiguous(),
+        "group": group,
+        "blocks": blocks,
+    }
+
+
+def _block(given: Geometry, channels: int, kh: int, kw: int, share: float) -> int:
+    """Input channels in a block of taps: what a run of positions reads of them fits the cache."""
+    if kh * kw > 1:  # neighbouring taps read the same pixels, that is enough
+        return channels
+    run = min(16, -(-given.width * given.lanes // 16)) * 64
+    fits = max(1, _CACHE // run)
+    worth = _TAPS / max(1e-6, share)  # fewer taps do not pay for storing the sums
+    return int(min(channels, max(fits, worth)))
