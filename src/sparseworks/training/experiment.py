@@ -208,6 +208,7 @@ class Experiment:
         options: Mapping[str, Any],
     ) -> int:
         """Call the caller's loop on a model with or without masks; returns its steps."""
+        record = masks(model)
         steps: list[int] = []
         runs: list[Run] = []
         handles: list[Any] = []
@@ -216,7 +217,6 @@ class Experiment:
         def begin(net: nn.Module, optimizer: Optimizer, count: int) -> Run | None:
             nonlocal reached
             steps.append(count)
-            record = masks(model)
             if record is not None and len(record):
                 runs.append(sparsify(net, optimizer, "fixed"))
 
@@ -248,6 +248,7 @@ class Experiment:
             )
         if stop_at is not None and reached != stop_at:
             raise InvalidArgument(f"the training ended at step {reached}, before step {stop_at}")
+        attach(model, record)  # with the method and the patterns that chose it
         model.eval()
         model.zero_grad(set_to_none=True)
         return steps[0]

@@ -164,7 +164,7 @@ def test_controls_and_stability_are_of_the_ticket():
     a = runs["level 1"][0].weight[ticket["0.weight"]]
     for run, name in (("dense", "distance to dense"), ("second order", "distance between orders")):
         b = runs[run][0].weight[ticket["0.weight"]]
-        assert done.figures[name] == pytest.approx(float((a - b).pow(2).mean().sqrt()))
+        assert done.figures[name] == pytest.approx((a - b).pow(2).mean().sqrt().item())
     assert done.figures["barrier between orders"] >= 0
 
 
@@ -193,6 +193,20 @@ def test_a_second_call_trains_nothing(tmp_path):
     assert len(calls) == 4
     run(rewind=0.1)  # the dense training is shared
     assert calls[4:] == [0, 2, 2]
+
+
+def test_masks_that_the_model_has_are_kept():
+    model = net()
+    sw.prune(model, "magnitude", sparsity=0.5, include="0.weight")
+    before = sw.masks(model)["0.weight"]
+    sw.experiment(fit, model, "rewinding", sparsity=0.25, rounds=1, include="3.weight")
+    record = sw.masks(model)
+    assert torch.equal(record["0.weight"], before) and record.violations(model) == {}
+    assert record.sparsity("3.weight") == 0.25 and record.method == "rewinding"
+    sw.experiment(fit, model, "rewinding", sparsity=0.75, rounds=2, include="*")
+    assert all(bool((sw.masks(model)[n] <= record[n]).all()) for n in record)
+    with pytest.raises(InvalidArgument, match="already masked"):
+        sw.experiment(fit, model, "rewinding", sparsity=0.1, rounds=1, include="*")
 
 
 def test_permuted_values_and_masks_keep_their_numbers():

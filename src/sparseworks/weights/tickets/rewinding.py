@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.masks import Masks
+from sparseworks.core.masks import Masks, masks
 from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
 from sparseworks.training.experiment import Driver, Experiment
@@ -87,7 +87,7 @@ class Rewinding(Driver):
         level = dense
         for i, sparsity in enumerate(wanted):
             trained = level.into(experiment.fresh())
-            record = pruned(experiment, trained, sparsity, record)
+            record = pruned(experiment, trained, sparsity, masks(trained))
             level = experiment.train(f"level {i + 1}", start=point, record=record, first_step=k)
         assert record is not None
         if self.controls:

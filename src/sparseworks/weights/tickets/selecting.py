@@ -45,7 +45,8 @@ def pruned(
 ) -> Masks:
     """Masks of exactly this sparsity that keep the largest |w| among those kept before.
 
-    Pattern and budget are the experiment's. A mask is a subset of the one before it, bit for bit.
+    Pattern and budget are the experiment's. A mask is a subset of the one before it, bit for bit;
+    masks of tensors that are not chosen stay as they are.
     """
     views = {v.name: v for v in experiment.views(model)}
     scores = {}
@@ -61,4 +62,5 @@ def pruned(
         name: view.from_matrix(experiment.pattern.select(scores[name], keep[name])).contiguous()
         for name, view in views.items()
     }
-    return Masks.of(found, experiment.method.info.name, str(experiment.pattern))
+    made = Masks.of(found, experiment.method.info.name, str(experiment.pattern))
+    return made if before is None else before.merged(made)
