@@ -46,6 +46,10 @@ class Plan(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.schedule != "one-cycle":
+            raise InvalidArgument(
+                f"schedule={self.schedule!r}: a plan rises over `warmup` and falls on a cosine"
+            )
         if not 0 < self.warmup < 1:
             raise InvalidArgument(f"warmup={self.warmup} must be between 0 and 1")
         if self.accumulate < 1:
