@@ -174,6 +174,20 @@ def test_whole_filters():
         assert bool(((rows == 0) | (rows == 1)).all())
 
 
+def test_scores_alone_leave_the_weights():
+    model, plain = net(), net()
+    job, optimizer = start(model, lower=0, term="none")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in job.added.values()}
+    g = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        step(model, optimizer, g)
+    record = job.finish()
+    for name, value in plain.named_parameters():
+        kept = torch.where(record[name], value, 0.0) if name in record else value
+        assert torch.equal(model.get_parameter(name), kept)
+
+
 def test_no_layer_is_emptied():
     model = net()
     with torch.no_grad():
@@ -185,6 +199,6 @@ def test_no_layer_is_emptied():
 
 
 def test_misuse_is_refused():
-    for bad in ({"term": "other"}, {"inverse_gamma": -1.0}, {"lower": 0}):
+    for bad in ({"term": "other"}, {"inverse_gamma": -1.0}, {"lower": -1}):
         with pytest.raises(InvalidArgument, match="bip"):
             BiP(**bad)

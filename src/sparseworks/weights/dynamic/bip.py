@@ -43,7 +43,8 @@ class BiP(Transform):
         inverse_gamma: 1/gamma, the weight of the implicit term.
         term: the implicit term: "formula" as above; "released", that of the authors' code,
             -(1/gamma) (theta * dloss/dz)^2; "none" leaves it out.
-        lower: weight steps before each score step.
+        lower: weight steps before each score step; 0: scores alone, under frozen weights (with
+            `term="none"` the search of HYDRA, Sehwag et al. 2020).
     """
 
     inverse_gamma: float = 1e-4
@@ -68,10 +69,10 @@ class BiP(Transform):
     def __post_init__(self) -> None:
         if self.term not in _TERMS:
             raise InvalidArgument(f"bip: term={self.term!r}; use one of {', '.join(_TERMS)}")
-        if not self.inverse_gamma >= 0 or self.lower < 1:
+        if not self.inverse_gamma >= 0 or self.lower < 0:
             raise InvalidArgument(
                 f"bip: inverse_gamma={self.inverse_gamma} must be at least 0, "
-                f"lower={self.lower} at least 1"
+                f"lower={self.lower} too"
             )
 
     def begin(self, job: Transformed) -> None:
@@ -109,8 +110,9 @@ class BiP(Transform):
 class BilevelMask(StraightThroughMask):
     """z = theta * m; the scores' gradient carries the answer of the lower problem.
 
-    With g = dloss/dz of the whole batch (accumulated batches are taken one by one):
-    dloss/dtheta = m g, and dloss/ds = sign(s) (theta g - c m g^2), c = 1/gamma.
+    With g = dloss/dz: dloss/dtheta = m g, and dloss/ds = sign(s) (theta g - c m g^2), c = 1/gamma.
+    The last term is not linear in g: accumulated batches give it one by one, and a scaled loss
+    (fp16) scales it twice.
     """
 
     def __init__(self, weight: Tensor, inverse_gamma: float, term: str) -> None:
