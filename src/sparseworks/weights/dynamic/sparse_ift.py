@@ -1,0 +1,197 @@
+"""Sparse-IFT (Thangarasa et al. 2023, Sparse Iso-FLOP Transformations for Maximizing Training
+Efficiency).
+
+A layer becomes a larger one at sparsity s with as many multiply-adds: sparsity buys width instead
+of savings. Four members, with density 1 - s:
+
+- "wide": every hidden width times sqrt(1/(1 - s)); the caller gives the wide model and the dense
+  one it replaces, and one s for all masked layers makes their costs equal (the paper keeps stem and
+  classifier dense, `exclude=` the stem, so that s is a little above the one of the width);
+- "parallel": sum over 1/(1 - s) branches of norm(layer(x));
+- "factorized": V f(U x), both sparse;
+- "doped": sparse layer + V(U x), U and V dense, of the freed cost.
+
+The masks are sparse from the first step and move as RigL's do (or SET's, or not at all), with the
+same density in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.registry import MethodInfo
+from sparseworks.models.calls import Batch
+from sparseworks.models.views import View, find_prunable
+from sparseworks.training.hooked import Run
+from sparseworks.training.sparsify import sparsify
+from sparseworks.training.transforming import Transform, Transformed
+from sparseworks.weights.dynamic.isoflop import (
+    Doped,
+    Factorized,
+    Parallel,
+    common_sparsity,
+    model_macs,
+)
+
+_MEMBERS = ("wide", "parallel", "factorized", "doped")
+_REWIRINGS = ("rigl", "set", "static")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseIFT(Transform):
+    """Spend sparsity on larger layers at the cost of the dense model.
+
+    Args:
+        member: which transformation, see above.
+        rewire: how the masks move: "rigl", "set" or "static".
+        every: steps between mask updates.
+        fraction: share of active weights moved at first.
+        end: fraction of the training after which the masks are fixed.
+        dense: "wide": the model whose cost the wide one must match.
+        example: "wide": one batch, to count the costs on.
+    """
+
+    member: str = "wide"
+    rewire: str = "rigl"
+    every: int = 100
+    fraction: float = 0.3
+    end: float = 0.75
+    dense: nn.Module | None = field(default=None, repr=False)
+    example: Batch | None = field(default=None, repr=False)
+
+    needs_sparsity: ClassVar[bool] = False
+    info: ClassVar[MethodInfo] = MethodInfo(
+        name="sparse-ift",
+        title="Sparse Iso-FLOP Transformations for Maximizing Training Efficiency",
+        authors="Thangarasa et al.",
+        year=2023,
+        card="003",
+        room="weights",
+        kind="transform",
+        needs=("training",),
+        budget="uniform",
+        cost="that of the dense model, if zeros are skipped",
+        summary="larger sparse layers at the cost of the dense model",
+    )
+
+    def __post_init__(self) -> None:
+        if self.member not in _MEMBERS or self.rewire not in _REWIRINGS:
+            raise InvalidArgument(
+                f"sparse-ift: member={self.member!r}, rewire={self.rewire!r}; use one of "
+                f"{', '.join(_MEMBERS)} and one of {', '.join(_REWIRINGS)}"
+            )
+
+    def begin(self, job: Transformed) -> None:
+        if self.rewire != "static" and job.steps is None:
+            raise InvalidArgument("method 'sparse-ift' moves its masks on a schedule: give `steps`")
+        if self.member == "wide":
+            self._match(job)
+            return
+        if job.sparsity is None or job.sparsity == 0:
+            raise InvalidArgument(f"sparse-ift: member {self.member!r} needs `sparsity` above 0")
+        for view in job.views.values():
+            self._check(view)
+        names = [n for v in list(job.views.values()) for n in self._enlarge(job, v)]
+        job.views = find_prunable(job.model, include=names).by_name()
+
+    def _match(self, job: Transformed) -> None:
+        if self.dense is None or self.example is None:
+            raise InvalidArgument(
+                "sparse-ift: member 'wide' takes the wide model as `model`, and needs `dense`, the "
+                "model it replaces, and `example`, one batch to count costs on"
+            )
+        for view in job.views.values():
+            self._check(view)
+        cost = model_macs(self.dense, self.example)
+        matched = common_sparsity(job.model, job.views.values(), cost, self.example)
+        if job.sparsity is not None and abs(job.sparsity - matched) > 5e-4:
+            raise InvalidArgument(
+                f"sparse-ift: sparsity={job.sparsity} does not give equal cost, {matched:.6f} "
+                "does; leave `sparsity` out"
+            )
+        job.sparsity = matched
+
+    def _check(self, view: View) -> None:
+        if view.layout not in ("linear", "conv") or view.groups != 1:
+            raise InvalidArgument(
+                f"sparse-ift: {view.name} is {view.layout} with {view.groups} groups; only linear "
+                "layers and convolutions of one group can be enlarged, exclude it"
+            )
+
+    def _enlarge(self, job: Transformed, view: View) -> list[str]:
+        """Replace one layer; the names of the weights to mask."""
+        name, sparsity = view.module_name, job.sparsity or 0.0
+        layer: Any = view.module
+        if self.member == "parallel":
+            after = _following_norm(job.model, view)
+            branches = round(1 / (1 - sparsity))
+            norm = job.model.get_submodule(after)
+            job.replace(name, Parallel(layer, norm, branches, job.seed, name))
+            job.replace(after, nn.Identity())
+            return [f"{name}.branches.{i}.0.weight" for i in range(branches)]
+        if self.member == "factorized":
+            job.replace(name, Factorized(layer, sparsity, job.seed, name))
+            return [f"{name}.first.weight", f"{name}.second.weight"]
+        job.replace(name, Doped(layer, sparsity, job.seed, name))
+        return [f"{name}.layer.weight"]
+
+    def attached(self, job: Transformed) -> None:
+        assert job.optimizer is not None
+        options: dict[str, Any] = {} if self.rewire == "static" else {
+            "every": self.every, "fraction": self.fraction, "end": self.end
+        }  # fmt: skip
+        job.own["run"] = sparsify(
+            job.model,
+            job.optimizer,
+            self.rewire,
+            sparsity=job.sparsity,
+            steps=job.steps,
+            pattern=job.pattern,
+            budget=job.budget,
+            include=list(job.views),
+            seed=job.seed,
+            **options,
+        )
+        self.update(job)
+
+    def update(self, job: Transformed) -> None:
+        for name, mask in self._run(job).masks.items():
+            job.set_mask(name, mask)
+
+    def finish(self, job: Transformed) -> None:
+        run = self._run(job)
+        run.finish()
+        self.update(job)
+
+    def state_dict(self, job: Transformed) -> dict[str, Any]:
+        return {"run": self._run(job).state_dict()}
+
+    def load_state_dict(self, job: Transformed, state: Mapping[str, Any]) -> None:
+        self._run(job).load_state_dict(state["run"])
+        self.update(job)
+
+    def _run(self, job: Transformed) -> Run:
+        run = job.own.get("run")
+        if not isinstance(run, Run):
+            raise InvalidArgument("sparse-ift: call `attach(optimizer)` first; masks start there")
+        return run
+
+
+def _following_norm(model: nn.Module, view: View) -> str:
+    """The batch norm that follows a layer among its parent's children."""
+    parent, _, child = view.module_name.rpartition(".")
+    children = list(model.get_submodule(parent).named_children())
+    place = [n for n, _ in children].index(child) + 1
+    for name, module in children[place : place + 1]:
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if norm and module.num_features == view.parameter.shape[0]:
+            return f"{parent}.{name}".lstrip(".")
+    raise InvalidArgument(
+        f"sparse-ift: no batch norm follows {view.module_name}, without which parallel branches "
+        "would add up to one layer; exclude it, or use member 'factorized'"
+    )
