@@ -127,6 +127,38 @@ def test_compiled_models_train_the_same(method, wrapped_first):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("order", ["load, start", "start, load"])
+@pytest.mark.parametrize("method", [*METHODS, "static"])
+def test_weights_may_be_loaded_before_or_after_the_run_starts(method, order):
+    model = net()
+    optimizer, run = start(model, method)
+    data = list(batches())
+    for x, y in data[:6]:
+        step(model, optimizer, x, y)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), run.state_dict()))
+    for x, y in data[6:]:
+        step(model, optimizer, x, y)
+    torch.manual_seed(5)
+    again = net()
+    for p in again.parameters():
+        nn.init.normal_(p)
+    if order == "start, load":
+        other, resumed = start(again, method)
+        again.load_state_dict(saved[0])
+        other.load_state_dict(saved[1])
+    else:
+        again.load_state_dict(saved[0])
+        other = torch.optim.SGD(again.parameters(), 0.1, momentum=0.9)
+        other.load_state_dict(saved[1])
+        every = {} if method == "static" else {"every": 2}
+        resumed = sw.sparsify(again, other, method, sparsity=0.7, steps=STEPS, **every)
+    resumed.load_state_dict(saved[2])
+    for x, y in data[6:]:
+        step(again, other, x, y)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    assert all(torch.equal(run.masks[n], resumed.masks[n]) for n in run.masks)
+
+
 def test_a_closure_optimizer_works():
     model = net()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)

@@ -95,6 +95,7 @@ class Run:
         self.memory: dict[str, Tensor] = {}
         self.finished = False
         self._bound: dict[str, nn.Parameter] = {}
+        self._overwritten: list[tuple[Tensor, int, Tensor]] = []
         self._handles: list[Any] = []
 
     @property
@@ -108,11 +109,18 @@ class Run:
         kept = sum(int(m.sum()) for m in self.masks.values())
         return 1.0 - kept / max(1, sum(m.numel() for m in self.masks.values()))
 
+    @torch.no_grad()
     def start(self) -> None:
         """Bind the parameters, choose the first masks, and hook in."""
         self._bind()
+        before = {n: [local_part(t).clone() for t in self._tensors(n)] for n in self._bound}
         self.method.begin(self)
         self.apply()
+        # weights that were loaded before the run, whose masks come with `load_state_dict`
+        for name, values in before.items():
+            if not bool(self.masks[name].all()):
+                for tensor, old in zip(map(local_part, self._tensors(name)), values):
+                    self._overwritten.append((tensor, tensor._version, old))
         self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
 
     def _bind(self) -> None:
@@ -144,6 +152,7 @@ class Run:
         def mask_gradient(parameter: Tensor) -> None:
             if parameter.grad is None or self.finished:
                 return
+            self._overwritten.clear()
             mask = local_mask(self.masks[name], parameter)
             if self.method.wants_dense_gradients(self):
                 self._keep_dense(name, parameter.grad.detach(), mask)
@@ -179,13 +188,17 @@ class Run:
         self.masks[name] = mask
         self._zero(name)
 
-    def _zero(self, name: str) -> None:
+    def _tensors(self, name: str) -> list[Tensor]:
+        """A parameter and what the optimizer keeps for each of its elements."""
         parameter = self._bound[name]
-        dropped = ~local_mask(self.masks[name], parameter)
-        local_part(parameter).masked_fill_(dropped, 0.0)
-        for value in self.optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                local_part(value).masked_fill_(dropped, 0.0)
+        state = self.optimizer.state.get(parameter, {}).values()
+        alike = [v for v in state if isinstance(v, Tensor) and v.shape == parameter.shape]
+        return [parameter, *alike]
+
+    def _zero(self, name: str) -> None:
+        dropped = ~local_mask(self.masks[name], self._bound[name])
+        for tensor in self._tensors(name):
+            local_part(tensor).masked_fill_(dropped, 0.0)
 
     def record(self) -> Masks:
         """The masks as they are now."""
@@ -217,8 +230,11 @@ class Run:
             "memory": {n: t.clone() for n, t in self.memory.items()},
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, bit for bit.
+
+        Model and optimizer may have been loaded before or after `sparsify`, but before this.
 
         Raises:
             InvalidArgument: the state is of another method or of other tensors.
@@ -234,6 +250,10 @@ class Run:
             odd = sorted(set(record) ^ set(self.masks))[0]
             raise InvalidArgument(f"the state and this run do not mask the same tensors: {odd!r}")
         self.step = int(state["step"])
+        for tensor, version, old in self._overwritten:
+            if tensor._version == version:  # nobody has loaded anything since
+                tensor.copy_(old)
+        self._overwritten.clear()
         for name, mask in record.items():
             self.masks[name] = mask.to(self._bound[name].device)
         device = next((p.device for p in self._bound.values()), torch.device("cpu"))
