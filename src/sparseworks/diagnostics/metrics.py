@@ -6,6 +6,7 @@
 | fidelity | encoders | mean cosine between dense and sparse sentence embeddings |
 | retrieval | encoders | share of docstring summaries whose nearest body is their own |
 | accuracy | classifiers | share of right labels |
+| pq-index, gini | all | how unevenly the surviving weights are spread |
 """
 
 from __future__ import annotations
@@ -233,7 +234,11 @@ def get_metric(
         held = docstrings()[1::2][: samples or 500]
         queries = passages([d.summary for d in held], tokenizer, length=128)
         return retrieval(queries, passages([d.body for d in held], tokenizer, length=128))
+    if name in ("pq-index", "gini"):
+        from sparseworks.diagnostics.indices import gini_metric, pq_metric
+
+        return pq_metric() if name == "pq-index" else gini_metric()
     raise InvalidArgument(
-        f"unknown metric {name!r}; use perplexity, fidelity, retrieval, accuracy or "
-        "file.py:function"
+        f"unknown metric {name!r}; use perplexity, fidelity, retrieval, accuracy, pq-index, gini "
+        "or file.py:function"
     )
