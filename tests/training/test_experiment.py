@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -255,3 +256,20 @@ def test_what_was_left_long_ago_is_swept_away(tmp_path):
     os.utime(old, (0, 0))
     sw.experiment(Fit(), net(), Chain(), folder=tmp_path, about={})
     assert not old.exists() and young.exists()
+
+
+def test_two_processes_may_finish_the_same_run(tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    sw.experiment(Fit(), net(), Chain(), folder=other, about={})
+    mine, real = tmp_path / "mine", os.rename
+
+    def late(source, target):  # the other process renames just before this one
+        if not os.path.exists(target):
+            shutil.copytree(other / os.path.basename(target), target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    fit, model = Fit(), net()
+    sw.experiment(fit, model, Chain(), folder=mine, about={})
+    assert fit.calls == 3 and len(list(mine.glob("*/run.json"))) == 3
+    assert not list(mine.glob(".*"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,9 @@ class Experiment:
         if said is None or not scored:
             copied = self.fresh()
             if said is None:
+                began = time.perf_counter()
                 figures.update(make(copied) or {})
+                figures["seconds"] = round(time.perf_counter() - began, 3)
                 record = masks(copied)
                 figures["sparsity"] = record.sparsity() if record is not None else 0.0
             else:

@@ -140,9 +140,13 @@ class Store:
         from sparseworks.io.atomic import atomic_folder
         from sparseworks.io.writing import save
 
-        with atomic_folder(self.folder / finished.digest, last=_DESCRIPTION) as place:
-            save(model, place / _WEIGHTS)
-            (place / _DESCRIPTION).write_text(json.dumps(said, indent=1) + "\n")
+        try:
+            with atomic_folder(self.folder / finished.digest, last=_DESCRIPTION) as place:
+                save(model, place / _WEIGHTS)
+                (place / _DESCRIPTION).write_text(json.dumps(said, indent=1) + "\n")
+        except CheckpointError:
+            if self.find(finished.digest) is None:  # else another process was first: all is there
+                raise
 
     def fill(self, digest: str, model: nn.Module) -> None:
         """Put the weights, buffers and masks of a finished run into a model."""
