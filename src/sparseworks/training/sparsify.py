@@ -21,6 +21,7 @@ _FLATTENING = (
     "FP16_Optimizer", "DistributedFusedAdam", "DistributedFusedLAMB", "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer", "ZeroRedundancyOptimizer",
 )  # fmt: skip
+_WRAPPING = ("AcceleratedOptimizer", "LightningOptimizer")  # hooks go on the optimizer inside
 
 
 def sparsify(
@@ -60,6 +61,13 @@ def sparsify(
     if not isinstance(chosen, Hooked):
         kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
         raise InvalidArgument(f"method {method!r} is {kind}, not one for a training loop")
+    if type(optimizer).__name__ in _WRAPPING:
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise InvalidArgument(
+            "FullyShardedDataParallel keeps flattened copies of the weights, in which masks cannot "
+            "be enforced; shard the model with torch.distributed.fsdp.fully_shard"
+        )
     if type(optimizer).__name__ in _FLATTENING:
         raise InvalidArgument(
             f"{type(optimizer).__name__} keeps flattened copies of the weights, in which masks "
