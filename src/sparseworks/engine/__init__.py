@@ -1,5 +1,7 @@
 """`sparseworks.compile`: a sparse model becomes a callable that skips its zeros."""
 
-from sparseworks.engine.compiling import Compiled, LayerPlan, compile
+from sparseworks.engine.compiling import Compiled, compile
+from sparseworks.engine.layers import LayerPlan
+from sparseworks.engine.saving import load_compiled
 
-__all__ = ["Compiled", "LayerPlan", "compile"]
+__all__ = ["Compiled", "LayerPlan", "compile", "load_compiled"]

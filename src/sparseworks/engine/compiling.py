@@ -1,301 +1,180 @@
-"""Compile a model layer by layer: every linear layer runs the kernel that was measured fastest.
+"""`sparseworks.compile`: the fastest of three ways to run a model that computes the same.
 
-The model is copied; linear layers whose sparse product beats torch's dense one on the example's
-number of tokens get packed weights, all others stay as they are. What runs between the layers is
-torch, unchanged.
+- *program*: the model is captured as a graph; what the native code knows runs as one program
+  (convolutions and linear layers skip their zeros; norms, activations, residuals and attention stay
+  in its layout), torch runs what is left.
+- *layers*: for models that cannot be captured, linear layers are replaced one by one.
+- *torch*: the model itself, where neither is faster.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.masks import masks
+from sparseworks.engine.explaining import layer_lines, program_lines
+from sparseworks.engine.graph import arguments, capture
+from sparseworks.engine.layers import LayerPlan, by_layers
+from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
+from sparseworks.engine.plan import Plan, make_plan
 from sparseworks.kernels.native import available, instruction_set
-from sparseworks.kernels.spmm import SparseRows, pack_rows, spmm
-from sparseworks.models.calls import call
-from sparseworks.models.views import find_prunable
+from sparseworks.models.calls import call, split
 
-__all__ = ["Compiled", "LayerPlan", "SparseLinear", "compile"]
+__all__ = ["Compiled", "compile"]
 
-_REPEATS = 7
-_MIN_SPARSITY = 0.4  # below this a dense product always wins; it is not even measured
-_ADVANTAGE = 0.97  # sparse must take less than this share of dense
-
-
-class _WeightRead(Exception):
-    """The model looked at the weight of a layer that has none any more."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__("the weight of a compiled layer was read")
-        self.layer = layer
-
-
-class SparseLinear(nn.Module):
-    """y = W x + b with W packed by rows; inference only.
-
-    Args:
-        packed: the weight.
-        bias: `[rows]` or None.
-        threads: of the native kernel; None: as many as torch uses.
-    """
-
-    start: Tensor
-    column: Tensor
-    value: Tensor
-    bias: Tensor | None
-
-    def __init__(self, packed: SparseRows, bias: Tensor | None, threads: int | None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = packed.columns, packed.rows
-        self.threads = threads
-        self.register_buffer("start", packed.start)
-        self.register_buffer("column", packed.column)
-        self.register_buffer("value", packed.value)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
-
-    @property
-    def weight(self) -> Tensor:
-        raise _WeightRead(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = SparseRows(self.start, self.column, self.value, self.in_features)
-        return spmm(packed, x, self.bias, self.threads)
-
-    def extra_repr(self) -> str:
-        total = self.in_features * self.out_features
-        sparsity = 1 - self.value.numel() / max(1, total)
-        return f"{self.in_features}, {self.out_features}, sparsity={sparsity:.3f}"
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What was chosen for one layer.
-
-    Args:
-        name: of the module.
-        kernel: "sparse rows" or "dense".
-        sparsity: fraction of zeros.
-        tokens: rows of input in the example.
-        dense_ms: torch's dense product, median.
-        sparse_ms: the sparse product, median; None where it was not measured.
-        reason: why dense, where it is.
-    """
-
-    name: str
-    kernel: str
-    sparsity: float
-    tokens: int
-    dense_ms: float
-    sparse_ms: float | None
-    reason: str = ""
-
-    @property
-    def milliseconds(self) -> float:
-        sparse = self.sparse_ms if self.kernel != "dense" else None
-        return self.dense_ms if sparse is None else sparse
+_TOLERANCE = 1e-4  # of a program against the model
 
 
 class Compiled:
     """A compiled model: call it as the model it was made from.
 
     Attributes:
-        layers: what was chosen for each linear layer.
-        error: largest relative difference from the model on the example,
-            max |y - y'| / max |y|.
+        kind: "program", "layers" or "torch".
+        error: largest difference from the model on the example, max |y - y'| / max |y|.
+        times: milliseconds of each way that was measured on the example.
+        notes: why a way was not taken.
+        layers: what was chosen for each linear layer, of kind "layers".
     """
 
-    def __init__(self, model: nn.Module, layers: tuple[LayerPlan, ...], error: float) -> None:
-        self.model, self.layers, self.error = model, layers, error
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        kind: str,
+        error: float = 0.0,
+        times: dict[str, float] | None = None,
+        notes: list[str] | None = None,
+        layers: tuple[LayerPlan, ...] = (),
+    ) -> None:
+        self.run, self.kind, self.error = run, kind, error
+        self.times, self.notes, self.layers = times or {}, notes or [], layers
+
+    @property
+    def plan(self) -> Plan | None:
+        """The steps, of kind "program"."""
+        return self.run if isinstance(self.run, Plan) else None
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return self.run(*args, **kwargs)
 
     def explain(self) -> str:
-        """A line per linear layer: kernel, sparsity, time, and what dense would take."""
-        width = max((len(p.name) for p in self.layers), default=5)
-        lines = [
-            f"{'layer':<{width}}  kernel       sparsity  tokens   ms      dense ms  ({_machine()})"
-        ]
-        for p in self.layers:
-            reason = f"  {p.reason}" if p.reason else ""
-            lines.append(
-                f"{p.name:<{width}}  {p.kernel:<11}  {p.sparsity:8.3f}  {p.tokens:6d}  "
-                f"{p.milliseconds:6.3f}  {p.dense_ms:8.3f}{reason}"
-            )
-        total = sum(p.milliseconds for p in self.layers)
-        dense = sum(p.dense_ms for p in self.layers)
-        lines.append(
-            f"linear layers: {total:.2f} ms, dense {dense:.2f} ms; "
-            f"relative error on the example {self.error:.1e}"
-        )
+        """What runs: a line per layer with its kernel, sparsity and time, and what dense takes."""
+        lines = [f"runs as {self.kind} on {instruction_set()}, {torch.get_num_threads()} threads"]
+        lines += [f"  {way}: {ms:.3f} ms on the example" for way, ms in self.times.items()]
+        lines += [f"  {note}" for note in self.notes]
+        if self.plan is not None:
+            lines += program_lines(self.plan)
+        elif self.layers:
+            lines += layer_lines(self.layers)
+        lines.append(f"relative error on the example {self.error:.1e}")
         return "\n".join(lines)
 
+    def save(self, path: Any) -> None:
+        """Write the plan, to be loaded by `sparseworks.load_compiled`.
 
-def _machine() -> str:
-    return f"{instruction_set()}, {torch.get_num_threads()} threads"
+        Raises:
+            InvalidArgument: not of kind "program".
+            CheckpointError: the file cannot be written.
+        """
+        from sparseworks.engine.saving import save_plan
+
+        if self.plan is None:
+            raise InvalidArgument(
+                f"this model runs as {self.kind}, which has no plan of its own: save the model"
+            )
+        save_plan(self.plan, path, self.error, self.times)
 
 
 def compile(model: nn.Module, example: Any, *, threads: int | None = None) -> Compiled:
-    """Make a sparse model skip its zeros where that is measured to be faster.
+    """Make a sparse model skip its zeros, in the way that is measured to be fastest.
 
     Args:
-        model: fp32 on the CPU; left as it is. A mask record, where there is one, says which
-            weights are kept, else the zeros do.
-        example: one batch as the model takes it (Tensor, mapping, or (inputs, target)); the layers
-            are measured on its number of tokens. Other sizes run too.
+        model: fp32 on the CPU; left as it is.
+        example: one batch as the model takes it (Tensor, mapping, or (inputs, target)); candidates
+            are measured on it. Other batch sizes, and other lengths of sequences, run too.
         threads: of the native kernels; None: as many as torch uses.
 
     Returns:
-        A callable with `explain()`.
+        A callable with `explain()` and `save(path)`.
 
     Raises:
-        ModelError: not an fp32 model on the CPU, or weights that are not finite.
+        ModelError: not on the CPU, or weights that are not finite.
         InvalidArgument: the example does not fit the model, or a forced instruction set is missing.
     """
-    odd = next((n for n, p in model.named_parameters() if p.device.type != "cpu"), None)
-    if odd is not None:
-        raise ModelError(f"{odd} is not on the CPU; compile takes models on the CPU")
+    for name, tensor in model.named_parameters():
+        if tensor.device.type != "cpu":
+            raise ModelError(f"{name} is not on the CPU; compile takes models on the CPU")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name}: NaN or Inf; nothing was compiled")
     instruction_set()
-    twin = copy.deepcopy(model).eval()
-    inputs, expected = _trace(twin, example)
-    record = masks(model)
-    plans = []
-    for view in find_prunable(twin, include="*"):
-        if type(view.module) is not nn.Linear or view.module_name not in inputs:
-            continue
-        mask = record[view.name] if record is not None and view.name in record else None
-        plan, sparse = _choose(view.module_name, view.module, mask, inputs, threads)
-        plans.append(plan)
-        if sparse is not None:
-            _replace(twin, view.module_name, sparse)
-    found, plans = _settle(twin, model, example, plans)
-    return Compiled(twin, tuple(plans), _difference(expected, found))
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise InvalidArgument(f"threads={threads}: at least one is needed")
+    quiet = copy.deepcopy(model).eval()
+    inputs, _ = split(example)
+    args, kwargs = arguments(inputs)
+    expected = tensors_of(_checked(quiet, inputs))
+    notes: list[str] = []
+    plan, error = _program(quiet, args, kwargs, threads, expected, notes)
+    ways: dict[str, Callable[[], Any]] = {"torch": lambda: call(quiet, inputs)}
+    if plan is not None:
+        ways["program"] = lambda: plan(*args, **kwargs)
+    times = dict(zip(ways, interleaved_ms(*ways.values()), strict=True))
+    if plan is not None and times["program"] < times["torch"]:
+        return Compiled(plan, "program", error, times, notes)
+    twin, layers, found = by_layers(model, inputs, threads)
+    if any(p.kernel != "dense" for p in layers):
+        ways["layers"] = lambda: call(twin, inputs)
+        times = dict(zip(ways, interleaved_ms(*ways.values()), strict=True))
+    best = min(times, key=lambda way: times[way])
+    if best == "layers":
+        return Compiled(twin, best, difference(expected, found), times, notes, tuple(layers))
+    if best == "program" and plan is not None:
+        return Compiled(plan, best, error, times, notes)
+    return Compiled(quiet, "torch", 0.0, times, notes, tuple(layers))
 
 
-def _settle(
-    twin: nn.Module, model: nn.Module, example: Any, plans: list[LayerPlan]
-) -> tuple[list[Tensor], list[LayerPlan]]:
-    """Run the example; a layer whose weight the model reads by itself is put back as it was."""
-    while True:
-        try:
-            with torch.no_grad():
-                return _tensors(call(twin, example)), plans
-        except _WeightRead as read:
-            name = next(n for n, m in twin.named_modules() if m is read.layer)
-            _replace(twin, name, copy.deepcopy(model.get_submodule(name)).eval())
-            reason = "the model reads its weight by itself"
-            plans = [
-                replace(p, kernel="dense", reason=reason) if p.name == name else p for p in plans
-            ]
-
-
-def _trace(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The input of every linear layer on the example, and the model's output."""
-    inputs: dict[str, Tensor] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear:
-
-            def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                inputs[name] = args[0].detach()
-
-            handles.append(module.register_forward_pre_hook(keep))
+@torch.no_grad()
+def _checked(model: nn.Module, inputs: Any) -> Any:
     try:
-        with torch.no_grad():
-            output = call(model, example)
+        return call(model, inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise InvalidArgument(f"the example does not fit the model: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs, _tensors(output)
 
 
-def _choose(
-    name: str,
-    layer: nn.Linear,
-    mask: Tensor | None,
-    inputs: Mapping[str, Tensor],
-    threads: int | None,
-) -> tuple[LayerPlan, SparseLinear | None]:
-    """Measure the candidates of one layer on its own input."""
-    x, weight = inputs[name], layer.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        raise ModelError(f"{name}.weight: NaN or Inf; nothing was compiled")
-    kept = int(torch.count_nonzero(weight if mask is None else mask))
-    sparsity = 1 - kept / max(1, weight.numel())
-    tokens = x.numel() // max(1, x.shape[-1])
-    reason = ""
-    if weight.dtype != torch.float32:
-        reason = f"{weight.dtype} has no sparse kernel here"
-    elif not available():
-        reason = "the native kernels are not built"
-    elif sparsity < _MIN_SPARSITY:
-        reason = f"below {_MIN_SPARSITY:.0%} zeros"
-    elif weight.shape[1] > 1 << 16:
-        reason = "more than 65,536 inputs"
-    dense = _median_ms(lambda: F.linear(x, layer.weight, layer.bias))
-    if reason:
-        return LayerPlan(name, "dense", sparsity, tokens, dense, None, reason), None
-    sparse = SparseLinear(pack_rows(weight, mask), layer.bias, threads)
-    dense, taken = _interleaved_ms(lambda: F.linear(x, layer.weight, layer.bias), lambda: sparse(x))
-    if taken < _ADVANTAGE * dense:
-        return LayerPlan(name, "sparse rows", sparsity, tokens, dense, taken), sparse
-    return LayerPlan(name, "dense", sparsity, tokens, dense, taken, "dense is faster"), None
-
-
-@torch.no_grad()
-def _median_ms(run: Callable[[], Any]) -> float:
-    return _interleaved_ms(run)[0]
-
-
-@torch.no_grad()
-def _interleaved_ms(*runs: Callable[[], Any]) -> list[float]:
-    """Medians of several candidates, measured in turn so that a noisy machine is fair to all."""
-    for run in runs:
-        run()
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(_REPEATS):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            times[i].append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(t) for t in times]
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)):
-        return [t for part in output for t in _tensors(part)]
-    return []
-
-
-def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    return max(
-        (
-            float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
-            for a, b in zip(expected, found)
-            if a.numel()
-        ),
-        default=0.0,
-    )
+def _program(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    threads: int,
+    expected: list[Tensor],
+    notes: list[str],
+) -> tuple[Plan | None, float]:
+    """The model as a program, where it can be captured and computes the same."""
+    if not available():
+        notes.append("no program: the native kernels are not built")
+        return None, 0.0
+    try:
+        plan = make_plan(capture(model, args, kwargs), threads)
+    except Exception as error:  # torch.export raises whatever the model makes it raise
+        first = str(error).strip().splitlines() or [""]
+        notes.append(f"no program: {type(error).__name__}: {first[0][:160]}")
+        return None, 0.0
+    if plan is None:
+        notes.append("no program: no layer that the native code takes")
+        return None, 0.0
+    try:
+        found = tensors_of(plan(*args, **kwargs))
+    except (RuntimeError, TypeError, ValueError, ModelError) as error:
+        notes.append(f"no program: it failed on the example ({error})")
+        return None, 0.0
+    error_found = difference(expected, found) if len(found) == len(expected) else float("inf")
+    if not error_found <= _TOLERANCE:
+        notes.append(f"no program: its relative error on the example is {error_found:.1e}")
+        return None, 0.0
+    return plan, error_found

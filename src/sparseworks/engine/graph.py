@@ -13,25 +13,22 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.engine.steps import Ref
 
-__all__ = ["Captured", "arguments", "capture"]
+__all__ = ["Captured", "Signature", "arguments", "capture"]
 
 
 @dataclass
-class Captured:
-    """An exported model.
+class Signature:
+    """What a compiled model takes and returns.
 
     Args:
-        graph: of operators.
-        constants: parameters and buffers by the name of their node.
-        inputs: names of the nodes that the caller's tensors become, in flat order.
-        outputs: nodes, or constants, in flat order.
-        keywords: names of keyword arguments, in the order of the export.
+        inputs: names of the caller's tensors, in flat order.
+        outputs: names (`Ref`) or constants, in flat order.
+        keywords: names of keyword arguments, in the order of the example.
         in_spec, out_spec: how the caller nests them.
     """
 
-    graph: torch.fx.Graph
-    constants: dict[str, Tensor]
     inputs: list[str]
     outputs: list[Any]
     keywords: list[str]
@@ -53,9 +50,27 @@ class Captured:
             raise InvalidArgument("the arguments are not nested as in the example")
         return values
 
-    def nested(self, values: list[Any]) -> Any:
+    def nested(self, values: Mapping[str, Any]) -> Any:
         """Outputs as the model returns them."""
-        return pytree.tree_unflatten(values, self.out_spec)
+        found = [values[o.name] if isinstance(o, Ref) else o for o in self.outputs]
+        return pytree.tree_unflatten(found, self.out_spec)
+
+
+@dataclass
+class Captured:
+    """An exported model.
+
+    Args:
+        graph: of operators.
+        constants: parameters and buffers by the name of their node.
+        outputs: nodes, or constants.
+        signature: what the caller gives and gets.
+    """
+
+    graph: torch.fx.Graph
+    constants: dict[str, Tensor]
+    outputs: list[Any]
+    signature: Signature
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,14 +109,18 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     }
     output = next(n for n in program.graph.nodes if n.op == "output")
     kept = len(signature.user_outputs)
+    outputs = list(output.args[0])[len(output.args[0]) - kept :]  # type: ignore[arg-type]
     return Captured(
         program.graph,
         {name: tensor.detach() for name, tensor in constants.items()},
-        [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT"],
-        list(output.args[0])[len(output.args[0]) - kept :],
-        list(kwargs),
-        program.call_spec.in_spec,
-        program.call_spec.out_spec,
+        outputs,
+        Signature(
+            [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT"],
+            [Ref(o.name) if isinstance(o, torch.fx.Node) else o for o in outputs],
+            list(kwargs),
+            program.call_spec.in_spec,
+            program.call_spec.out_spec,
+        ),
     )
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
-from sparseworks.engine.graph import Captured
+from sparseworks.engine.graph import Captured, Signature
+from sparseworks.engine.ir import Attention, Op
 from sparseworks.engine.lowering import Piece, lower
 from sparseworks.engine.programs import Instance, build
+from sparseworks.engine.steps import Call, Ref, of_node
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Part", "Plan", "make_plan"]
 
 _LANES = 16
 _TOKENS = 128  # rows of a program whose rows do not depend on each other
@@ -23,24 +25,46 @@ _TOKENS = 128  # rows of a program whose rows do not depend on each other
 
 @dataclass(eq=False)
 class Part:
-    """A piece of the graph as native programs, one for every size that was met."""
+    """A piece of the graph as native programs, one for every size that was met.
 
-    piece: Piece
+    Args:
+        kind: of its values, "image" or "tokens".
+        ops: in order.
+        inputs: names of what it reads.
+        masks: names of attention masks among what it reads.
+        outputs: names of what it makes.
+        threads: of the native code.
+    """
+
+    kind: str
+    ops: Sequence[Op]
+    inputs: list[str]
+    masks: list[str]
+    outputs: list[str]
     threads: int
     instances: dict[Any, Instance] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, piece: Piece, threads: int) -> Part:
+        names = [list(t) for t in (piece.inputs, piece.masks, piece.outputs)]
+        return cls(piece.kind, piece.ops, *names, threads)
+
+    @property
+    def attends(self) -> bool:
+        return any(isinstance(op, Attention) for op in self.ops)
 
     def instance(self, sizes: dict[str, tuple[int, ...]], lanes: int) -> Instance:
         key = (lanes, *sizes.values())
         if key not in self.instances:
-            self.instances[key] = build(self.piece.ops, sizes, lanes, self.threads)
+            self.instances[key] = build(self.ops, sizes, lanes, self.threads)
         return self.instances[key]
 
     def run(self, given: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name."""
         given = {name: t.contiguous() for name, t in given.items()}
-        if self.piece.kind == "image":
+        if self.kind == "image":
             return self._images(given)
-        if self.piece.attends:
+        if self.attends:
             return self._tokens(given, {n: _mask(m) for n, m in masks.items()})
         shape = next(iter(given.values())).shape[:-1]
         rows = {n: t.view(-1, t.shape[-1]) for n, t in given.items()}
@@ -117,82 +141,122 @@ def _mask(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask.transpose(1, 2), (0, -queries % 16)).contiguous()
 
 
-@dataclass(eq=False)
-class _Step:
-    """One operator that torch runs."""
-
-    node: Node
-    frees: list[str] = field(default_factory=list)
+# operators that are worth more than one thread of torch
+_HEAVY = ("conv", "linear", "mm", "matmul", "bmm", "addmm", "baddbmm", "einsum", "attention", "sort")
 
 
 class Plan:
-    """Runs a captured model.
+    """Runs a model: native programs, and torch for what lies between.
 
     Args:
-        captured: the graph.
-        threads: of the native programs.
+        signature: what the caller gives and gets.
+        steps: in order.
+        constants: tensors that torch's operators read, by name.
     """
 
-    def __init__(self, captured: Captured, threads: int) -> None:
-        self.captured = captured
-        self.parts = [Part(p, threads) for p in lower(captured.graph, captured.constants)]
-        self.steps = self._order()
+    def __init__(
+        self, signature: Signature, steps: list[Call | Part], constants: dict[str, Tensor]
+    ) -> None:
+        self.signature, self.steps, self.constants = signature, steps, constants
+        calls = [s for s in steps if isinstance(s, Call)]
+        # torch's threads would spin beside ours for nothing
+        self.light = not any(any(h in c.target for h in _HEAVY) for c in calls)
+        self.frees = _frees(steps, signature)
 
-    def _order(self) -> list[_Step | Part]:
-        """Torch's operators and the programs, each after what it needs; what nobody needs is out."""
-        made = {name: part for part in self.parts for name in part.piece.outputs}
-        order: list[_Step | Part] = []
-        seen: set[Any] = set()
+    @property
+    def parts(self) -> list[Part]:
+        return [s for s in self.steps if isinstance(s, Part)]
 
-        def need(node: Node) -> None:
-            stack: list[tuple[Any, bool]] = [(node, False)]
-            while stack:
-                current, ready = stack.pop()
-                thing: Any = current
-                if isinstance(current, Node):
-                    thing = made.get(current.name, current)
-                if thing in seen and not ready:
-                    continue
-                if ready:
-                    order.append(_Step(thing) if isinstance(thing, Node) else thing)
-                    continue
-                seen.add(thing)
-                if isinstance(thing, Node):
-                    if thing.op != "call_function":
-                        continue
-                    before = thing.all_input_nodes
-                else:
-                    before = [*thing.piece.inputs.values(), *thing.piece.masks.values()]
-                stack.append((thing, True))
-                stack.extend((n, False) for n in before)
-
-        for output in self.captured.outputs:
-            if isinstance(output, Node):
-                need(output)
-        return order
-
+    @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        captured = self.captured
-        values: dict[str, Any] = dict(captured.constants)
-        values.update(zip(captured.inputs, captured.flat(args, kwargs), strict=True))
-
-        def read(node: Node) -> Any:
-            return values[node.name]
-
-        for step in self.steps:
-            if isinstance(step, _Step):
-                node = step.node
-                target: Callable[..., Any] = node.target  # type: ignore[assignment]
-                values[node.name] = target(*map_arg(node.args, read), **map_arg(node.kwargs, read))
-            else:
-                given = {name: values[name] for name in step.piece.inputs}
-                masks = {name: values[name] for name in step.piece.masks}
-                values.update(step.run(given, masks))
-        found = [values[o.name] if isinstance(o, Node) else o for o in captured.outputs]
-        return captured.nested(found)
+        values: dict[str, Any] = dict(self.constants)
+        flat = self.signature.flat(args, kwargs)
+        values.update(zip(self.signature.inputs, flat, strict=True))
+        with _one_thread() if self.light else _as_it_is():
+            for step, free in zip(self.steps, self.frees, strict=True):
+                if isinstance(step, Call):
+                    values[step.name] = step(values)
+                else:
+                    given = {name: values[name] for name in step.inputs}
+                    values.update(step.run(given, {name: values[name] for name in step.masks}))
+                for name in free:
+                    del values[name]
+        return self.signature.nested(values)
 
 
-def plan(captured: Captured, threads: int) -> Plan | None:
-    """A plan, or None where there is nothing that a native program could take."""
-    made = Plan(captured, threads)
-    return made if made.parts else None
+def _frees(steps: Sequence[Call | Part], signature: Signature) -> list[list[str]]:
+    """What nothing reads any more after each step."""
+    kept = {o.name for o in signature.outputs if isinstance(o, Ref)}
+    frees: list[list[str]] = []
+    for step in reversed(steps):
+        reads = [r.name for r in step.reads()] if isinstance(step, Call) else None
+        names = (
+            {*reads, step.name}
+            if isinstance(step, Call) and reads is not None
+            else {*step.inputs, *step.masks, *step.outputs}  # type: ignore[union-attr]
+        )
+        frees.append(sorted(names - kept))
+        kept |= names
+    return frees[::-1]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+def make_plan(captured: Captured, threads: int) -> Plan | None:
+    """A plan of a captured model, or None where there is nothing that a program could take."""
+    pieces = lower(captured.graph, captured.constants)
+    if not pieces:
+        return None
+    made: dict[str, tuple[Piece, Part]] = {}
+    for piece in pieces:
+        part = Part.of(piece, threads)
+        made.update(dict.fromkeys(piece.outputs, (piece, part)))
+    steps = _ordered(captured.outputs, made)
+    signature = captured.signature
+    needed = {r.name for s in steps if isinstance(s, Call) for r in s.reads()}
+    needed |= {n for s in steps if isinstance(s, Part) for n in (*s.inputs, *s.masks)}
+    needed |= {o.name for o in signature.outputs if isinstance(o, Ref)}
+    constants = {n: t for n, t in captured.constants.items() if n in needed}
+    return Plan(signature, steps, constants)
+
+
+def _ordered(
+    outputs: Sequence[Any], made: Mapping[str, tuple[Piece, Part]]
+) -> list[Call | Part]:
+    """Torch's operators and the programs, each after what it needs; what nobody needs is out."""
+    order: list[Call | Part] = []
+    seen: set[Any] = set()
+    stack: list[tuple[Node, bool]] = [(n, False) for n in reversed(outputs) if isinstance(n, Node)]
+    while stack:
+        node, ready = stack.pop()
+        piece, part = made.get(node.name, (None, None))
+        thing = node if part is None else part
+        if ready:
+            order.append(of_node(node) if part is None else part)
+            continue
+        if thing in seen or (part is None and node.op != "call_function"):
+            continue
+        seen.add(thing)
+        before = (
+            node.all_input_nodes
+            if piece is None
+            else [*piece.inputs.values(), *piece.masks.values()]
+        )
+        stack.append((node, True))
+        stack.extend((n, False) for n in before)
+    return order

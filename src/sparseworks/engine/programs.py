@@ -44,14 +44,20 @@ class Instance:
         native: the program.
         lanes: images side by side.
         tensors: names of its inputs and outputs, in its order.
+        tensor_shapes: of those, for one item.
         products: index of the native operation of each product, with its multiply-adds.
+        groups: rows that share taps, by the same index.
+        sizes: of the inputs of products, by the same index.
         shapes: of each output without the batch.
     """
 
     native: Any
     lanes: int
     tensors: list[str]
+    tensor_shapes: list[tuple[int, ...]]
     products: dict[int, tuple[Product, int]]
+    groups: dict[int, int]
+    sizes: dict[int, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -86,6 +92,9 @@ class _Builder:
     native: list[dict[str, Any]] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
     products: dict[int, tuple[Product, int]] = field(default_factory=dict)
+    tensor_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    groups: dict[int, int] = field(default_factory=dict)
+    inputs: dict[int, tuple[int, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     last: dict[Value, Op] = field(default_factory=dict)  # who reads a value last
 
@@ -97,7 +106,10 @@ class _Builder:
             self._emit(op)
         where, arena = arrange(self.floats, [(a, b) for a, b in self.lives])
         program = module().Program(where, arena, self.lanes, self.native)  # type: ignore[union-attr]
-        return Instance(program, self.lanes, self.tensors, self.products, self.outputs)
+        return Instance(
+            program, self.lanes, self.tensors, self.tensor_shapes, self.products, self.groups,
+            self.inputs, self.outputs,
+        )  # fmt: skip
 
     # sizes
 
@@ -176,8 +188,9 @@ class _Builder:
         self.lives[at][1] = now
         return at
 
-    def _tensor(self, name: str) -> int:
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> int:
         self.tensors.append(name)
+        self.tensor_shapes.append(shape)
         return len(self.tensors) - 1
 
     def _add(self, kind: int, work: int = 0, **fields: Any) -> None:
@@ -196,7 +209,7 @@ class _Builder:
         g = self._of(op.out)
         self._add(
             _LOAD, op.out.channels * g.plane // 16, out=self._buffer(op.out), to=g,
-            channels=op.out.channels, tensor=self._tensor(op.source),
+            channels=op.out.channels, tensor=self._tensor(op.source, self._shape(op)),
             flag=int(op.out.kind == "tokens"),
         )  # fmt: skip
 
@@ -204,13 +217,16 @@ class _Builder:
         g, channels = self._of(op.out), op.out.channels
         self._add(
             _STORE, channels * g.plane // 16, **{"in": self._buffer(op.out), "from": g},
-            channels=channels, tensor=self._tensor(op.target), flag=int(op.out.kind == "tokens"),
+            channels=channels, tensor=self._tensor(op.target, self._shape(op)), flag=int(op.out.kind == "tokens"),
         )  # fmt: skip
-        shape = self.shape[op.out]
+        self.outputs[op.target] = self._shape(op)[1:]
+
+    def _shape(self, op: Load | Store) -> tuple[int, ...]:
+        """Of a caller's tensor, for one item."""
+        shape, channels = self.shape[op.out], op.out.channels
         if op.out.kind == "tokens":
-            self.outputs[op.target] = (*shape, channels)
-        else:
-            self.outputs[op.target] = (channels,) if op.vector else (channels, *shape)
+            return (self.lanes, *shape, channels)
+        return (self.lanes, channels) if op.vector else (self.lanes, channels, *shape)
 
     def _product(self, op: Product) -> None:
         made, given = self._of(op.out), self._of(op.x)
@@ -231,6 +247,8 @@ class _Builder:
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
         self.products[len(self.native)] = (op, work * 16)
+        self.groups[len(self.native)] = taps["group"]
+        self.inputs[len(self.native)] = self.shape[op.x]
         self._add(
             _PRODUCT, work, out=self._buffer(op.out), to=made, channels=op.out.channels,
             stride=stride, flat=int(flat), activation=int(op.activation), **taps, **fields,
@@ -296,7 +314,7 @@ class _Builder:
         fields: dict[str, Any] = {"from": queries, "to": keys, "in": self._buffer(op.q.value)}
         fields["other"], fields["extra"] = self._buffer(op.k.value), self._buffer(op.v.value)
         if op.mask is not None:
-            fields["mask"] = self._tensor(op.mask)
+            fields["mask"] = self._tensor(op.mask, (0,))
         self._add(
             _ATTENTION, op.q.heads * op.q.size * queries.plane * keys.width // 8,
             out=self._buffer(op.out), heads=op.q.heads, groups=op.k.heads, window=op.q.size,

@@ -1,0 +1,137 @@
+"""What a compiled model does, in lines of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparseworks.engine.ir import Load, Product, Store, Value
+from sparseworks.engine.measuring import median_ms
+from sparseworks.engine.programs import Instance, build
+from sparseworks.engine.steps import Call
+
+if TYPE_CHECKING:
+    from sparseworks.engine.layers import LayerPlan
+    from sparseworks.engine.plan import Part, Plan
+
+__all__ = ["Row", "layer_lines", "program_lines", "rows"]
+
+_REPEATS = 20
+
+
+class Row:
+    """One product of a program on one item (a sequence, an image, 16 images), on one thread.
+
+    Attributes:
+        name: of the weight.
+        shape: of the weight.
+        kernel: "taps", or "shared taps" where four rows share theirs.
+        sparsity: fraction of zeros in the weight.
+        milliseconds: of the product.
+        gflops: useful multiply-adds, times two, a second.
+        dense_ms: of torch's dense layer on the same item and thread.
+    """
+
+    def __init__(self, part: Part, made: Instance, index: int, seconds: float) -> None:
+        op, work = made.products[index]
+        self.name, self.shape = op.name, tuple(op.weight.shape)
+        self.kernel = "shared taps" if made.groups[index] > 1 else "taps"
+        self.sparsity = 1 - float(torch.count_nonzero(op.weight)) / max(1, op.weight.numel())
+        self.milliseconds = seconds * 1e3
+        self.gflops = 2 * work / max(seconds, 1e-9) / 1e9
+        self.dense_ms = _dense_ms(op, made.sizes[index], made.lanes)
+
+
+def rows(part: Part) -> list[Row]:
+    """The products of a part, in the size that was met last."""
+    if not part.instances:
+        return []
+    made = list(part.instances.values())[-1]
+    tensors = [torch.zeros(shape) for shape in made.tensor_shapes]
+    seconds = made.native.profile(tensors, made.lanes, _REPEATS)
+    return [Row(part, made, i, seconds[i]) for i in made.products if made.products[i][0].name]
+
+
+def program_lines(plan: Plan) -> list[str]:
+    """A table of the products, and what torch runs."""
+    limit = machine_limit()
+    lines = [f"one multiply-add per load from the first cache: {limit:.0f} GFLOP/s a thread"]
+    for number, part in enumerate(plan.parts):
+        table = rows(part)
+        made = list(part.instances.values())[-1:] if part.instances else []
+        item = f"{made[0].lanes} images" if made and made[0].lanes > 1 else "one " + {
+            "image": "image", "tokens": "sequence"
+        }[part.kind]  # fmt: skip
+        lines.append(f"program {number + 1}: {len(part.ops)} operations; times of {item}, 1 thread")
+        width = max((len(r.name) for r in table), default=5)
+        lines.append(
+            f"  {'layer':<{width}}  {'shape':<18} kernel       sparsity       ms  GFLOP/s  "
+            "of limit  dense ms"
+        )
+        lines += [
+            f"  {r.name:<{width}}  {'x'.join(map(str, r.shape)):<18} {r.kernel:<11}  "
+            f"{r.sparsity:8.3f} {r.milliseconds:8.3f} {r.gflops:8.1f}  {r.gflops / limit:7.0%}  "
+            f"{r.dense_ms:8.3f}"
+            for r in table
+        ]
+        total, dense = (sum(getattr(r, k) for r in table) for k in ("milliseconds", "dense_ms"))
+        lines.append(f"  products: {total:.3f} ms, dense {dense:.3f} ms")
+    others = sorted({s.target for s in plan.steps if isinstance(s, Call)})
+    if others:
+        lines.append(f"torch runs: {', '.join(others)}")
+    return lines
+
+
+def layer_lines(layers: Sequence[LayerPlan]) -> list[str]:
+    """A line per linear layer: kernel, sparsity, time, and what dense would take."""
+    width = max((len(p.name) for p in layers), default=5)
+    lines = [f"{'layer':<{width}}  kernel       sparsity  tokens   ms      dense ms"]
+    for p in layers:
+        reason = f"  {p.reason}" if p.reason else ""
+        lines.append(
+            f"{p.name:<{width}}  {p.kernel:<11}  {p.sparsity:8.3f}  {p.tokens:6d}  "
+            f"{p.milliseconds:6.3f}  {p.dense_ms:8.3f}{reason}"
+        )
+    total, dense = sum(p.milliseconds for p in layers), sum(p.dense_ms for p in layers)
+    return [*lines, f"linear layers: {total:.2f} ms, dense {dense:.2f} ms"]
+
+
+def _dense_ms(op: Product, size: tuple[int, ...], lanes: int) -> float:
+    """Torch's dense layer on one item and one thread."""
+    columns = op.weight.shape[1] * op.groups
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if op.weight.ndim == 4:
+            x = torch.zeros(lanes, columns, *size)
+            return median_ms(
+                lambda: F.conv2d(
+                    x, op.weight, op.bias, op.stride, op.padding, op.dilation, op.groups
+                )
+            )
+        count = lanes if len(size) == 2 else math.prod(size)
+        x = torch.zeros(count, columns)
+        return median_ms(lambda: F.linear(x, op.weight, op.bias))
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def machine_limit() -> float:
+    """GFLOP/s of one thread when every multiply-add loads its input from the first cache."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator)
+    weight[torch.rand(64, 64, generator=generator) < 0.6] = 0.0
+    x, y = Value("tokens", 64), Value("tokens", 64)
+    ops: list[Any] = [Load(x, "x"), Product(y, x, weight, None, "w"), Store(y, "y")]
+    made = build(ops, {"x": (128,)}, 1, 1)
+    tensors: list[Tensor] = [torch.zeros(1, 128, 64), torch.zeros(1, 128, 64)]
+    seconds = made.native.profile(tensors, 1, 200)
+    ((index, (_, work)),) = made.products.items()
+    return 2 * work / float(seconds[index]) / 1e9
