@@ -31,10 +31,7 @@ def image_subject(
         held: test images.
     """
     root = data_root() / "cifar10"
-    train, test = (
-        read_images(root / "train.parquet"),
-        read_images(root / "test.parquet", limit=held),
-    )
+    train, test = _read(root / "train.parquet"), _read(root / "test.parquet")
     part = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
     chosen = ImageSet(_resized(train.pixels[part], size), train.labels[part])
     shown = ImageSet(_resized(test.pixels[:held], size), test.labels[:held])
