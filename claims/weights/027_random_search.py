@@ -95,10 +95,11 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     recipe = Recipe(epochs=20, batch_size=60, lr=0.02, augment=False)
     found: dict[str, float] = {}
     for sparsity in (0.5, 0.8, 0.95, 0.99) if full else (0.8, 0.95):
-        found |= _search("digits", seed, sparsity, train, held, recipe, 8 if full else 4)
-    images, seen = image_subject(seed, 20_000 if full else 3_000, size=32 if full else 16)
-    recipe = Recipe(epochs=12 if full else 6, lr=0.02, augment=False, batch_size=60)
-    found |= _search("cifar", seed, 0.8, images, seen, recipe, 5 if full else 2)
+        found |= _search("digits", seed, sparsity, train, held, recipe, 8 if full else 3)
+    if full:  # recorded beside; the promises are of the digits
+        images, seen = image_subject(seed, 20_000)
+        recipe = Recipe(epochs=12, lr=0.02, augment=False, batch_size=60)
+        found |= _search("cifar", seed, 0.8, images, seen, recipe, 5)
 
     both = (found["digits 0.8 winner - random"] + found["digits 0.95 winner - random"]) / 2
     found["winner - random"] = both
@@ -116,8 +117,8 @@ CLAIM = Claim(
     method="random-search",
     title="the best of 200 random node masks before training is no better than any other after it",
     model="an MLP with two hidden layers of 512, 80 and 95 % of its nodes masked",
-    data="scikit-learn's digits, 1,200 for training and 597 for the test; recorded beside: "
-    "CIFAR-10 at 16 x 16, 3,000 training and 5,000 test images",
+    data="scikit-learn's digits, 1,200 for training and 597 for the test (full: beside them "
+    "20,000 training images of CIFAR-10)",
     baseline="random masks on the same weights; the dense network; a small one, fresh",
     metric="test accuracy, points; epochs",
     promises=(
@@ -127,5 +128,5 @@ CLAIM = Claim(
         Promise("close to dense", "the winner at 80 % within 2 points of the dense network"),
     ),
     measure=measure,
-    seeds=(0, 1, 2, 3, 4, 5, 6),
+    seeds=(0, 1, 2, 3, 4),
 )
