@@ -1,0 +1,357 @@
+"""The transform kind: a base class for its methods, and the job that takes a model through one."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from sparseworks.core import registry
+from sparseworks.core.budgets import Budget
+from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.core.masks import MaskEntry, Masks, attach
+from sparseworks.core.patterns import Pattern
+from sparseworks.core.registry import MethodInfo
+from sparseworks.models.views import View
+
+__all__ = ["Transform", "Transformed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform(ABC):
+    """Base of methods that change modules before training; frozen dataclasses of options.
+
+    Args:
+        pattern: legal zeros, where the call names none.
+        budget: who pays, where the call names none.
+    """
+
+    pattern: str | Pattern = "unstructured"
+    budget: str | Mapping[str, float] | Budget = "uniform"
+
+    info: ClassVar[MethodInfo]
+    needs_sparsity: ClassVar[bool] = True
+
+    def begin(self, job: Transformed) -> None:  # noqa: B027
+        """Change the model through `job.parametrize`, `job.replace` and `job.freeze` only, so that
+        a failure can be undone."""
+
+    def attached(self, job: Transformed) -> None:  # noqa: B027
+        """Called once, when the optimizer is known (`job.optimizer`)."""
+
+    def penalty(self, job: Transformed) -> Tensor | None:
+        """A scalar to add to the loss of this step."""
+        return None
+
+    def update(self, job: Transformed) -> None:  # noqa: B027
+        """Called without gradients after every optimizer step, `job.step` counted from 1."""
+
+    def finish(self, job: Transformed) -> None:  # noqa: B027
+        """Choose the final masks with `job.set_mask`; the job then folds what it parametrized."""
+
+    def state_dict(self, job: Transformed) -> dict[str, Any]:
+        """State that neither the model nor the job holds."""
+        return {}
+
+    def load_state_dict(self, job: Transformed, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what `state_dict` gave."""
+
+
+class Transformed:
+    """A transformed model on its way through training; made by `transform`.
+
+    Attributes:
+        model: the model, changed in place.
+        views: parameter name -> its matrix view; the name is the one the parameter has after
+            `finish`. A method that replaces modules sets the views of the new ones.
+        optimizer: after `attach`.
+        step: optimizer steps taken.
+        own: what the method keeps between its calls.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Transform,
+        views: Iterable[View],
+        *,
+        sparsity: float | None,
+        steps: int | None,
+        pattern: Pattern,
+        budget: Any,
+        seed: int,
+    ) -> None:
+        self.model, self.method = model, method
+        self.views = {v.name: v for v in views}
+        self.sparsity, self.steps, self.pattern, self.budget = sparsity, steps, pattern, budget
+        self.seed = seed
+        self.step = 0
+        self.optimizer: Optimizer | None = None
+        self.finished = False
+        self.own: dict[str, Any] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._orders: dict[str, list[str]] = {}  # parametrized -> its module's parameters in order
+        self._replaced: dict[str, nn.Module] = {}
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._handle: Any = None
+        self._before = {id(p) for p in model.parameters()}
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters under the masks, by the names they had before."""
+        return {n: v.parameter for n, v in self.views.items()}
+
+    @property
+    def added(self) -> dict[str, nn.Parameter]:
+        """The parameters of the parts (scores, gates), by their names in the model now."""
+        found = {}
+        for name in self._orders:
+            prefix = f"{self.views[name].module_name}.parametrizations".lstrip(".")
+            for inner, parameter in self.part(name).named_parameters():
+                found[f"{prefix}.{self.views[name].attribute}.0.{inner}"] = parameter
+        return found
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Parameter name -> bool mask; all kept where none has been chosen yet."""
+        return {n: self._mask(n) for n in self.views}
+
+    @property
+    def current_sparsity(self) -> float:
+        """Fraction of masked weights right now."""
+        masks = self.masks.values()
+        kept = sum(int(torch.count_nonzero(m)) for m in masks)
+        return 1.0 - kept / max(1, sum(m.numel() for m in masks))
+
+    @property
+    def progress(self) -> float:
+        """step / steps, at most 1.
+
+        Raises:
+            InvalidArgument: the call was not told the number of steps.
+        """
+        if self.steps is None or self.steps < 1:
+            raise InvalidArgument(
+                f"method {self.method.info.name!r} follows a schedule: give `steps`, the number of "
+                "optimizer steps of the whole training"
+            )
+        return min(1.0, self.step / self.steps)
+
+    def part(self, name: str) -> nn.Module:
+        """The module that parametrizes a weight (`StraightThroughMask`, say)."""
+        view = self.views[name]
+        parts: Any = view.module.parametrizations
+        found: nn.Module = parts[view.attribute][0]
+        return found
+
+    def parametrize(self, name: str, part: nn.Module) -> None:
+        """Compute a weight as `part(weight)` from now on; `finish` folds it back.
+
+        Raises:
+            ModelError: the tensor has a second name (tied), which would not see the part.
+        """
+        view = self.views[name]
+        tied = [n for n, p in self.model.named_parameters(remove_duplicate=False)
+                if p is view.parameter and n != name]  # fmt: skip
+        if tied:
+            raise ModelError(
+                f"{name} is also {tied[0]} (tied weights): a parametrization would reach only one "
+                "of them; exclude it"
+            )
+        order = list(view.module._parameters)
+        parametrize.register_parametrization(view.module, view.attribute, part)
+        self._orders[name] = order
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put another module in the place of one, for good."""
+        parent, _, child = name.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        self._replaced.setdefault(name, self.model.get_submodule(name))
+        setattr(owner, child, module)
+
+    def freeze(self, module: nn.Module, attribute: str) -> None:
+        """A parameter does not train until `finish`."""
+        parameter = module._parameters.get(attribute)
+        if parameter is not None:
+            parameter.requires_grad_(False)
+
+    def train_only(self, what: Literal["parts", "model"]) -> None:
+        """From now on only the parts' parameters take gradients, or only those of before.
+
+        The others lose the gradient they have: a zero one would still decay and move by momentum.
+        """
+        parts = list(self.added.values())
+        for group, trains in ((parts, what == "parts"), (self._trainable, what == "model")):
+            for parameter in group:
+                parameter.requires_grad_(trains)
+                if not trains:
+                    parameter.grad = None
+
+    def set_mask(self, name: str, mask: Tensor) -> None:
+        """A new mask, into the part's buffer where it has one."""
+        if name in self._orders and isinstance(getattr(self.part(name), "mask", None), Tensor):
+            self.part(name).mask.copy_(mask)  # type: ignore[operator]
+        else:
+            self._masks[name] = mask.clone()
+
+    def parameter_groups(self, **added: Any) -> list[dict[str, Any]]:
+        """Two groups for an optimizer: the trainable parameters of before, and those added.
+
+        Args:
+            added: settings of the second group (lr=...); its weight decay is 0 unless given, since
+                decay of scores would shift their ranks.
+        """
+        new = {id(p) for p in self.added.values()}
+        trainable = [p for p in self.model.parameters() if p.requires_grad or id(p) in new]
+        groups = [
+            {"params": [p for p in trainable if id(p) not in new]},
+            {"params": [p for p in trainable if id(p) in new], "weight_decay": 0.0, **added},
+        ]
+        return [g for g in groups if g["params"]]
+
+    def attach(self, optimizer: Optimizer) -> Transformed:
+        """Follow an optimizer: after each of its steps the method's `update` runs.
+
+        Returns:
+            The job itself.
+
+        Raises:
+            InvalidArgument: attached before, or the optimizer lacks what the transform added.
+        """
+        if self.optimizer is not None or self.finished:
+            state = "finished" if self.finished else "already attached to an optimizer"
+            raise InvalidArgument(f"this transform is {state}; transform the model again")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        brought = {n: p for n, p in self.model.named_parameters() if id(p) not in self._before}
+        lacking = [n for n, p in brought.items()
+                   if (p.requires_grad or n in self.added) and id(p) not in held]  # fmt: skip
+        if lacking:
+            raise InvalidArgument(
+                f"the optimizer does not hold {lacking[0]!r}, which the transform added; build the "
+                "optimizer after `transform`"
+            )
+        self.optimizer = optimizer
+        self.method.attached(self)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+        return self
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.step += 1
+        self.method.update(self)
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss of this step; 0 where the method has none."""
+        found = None if self.finished else self.method.penalty(self)
+        if found is not None:
+            return found
+        device = next((p.device for p in self.model.parameters()), None)
+        return torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def finish(self) -> Masks:
+        """End the training: parts folded into ordinary weights, zeros exact, the mask record on.
+
+        A weight becomes what the layer computed with where its mask keeps it, and 0 elsewhere.
+
+        Returns:
+            The record.
+        """
+        if not self.finished:
+            self.method.finish(self)
+            masks = {n: self._mask(n).clone() for n in self.views}
+            for name, mask in masks.items():
+                view = self.views[name]
+                weight = getattr(view.module, view.attribute).detach().clone()
+                self._unparametrize(name)
+                view.parameter.copy_(weight.masked_fill_(~mask, 0.0))
+            self._masks = masks
+            self._release()
+            self.finished = True
+            attach(self.model, self.record())
+        return self.record()
+
+    def record(self) -> Masks:
+        """The masks as they are now."""
+        entries = {n: MaskEntry.of(m.cpu(), str(self.pattern)) for n, m in self.masks.items()}
+        return Masks(entries, self.method.info.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs beside the model's and the optimizer's own state."""
+        return {
+            "method": self.method.info.name,
+            "options": registry.options_of(self.method),
+            "sparsity": self.sparsity,
+            "steps": self.steps,
+            "step": self.step,
+            "masks": self.record().state_dict(),
+            "own": self.method.state_dict(self),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, bit for bit; load model and optimizer first.
+
+        Raises:
+            InvalidArgument: the state is of another method, schedule or of other tensors.
+        """
+        mine = {
+            "method": self.method.info.name,
+            "options": registry.options_of(self.method),
+            "sparsity": self.sparsity,
+            "steps": self.steps,
+        }
+        for key, value in mine.items():
+            if state.get(key) != value:
+                raise InvalidArgument(f"the state has {key} {state.get(key)!r}, this job {value!r}")
+        record = Masks.from_state_dict(state["masks"])
+        if set(record) != set(self.views):
+            odd = sorted(set(record) ^ set(self.views))[0]
+            raise InvalidArgument(f"the state and this job do not mask the same tensors: {odd!r}")
+        self.step = int(state["step"])
+        for name, mask in record.items():
+            self.set_mask(name, mask.to(self.views[name].parameter.device))
+        self.method.load_state_dict(self, state["own"])
+
+    def undo(self) -> None:
+        """Give the model back as it was before `transform` (only before training)."""
+        for name in list(self._orders):
+            self._unparametrize(name)
+        for name, module in self._replaced.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module)
+        self._replaced.clear()
+        self._release()
+        self.finished = True
+
+    def _mask(self, name: str) -> Tensor:
+        if name in self._orders:
+            mask = getattr(self.part(name), "mask", None)
+            if isinstance(mask, Tensor):
+                return mask
+        chosen = self._masks.get(name)
+        parameter = self.views[name].parameter
+        return torch.ones_like(parameter, dtype=torch.bool) if chosen is None else chosen
+
+    def _unparametrize(self, name: str) -> None:
+        """Only the raw weight stays, at its old place among the module's parameters."""
+        order = self._orders.pop(name, None)
+        if order is None:
+            return
+        view = self.views[name]
+        parametrize.remove_parametrizations(view.module, view.attribute, leave_parametrized=False)
+        known = view.module._parameters
+        for attribute in order:
+            known[attribute] = known.pop(attribute)
+
+    def _release(self) -> None:
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
