@@ -198,6 +198,22 @@ def test_no_layer_is_emptied():
     assert sum(int(m.sum()) for m in job.masks.values()) == total - int(0.8 * total)
 
 
+def test_half_precision_keeps_fine_scores():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).bfloat16()
+    job = sw.transform(model, "bip", sparsity=0.8, include="*")
+    optimizer = torch.optim.SGD(job.parameter_groups(), lr=0.1)
+    job.attach(optimizer)
+    assert all(p.dtype == torch.float32 for p in job.added.values())
+    before = {n: p.detach().clone() for n, p in job.added.items()}
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16).bfloat16()).float().square().mean().backward()
+        optimizer.step()
+    assert all(not torch.equal(p, before[n]) for n, p in job.added.items())
+    job.finish()
+    assert model[0].weight.dtype == torch.bfloat16 and sw.masks(model).violations(model) == {}
+
+
 def test_misuse_is_refused():
     for bad in ({"term": "other"}, {"inverse_gamma": -1.0}, {"lower": -1}):
         with pytest.raises(InvalidArgument, match="bip"):

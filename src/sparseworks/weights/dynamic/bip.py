@@ -116,7 +116,7 @@ class BilevelMask(StraightThroughMask):
     """
 
     def __init__(self, weight: Tensor, inverse_gamma: float, term: str) -> None:
-        super().__init__(weight)
+        super().__init__(weight.to(torch.promote_types(weight.dtype, torch.float32)))
         self.inverse_gamma, self.term = inverse_gamma, term
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -142,7 +142,8 @@ class _Bilevel(torch.autograd.Function):
         for_weight = g * mask if ctx.needs_input_grad[0] else None
         for_scores = None
         if ctx.needs_input_grad[1]:
-            for_scores = weight * g
+            g = g.to(scores.dtype)
+            for_scores = weight.to(scores.dtype) * g
             if ctx.term == "formula":
                 for_scores = for_scores - ctx.inverse_gamma * mask * g.square()
             elif ctx.term == "released":

@@ -92,7 +92,8 @@ class Jackpots(Transform):
                 drawn = torch.rand(mask.shape, generator=generator_for(job.seed, name))
                 mask = keep_top(drawn, int(torch.count_nonzero(mask))).to(mask.device)
             weight = job.parameters[name].detach()
-            scores = torch.ones_like(weight).masked_fill_(~mask, _MASKED_SCORE)
+            fine = torch.promote_types(weight.dtype, torch.float32)  # 0.01 is little in bf16
+            scores = torch.ones_like(weight, dtype=fine).masked_fill_(~mask, _MASKED_SCORE)
             job.parametrize(name, StraightThroughMask(scores, mask))
 
     def rate(self, job: Transformed) -> float:
