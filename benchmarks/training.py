@@ -1,0 +1,192 @@
+"""What sparse training costs per step: every hooked method against dense training in one run.
+
+    python benchmarks/training.py [--rounds 24] [--model resnet20 llama] [--out FILE]
+
+All candidates take one step in turn, on the same batches, so that what disturbs the machine
+disturbs all of them. Masks change at every `--every`-th step here; steps that change masks (and
+keep the dense gradient before) are timed apart from the others, and the overhead per step is that
+of a training in which they come every 100 steps:
+
+    overhead = (other + (changing - other) / 100) / dense - 1
+
+in processor time of one thread, which other processes cannot inflate as they do wall time. Memory
+is the peak of a process of its own that trains a larger model for a few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sparseworks as sw
+from sparseworks.core import registry
+from sparseworks.core.errors import SparseworksError
+from sparseworks.diagnostics.claims import machine
+from sparseworks.models.calls import default_loss
+
+STEPS = 10_000  # of the schedule: only its first part is trained, so masks change all the time
+AMORTIZED = 100
+
+
+def resnet() -> tuple[nn.Module, Any]:
+    from sparseworks.models.zoo import resnet20
+
+    model = resnet20().to(memory_format=torch.channels_last)
+    x = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    return model, (x, torch.randint(0, 10, (128,)))
+
+
+def llama(width: int = 256, layers: int = 4, rows: int = 4) -> tuple[nn.Module, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=width, intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), {"input_ids": torch.randint(0, 1024, (rows, 128))}
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {"resnet20": resnet, "llama": llama}
+
+
+def hooked() -> list[str]:
+    kinds = {n: registry.resolve(n).info.kind for n in registry.names()}
+    return [n for n, kind in kinds.items() if kind == "hooked"]
+
+
+class Candidate:
+    """One copy of the model with its optimizer and its sparse run."""
+
+    def __init__(self, model: nn.Module, method: str, every: int) -> None:
+        self.model = copy.deepcopy(model).train()
+        self.every: int | None = None
+        given: dict[str, Any] = {"sparsity": 0.9, "steps": STEPS}
+        if method == "fixed":
+            sw.prune(self.model, "magnitude", sparsity=0.9)
+            given = {}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9)
+        self.run = None
+        if method != "dense":
+            if isinstance(getattr(registry.build(method), "every", None), int):
+                given["every"] = self.every = every
+            self.run = sw.sparsify(self.model, self.optimizer, method, **given)
+
+    def step(self, batch: Any) -> tuple[float, float]:
+        """One training step: wall and processor seconds."""
+        wall, used = time.perf_counter(), time.process_time()
+        self.optimizer.zero_grad()
+        default_loss(self.model, batch).backward()
+        self.optimizer.step()
+        return time.perf_counter() - wall, time.process_time() - used
+
+
+def measure(name: str, rounds: int, every: int) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    model, batch = MODELS[name]()
+    candidates: dict[str, Candidate] = {}
+    for method in ("dense", *hooked()):
+        try:
+            candidates[method] = Candidate(model, method, every)
+        except SparseworksError as error:
+            print(f"  {method}: not for {name} ({error})")
+    times: dict[str, list[tuple[float, float]]] = {m: [] for m in candidates}
+    for _ in range(every):
+        for candidate in candidates.values():
+            candidate.step(batch)
+    for _ in range(rounds):
+        for method, candidate in candidates.items():
+            times[method].append(candidate.step(batch))
+    rows = []
+    dense = statistics.median(used for _, used in times["dense"])
+    for method, candidate in candidates.items():
+        changing = [
+            t for i, t in enumerate(times[method]) if candidate.every and (i + 1) % every == 0
+        ]
+        others = [t for t in times[method] if t not in changing]
+        other = statistics.median(used for _, used in others)
+        change = statistics.median(used for _, used in changing) if changing else other
+        held = [] if candidate.run is None else list(candidate.run.masks.values())
+        held += [] if candidate.run is None else list(candidate.run.memory.values())
+        rows.append({
+            "model": name, "method": method, "dense_ms": dense * 1e3, "step_ms": other * 1e3,
+            "changing_step_ms": change * 1e3 if changing else None,
+            "overhead": (other + (change - other) / AMORTIZED) / dense - 1,
+            "wall_step_ms": statistics.median(wall for wall, _ in others) * 1e3,
+            "held_bytes_per_weight": sum(t.numel() * t.element_size() for t in held)
+            / max(1, sum(p.numel() for p in candidate.run.parameters.values()))
+            if candidate.run is not None else 0.0,
+        })  # fmt: skip
+        row = rows[-1]
+        text = f"{row['changing_step_ms']:8.1f}" if changing else "       -"
+        held_bytes = row["held_bytes_per_weight"]
+        print(f"  {method:12s} {row['step_ms']:8.1f} ms  changing {text} ms  overhead "
+              f"{row['overhead']:+7.2%}  {held_bytes:.2f} B/weight", flush=True)  # fmt: skip
+    return rows
+
+
+def peak(method: str) -> None:
+    """Print the peak of this process over six steps of a 26M-parameter Llama, in MB."""
+    torch.manual_seed(0)
+    model, batch = llama(width=512, layers=8, rows=2)
+    candidate = Candidate(model, method, every=2)
+    del model
+    for _ in range(6):
+        candidate.step(batch)
+    size = sum(p.numel() * p.element_size() for p in candidate.model.parameters())
+    print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, size / 2**20]))
+
+
+def memory() -> list[dict[str, Any]]:
+    rows = []
+    for method in ("dense", *hooked()):
+        done = subprocess.run(
+            [sys.executable, __file__, "--peak", method], capture_output=True, text=True
+        )
+        if done.returncode:
+            print(f"  {method}: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        high, size = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"method": method, "peak_mb": high, "weights_mb": size,
+                     "over_dense_mb": high - (rows[0]["peak_mb"] if rows else high)})  # fmt: skip
+        print(f"  {method:12s} peak {high:7.0f} MB, {rows[-1]['over_dense_mb']:+6.0f} MB "
+              f"(weights {size:.0f} MB)")  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--model", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--peak", metavar="METHOD", help="only the peak memory of one method")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak:
+        peak(options.peak)
+        return
+    steps = []
+    for name in options.model:
+        what = f"overhead with masks changing every {AMORTIZED}"
+        print(f"{name}: step in processor time, {what}", flush=True)
+        steps += measure(name, options.rounds, options.every)
+    print("memory")
+    result = {"machine": machine(), "steps": steps, "memory": memory()}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
