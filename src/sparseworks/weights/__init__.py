@@ -23,6 +23,7 @@ registry.register(
         "ownership": f"{_ROOM}.tickets.ownership:Ownership",
         "sparse-then-prune": f"{_ROOM}.dynamic.sparse_regularization:SparseRegularization",
         "soup": f"{_ROOM}.tickets.soups:SparseSoup",
+        "turbo-vbi": f"{_ROOM}.dynamic.turbo_vbi:TurboVBI",
         "random": f"{_ROOM}.oneshot.random:Random",
         "bip": f"{_ROOM}.dynamic.bip:BiP",
         "sparse-ift": f"{_ROOM}.dynamic.sparse_ift:SparseIFT",
@@ -31,6 +32,7 @@ registry.register(
         "snip": f"{_ROOM}.oneshot.snip:Snip",
         "grasp": f"{_ROOM}.oneshot.grasp:Grasp",
         "synflow": f"{_ROOM}.oneshot.synflow:SynFlow",
+        "components": f"{_ROOM}.oneshot.components:Components",
         "wanda": f"{_ROOM}.oneshot.wanda:Wanda",
         "sparsegpt": f"{_ROOM}.oneshot.sparsegpt:SparseGPT",
     }
