@@ -1,9 +1,10 @@
-"""A compiled model computes what its model computes, whatever was chosen for its layers."""
+"""A compiled model computes what its model computes, in whatever way it runs."""
 
 from __future__ import annotations
 
 import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,30 @@ from torch import nn
 import sparseworks as sw
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine import compiling
-from sparseworks.engine.compiling import SparseLinear
+from sparseworks.engine.measuring import tensors_of
+from sparseworks.kernels.native import available
 from sparseworks.models.calls import call
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from families import FAMILIES, make
 
+needs_native = pytest.mark.skipif(not available(), reason="the native kernels are not built")
+
 
 @pytest.fixture
-def always_sparse(monkeypatch):
-    """Take the sparse kernel wherever there is one, as a fast machine would."""
-    monkeypatch.setattr(compiling, "_ADVANTAGE", float("inf"))
+def program_wins(monkeypatch):
+    """Prefer the program wherever there is one, as a quiet machine would."""
+
+    def times(*runs, repeats=1):
+        for run in runs:
+            run()
+        return [2.0, 1.0, 3.0][: len(runs)]
+
+    monkeypatch.setattr(compiling, "interleaved_ms", times)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_every_family_computes_the_same(name, always_sparse):
+def test_every_family_computes_the_same(name, program_wins):
     model, batches = make(name)
     sw.prune(model, "magnitude", sparsity=0.8)
     before = copy.deepcopy(model.state_dict())
@@ -35,54 +45,86 @@ def test_every_family_computes_the_same(name, always_sparse):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for batch in batches:  # the second is another batch of the same kind
         with torch.no_grad():
-            expected = compiling._tensors(call(model, batch))
-            inputs = batch if isinstance(batch, dict) else {"": batch}
-            got = compiled(**inputs) if isinstance(batch, dict) else compiled(batch)
-        for a, b in zip(expected, compiling._tensors(got)):
+            expected = tensors_of(call(model.eval(), batch))
+            got = compiled(**batch) if isinstance(batch, dict) else compiled(batch)
+        for a, b in zip(expected, tensors_of(got), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
     assert compiled.error <= 1e-4
-    assert str(len(compiled.layers)) and compiled.explain().count("\n") == len(compiled.layers) + 1
+    assert compiled.kind in compiled.explain()
 
 
-def test_other_sizes_run(always_sparse):
-    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
-    sw.prune(model, "magnitude", sparsity=0.9, include="*")
-    compiled = sw.compile(model, torch.randn(8, 40))
-    assert sum(isinstance(m, SparseLinear) for m in compiled.model.modules()) == 2
-    for tokens in (1, 7, 300):
-        x = torch.randn(tokens, 40)
+@needs_native
+@pytest.mark.parametrize("name", ["bert", "vit", "resnet"])
+def test_these_families_run_as_programs(name, program_wins):
+    names = [n for n in FAMILIES if name in n.lower()]
+    if not names:
+        pytest.skip(f"no family {name}")
+    model, batches = make(names[0])
+    sw.prune(model, "magnitude", sparsity=0.8)
+    compiled = sw.compile(model, batches[0])
+    assert compiled.kind == "program", compiled.notes
+    assert "GFLOP/s" in compiled.explain()
+
+
+def test_what_cannot_be_captured_still_runs():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.layer(x) if float(x.sum()) > 0 else -self.layer(x)
+
+    model = Branches()
+    sw.prune(model, "magnitude", sparsity=0.9)
+    compiled = sw.compile(model, torch.ones(4, 32))
+    assert compiled.kind in ("torch", "layers")
+    assert any("no program" in note for note in compiled.notes) and "no program" in compiled.explain()
+    for x in (torch.ones(4, 32), -torch.ones(4, 32)):
         torch.testing.assert_close(compiled(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_mask_decides_what_is_kept(always_sparse):
-    model = nn.Sequential(nn.Linear(16, 16, bias=False))
-    sw.prune(model, "magnitude", sparsity=0.5)
-    with torch.no_grad():  # a kept weight that is 0 stays part of the layer
-        model[0].weight[sw.masks(model)["0.weight"]] = 0.0
-    compiled = sw.compile(model, torch.randn(2, 16))
-    assert compiled.model[0].value.numel() == 128
-
-
-def test_dense_models_stay_dense():
-    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
-    compiled = sw.compile(model, torch.randn(4, 32))
-    assert [p.kernel for p in compiled.layers] == ["dense", "dense"]
-    assert all(type(m) is nn.Linear for m in compiled.model)
-    assert "below 40% zeros" in compiled.explain()
-
-
-def test_a_slower_sparse_layer_is_not_taken(monkeypatch):
-    monkeypatch.setattr(compiling, "_interleaved_ms", lambda *runs: [1.0, 2.0][: len(runs)])
+def test_the_fastest_way_is_taken(monkeypatch):
     model = nn.Sequential(nn.Linear(32, 32))
     sw.prune(model, "magnitude", sparsity=0.9)
-    (plan,) = sw.compile(model, torch.randn(4, 32)).layers
-    assert plan.kernel == "dense" and plan.milliseconds == 1.0
+    monkeypatch.setattr(compiling, "interleaved_ms", lambda *runs: [1.0, 2.0, 3.0][: len(runs)])
+    assert sw.compile(model, torch.randn(4, 32)).kind == "torch"
+
+
+@needs_native
+def test_concurrent_callers_do_not_disturb_each_other(program_wins):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, 2, 1), nn.ReLU()
+    ).eval()
+    sw.prune(model, "magnitude", sparsity=0.7, include="*")
+    compiled = sw.compile(model, torch.randn(2, 3, 12, 12))
+    assert compiled.kind == "program"
+    inputs = [torch.randn(1 + i % 20, 3, 12, 12) for i in range(60)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, wanted in zip(pool.map(compiled, inputs), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+def test_arguments_are_named_as_in_the_example(program_wins):
+    model, batches = make(next(n for n in FAMILIES if "bert" in n.lower()))
+    sw.prune(model, "magnitude", sparsity=0.8)
+    compiled = sw.compile(model, batches[0])
+    assert compiled.kind == "program"
+    with pytest.raises(InvalidArgument, match="keywords"):
+        compiled(**batches[0], output_attentions=True)
+    with pytest.raises(InvalidArgument, match="keywords|nested"):
+        compiled(*batches[0].values())
 
 
 def test_misuse_is_refused():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(InvalidArgument, match="does not fit"):
         sw.compile(model, torch.randn(2, 9))
+    with pytest.raises(InvalidArgument, match="threads=0"):
+        sw.compile(model, torch.randn(2, 8), threads=0)
     with pytest.raises(ModelError, match="not on the CPU"):
         sw.compile(nn.Linear(2, 2, device="meta"), torch.randn(1, 2))
     with torch.no_grad():

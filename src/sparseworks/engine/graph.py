@@ -27,6 +27,8 @@ class Signature:
         outputs: names (`Ref`) or constants, in flat order.
         keywords: names of keyword arguments, in the order of the example.
         in_spec, out_spec: how the caller nests them.
+        accepts: of each input, its dtype and axes (a number, or the name of what may change), or
+            the value itself where it is not a tensor.
     """
 
     inputs: list[str]
@@ -34,12 +36,13 @@ class Signature:
     keywords: list[str]
     in_spec: Any
     out_spec: Any
+    accepts: list[Any]
 
     def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The caller's tensors in order.
 
         Raises:
-            InvalidArgument: not nested as the example was.
+            InvalidArgument: not nested, shaped or typed as the example was.
         """
         if set(kwargs) != set(self.keywords):
             raise InvalidArgument(
@@ -48,7 +51,29 @@ class Signature:
         values, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in self.keywords}))
         if spec != self.in_spec:
             raise InvalidArgument("the arguments are not nested as in the example")
+        sizes: dict[str, int] = {}
+        for name, value, accepted in zip(self.inputs, values, self.accepts, strict=True):
+            self._check(name, value, accepted, sizes)
         return values
+
+    def _check(self, name: str, value: Any, accepted: Any, sizes: dict[str, int]) -> None:
+        if not isinstance(accepted, dict):
+            if isinstance(value, Tensor) or value != accepted:
+                raise InvalidArgument(f"{name}: the model was compiled for {accepted!r}")
+            return
+        axes = accepted["axes"]
+        if not isinstance(value, Tensor) or str(value.dtype) != accepted["dtype"]:
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidArgument(f"{name}: a tensor of {accepted['dtype']} is needed, not {found}")
+        fits = len(axes) == value.ndim and all(
+            n == (a if isinstance(a, int) else sizes.setdefault(a, n))
+            for n, a in zip(value.shape, axes, strict=True)
+        )
+        if not fits:
+            shape = ", ".join("any" if isinstance(a, str) else str(a) for a in axes)
+            raise InvalidArgument(
+                f"{name} has shape {list(value.shape)}, the model was compiled for [{shape}]"
+            )
 
     def nested(self, values: Mapping[str, Any]) -> Any:
         """Outputs as the model returns them."""
@@ -120,8 +145,19 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             list(kwargs),
             program.call_spec.in_spec,
             program.call_spec.out_spec,
+            [_accepted(s.arg, program.graph) for s in signature.input_specs
+             if s.kind.name == "USER_INPUT"],
         ),
-    )
+    )  # fmt: skip
+
+
+def _accepted(argument: Any, graph: torch.fx.Graph) -> Any:
+    node = next((n for n in graph.nodes if n.name == argument.name), None)
+    value = None if node is None else node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return getattr(argument, "value", None)
+    axes = [n if isinstance(n, int) else str(n) for n in value.shape]
+    return {"dtype": str(value.dtype), "axes": axes}
 
 
 def _doubled(args: Any, kwargs: Any) -> Any:
@@ -139,8 +175,10 @@ def _dynamic(x: Any) -> Any:
     """Batch and tokens may change; pixels and channels are what the weights expect."""
     if not isinstance(x, Tensor):
         return None
-    free = 1 if x.ndim >= 3 and x.is_floating_point() and x.ndim != 3 else min(2, x.ndim)
-    return {axis: Dim.AUTO for axis in range(free)}
+    if x.dtype == torch.bool:  # a mask
+        return dict.fromkeys(range(x.ndim), Dim.AUTO)
+    tokens = x.ndim == 3 if x.is_floating_point() else x.ndim == 2
+    return dict.fromkeys(range(min(x.ndim, 2 if tokens else 1)), Dim.AUTO)
 
 
 def _named(model: nn.Module, shapes: Any) -> Any:

@@ -54,6 +54,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str], error: float, times: Any
         "inputs": s.inputs,
         "outputs": encode(s.outputs),
         "keywords": s.keywords,
+        "accepts": encode(s.accepts),
         "specs": specs,
         "constants": {n: writer.tensor(t) for n, t in plan.constants.items()},
         "steps": [
@@ -137,7 +138,8 @@ class _Writer:
 
 def _read(about: dict[str, Any], tensors: dict[str, Tensor], threads: int) -> Plan:
     specs = [pytree.treespec_loads(text) for text in about["specs"]]
-    signature = Signature(about["inputs"], decode(about["outputs"]), about["keywords"], *specs)
+    signature = Signature(about["inputs"], decode(about["outputs"]), about["keywords"], *specs,
+                          decode(about["accepts"]))  # fmt: skip
     steps: list[Call | Part] = []
     for step in about["steps"]:
         if "call" in step:
