@@ -118,6 +118,8 @@ METHODS = {
     "rigl": ["--option", "every=3", "--optimizer", "adamw", "--clip", 0.5],
     "granet": ["--option", "every=3", "--accumulate", 2],
     "set": ["--option", "every=3"],
+    "iss-p": [],
+    "jackpots": [],  # a transform: its scores are part of the model
 }
 
 
@@ -130,7 +132,7 @@ def test_stopped_anywhere_and_resumed_equals_uninterrupted(method, work, tmp_pat
 
     advance = loop.Training._advance
     steps = 8 // (2 if method == "granet" else 1)
-    for stop in (steps + 1, 2 * steps + 3):  # after the first and after the second epoch
+    for stop in (1, steps + 1, 2 * steps + 3):  # in the first, second and third epoch
 
         def broken(self, batches, stop=stop):
             advance(self, batches)
@@ -140,7 +142,9 @@ def test_stopped_anywhere_and_resumed_equals_uninterrupted(method, work, tmp_pat
         monkeypatch.setattr(loop.Training, "_advance", broken)
         first = arguments(work, out, *more, method=method)
         assert main(["train", "--resume", "--out", str(out)] if out.exists() else first) == 130
-        assert load_state(out / "state.safetensors")["step"] == stop // steps * steps
+        assert (out / "state.safetensors").exists() == (stop > steps)
+        if stop > steps:
+            assert load_state(out / "state.safetensors")["step"] == stop // steps * steps
     monkeypatch.undo()
     assert main(["train", "--resume", "--out", str(out)]) == 0
     whole, parts = tensors(tmp_path / "whole/model.safetensors"), tensors(out / "model.safetensors")
@@ -197,6 +201,33 @@ def test_fixed_masks_start_from_a_file(work, tmp_path):
     assert not torch.equal(a["5.weight"], b["5.weight"])
 
 
+def test_text_goes_on_in_the_middle_of_an_epoch(work, tmp_path, monkeypatch):
+    from sparseworks.training import loop
+
+    def words(out):
+        return [str(w) for w in (
+            "train", work / "lm", "--data", work / "text.txt", "--method", "rigl", "--sparsity",
+            0.5, "--option", "every=2", "--length", 32, "--batch-size", 8, "--epochs", 2,
+            "--save-every", 3, "--amp", "bf16", "--no-tensorboard", "--out", out)]  # fmt: skip
+
+    assert main(words(tmp_path / "whole")) == 0
+    advance = loop.Training._advance
+
+    def broken(self, batches):
+        advance(self, batches)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Training, "_advance", broken)
+    assert main(words(tmp_path / "parts")) == 130
+    monkeypatch.undo()
+    assert load_state(tmp_path / "parts" / "state.safetensors")["step"] == 3
+    assert main(["train", "--resume", "--out", str(tmp_path / "parts")]) == 0
+    whole, parts = (sw.from_pretrained(tmp_path / n / "checkpoint") for n in ("whole", "parts"))
+    assert equal(whole.state_dict(), parts.state_dict())
+    assert equal(dict(sw.masks(whole)), dict(sw.masks(parts)))
+
+
 def test_a_language_model_on_text(work, tmp_path, capsys):
     out = tmp_path / "lm"
     words = ["train", work / "lm", "--data", work / "text.txt", "--eval-data", work / "text.txt",
@@ -251,6 +282,10 @@ def test_bad_input_is_refused_in_one_line(work, tmp_path, capsys):
     assert "labels from 0 to 9" in fails(capsys, "train", f"{work}/net.py:narrow", *tiny)
     assert "cannot take images of [1, 8, 8]" in fails(capsys, "train", f"{work}/net.py:wide", *tiny)
     assert "resnet20 cannot take images" in fails(capsys, "train", "resnet20", *tiny)
+    text = ["train", work / "lm", "--data", work / "text.txt", "--method", "dense", "--out", out]
+    assert "--samples is for images" in fails(capsys, *text, "--samples", 9)
+    assert "--label-smoothing is for images" in fails(capsys, *text, "--label-smoothing", 0.1)
+    assert "fewer than one window" in fails(capsys, *text, "--length", 99999)
     assert "no --method" in fails(capsys, "train", "resnet20", "--data", "digits", "--out", out)
     assert "give --out" in fails(capsys, "train", "resnet20", "--data", "digits")
     assert "holds no training to resume" in fails(capsys, "train", "--resume", "--out", out)

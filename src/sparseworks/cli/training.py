@@ -151,6 +151,12 @@ def model_and_data(options: Any) -> tuple[bool, Any, Any]:
                 "sw.sparsify in a training loop of your own for this one"
             )
     text = loaded is not None and loaded.kind == "causal"
+    for flag, given in (
+        ("--samples", options.samples is not None),
+        ("--label-smoothing", options.label_smoothing != 0),
+    ):
+        if text and given:
+            raise InvalidArgument(f"{flag} is for images, and {options.model} reads text")
     if not text:
         source = options.data
         limit = options.samples
