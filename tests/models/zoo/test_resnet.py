@@ -10,12 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from sparseworks.core.errors import CheckpointError
-from sparseworks.models.zoo.resnet import load_resnet, normalize, resnet20, resnet56
+from sparseworks.models.zoo.resnet import CifarResNet, load_resnet, normalize, resnet20, resnet56
 
 
 def test_parameter_counts_are_the_papers():
     assert sum(p.numel() for p in resnet20().parameters()) == 269_722
     assert sum(p.numel() for p in resnet56().parameters()) == 853_018
+    narrow = CifarResNet(3, width=4)
+    assert sum(p.numel() for p in narrow.parameters() if p.dim() == 4) == (
+        27 * 4 + 9 * 6 * 16 + 9 * (32 + 5 * 64) + 9 * (128 + 5 * 256)
+    )
+    assert narrow(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("name,depth", [("resnet20", 3), ("resnet56", 9)])
