@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
@@ -185,7 +186,16 @@ class Transformed:
         """From now on only the parts' parameters take gradients, or only those of before.
 
         The others lose the gradient they have: a zero one would still decay and move by momentum.
+
+        Raises:
+            InvalidArgument: several processes train together; DDP reduces the gradients of a set of
+                parameters that must not change.
         """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InvalidArgument(
+                f"method {self.method.info.name!r} trains scores and weights in turn, which does "
+                "not work with several processes (DDP); train it in one"
+            )
         parts = list(self.added.values())
         for group, trains in ((parts, what == "parts"), (self._trainable, what == "model")):
             for parameter in group:

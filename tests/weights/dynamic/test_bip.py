@@ -214,6 +214,26 @@ def test_half_precision_keeps_fine_scores():
     assert model[0].weight.dtype == torch.bfloat16 and sw.masks(model).violations(model) == {}
 
 
+def test_several_processes_are_refused(tmp_path):
+    """Ranks would drift apart: DDP does not reduce what was frozen when it was made."""
+    import torch.distributed as dist
+
+    model = net()
+    before = list(model.state_dict())
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        start(net())  # a group of one is no matter
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "get_world_size", lambda: 2)
+            with pytest.raises(InvalidArgument, match="several processes"):
+                start(model)
+    finally:
+        dist.destroy_process_group()
+    assert list(model.state_dict()) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_misuse_is_refused():
     for bad in ({"term": "other"}, {"inverse_gamma": -1.0}, {"lower": -1}):
         with pytest.raises(InvalidArgument, match="bip"):
