@@ -1,0 +1,204 @@
+"""Time a model: ours sparse and dense beside torch, onnxruntime and openvino, in one run.
+
+All candidates are called in turn, so that a noisy machine is fair to them. The output folder holds
+bench.csv, bench.json and bench.html.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sparseworks bench`."""
+
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    weights: Path | None = None
+    """A checkpoint that `sparseworks prune` wrote: time it as it is."""
+    sparsity: tuple[float, ...] = ()
+    """Prune by global magnitude to these sparsities first; none: the model as it is."""
+    batch: tuple[int, ...] = (1,)
+    """Samples a call."""
+    tokens: int = 128
+    """Tokens of each text."""
+    input_shape: tuple[int, ...] = ()
+    """Shape of one sample (3 224 224) where the model does not tell."""
+    dtype: str = "fp32"
+    """Of the peers: fp32 or bf16. Ours runs in fp32."""
+    peers: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
+    """What to compare with; also torch.compile, which takes a minute to build."""
+    repeat: int = 15
+    """Calls of each candidate."""
+    out: Path | None = None
+    """Output folder."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Prune, compile, time in turn, draw."""
+    import torch
+
+    import sparseworks as sw
+    from sparseworks.cli.examples import random_example
+    from sparseworks.cli.loading import load_model, parse_dtype
+    from sparseworks.diagnostics.claims import machine
+    from sparseworks.engine.peers import PEERS, peer
+
+    if not options.model:
+        raise InvalidArgument("no model given; for example: sparseworks bench minilm")
+    odd = sorted(set(options.peers) - set(PEERS))
+    if odd or options.repeat < 1:
+        raise InvalidArgument(f"peers are {', '.join(PEERS)}, not {odd}" if odd
+                              else f"repeat={options.repeat} must be at least 1")  # fmt: skip
+    dtype = parse_dtype(options.dtype)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise InvalidArgument(f"dtype {options.dtype!r}: fp32 or bf16")
+    if options.weights is not None and options.sparsity:
+        raise InvalidArgument("--weights are timed as they are; leave --sparsity out")
+    loaded = load_model(options.model)
+    if options.weights is not None:
+        sw.load(options.weights, loaded.model)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for sparsity in options.sparsity or (None,):
+        model = copy.deepcopy(loaded.model).eval()
+        if sparsity is not None:
+            sw.prune(model, "magnitude", sparsity=sparsity, budget="global")
+        for batch in options.batch:
+            example = random_example(
+                loaded, batch, tokens=options.tokens, input_shape=options.input_shape
+            )
+            calls: dict[str, Callable[[], Any]] = {}
+            calls |= _ours("ours", model, example, notes)
+            if sparsity is not None:
+                calls |= _ours("ours, dense weights", loaded.model, example, notes)
+            with tempfile.TemporaryDirectory() as place:
+                for name in options.peers:
+                    made = peer(name, model, example, dtype, torch.get_num_threads(), Path(place))
+                    if isinstance(made, str):
+                        notes.append(f"{name}: {made}")
+                    else:
+                        calls[name] = made
+                times = _in_turn(calls, options.repeat)
+            rows += _rows(times, sparsity, batch)
+    result = {"machine": machine(), "model": loaded.name, "dtype": options.dtype, "rows": rows,
+              "notes": sorted(set(notes))}  # fmt: skip
+    if options.out is not None:
+        _write(options.out, result)
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _show(result)
+    return result
+
+
+def _ours(name: str, model: Any, example: Any, notes: list[str]) -> dict[str, Callable[[], Any]]:
+    """The compiled model, where it runs as more than torch."""
+    import sparseworks as sw
+    from sparseworks.engine.graph import arguments
+    from sparseworks.models.calls import split
+
+    compiled = sw.compile(model, example)
+    if compiled.kind == "torch":
+        notes.append(f"{name}: torch is fastest ({'; '.join(compiled.notes) or 'measured'})")
+        return {}
+    args, kwargs = arguments(split(example)[0])
+    return {name: lambda: compiled(*args, **kwargs)}
+
+
+def _in_turn(calls: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:
+    import time
+
+    import torch
+
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        for _ in range(repeat):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _rows(
+    times: dict[str, list[float]], sparsity: float | None, batch: int
+) -> list[dict[str, Any]]:
+    reference = statistics.median(times["ours"]) if "ours" in times else None
+    found = []
+    for name, values in times.items():
+        middle = statistics.median(values)
+        ordered = sorted(values)
+        found.append({
+            "sparsity": sparsity, "batch": batch, "candidate": name, "median_ms": middle,
+            "p10_ms": ordered[len(ordered) // 10], "p90_ms": ordered[-1 - len(ordered) // 10],
+            "ours_is_faster_by": None if reference is None else middle / reference,
+        })  # fmt: skip
+    return found
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['model']}, {result['dtype']}, {result['machine']['cpu']}")
+    for heading in ("sparsity", "batch", "candidate", "median ms", "10-90 %", "ours is faster by"):
+        table.add_column(heading, justify="left" if heading == "candidate" else "right")
+    for row in result["rows"]:
+        ratio = row["ours_is_faster_by"]
+        table.add_row(
+            "as it is" if row["sparsity"] is None else f"{row['sparsity']:.0%}",
+            str(row["batch"]), row["candidate"], f"{row['median_ms']:.2f}",
+            f"{row['p10_ms']:.2f}-{row['p90_ms']:.2f}", "" if ratio is None else f"{ratio:.2f}x",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    for note in result["notes"]:
+        console.print(f"  {note}", markup=False)
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    import plotly.graph_objects as go
+
+    from sparseworks.cli.running import write_json
+    from sparseworks.io.atomic import atomic_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "bench.json", result)
+    with atomic_file(out / "bench.csv") as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(result["rows"][0]) if result["rows"] else ["candidate"])
+        writer.writeheader()
+        writer.writerows(result["rows"])
+    cases = list(dict.fromkeys((r["sparsity"], r["batch"]) for r in result["rows"]))
+    labels = [f"{'as it is' if s is None else f'{s:.0%} sparse'}, batch {b}" for s, b in cases]
+    figure = go.Figure()
+    for name in dict.fromkeys(r["candidate"] for r in result["rows"]):
+        found = {(r["sparsity"], r["batch"]): r for r in result["rows"] if r["candidate"] == name}
+        rates = [b / found[s, b]["median_ms"] * 1e3 if (s, b) in found else None for s, b in cases]
+        figure.add_bar(name=name, x=labels, y=rates)
+    cpu = result["machine"]["cpu"]
+    figure.update_layout(
+        title=f"{result['model']}: samples a second ({cpu}, {result['machine']['threads']} threads)",
+        yaxis_title="samples a second", barmode="group", template="plotly_white",
+    )  # fmt: skip
+    with atomic_file(out / "bench.html") as path:
+        figure.write_html(path, include_plotlyjs=True)

@@ -1,0 +1,76 @@
+"""Make a sparse model skip its zeros: measure the ways to run it, explain, save the plan.
+
+The plan is one file; `sparseworks.load_compiled` reads it in well under a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sparseworks compile`."""
+
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    weights: Path | None = None
+    """A checkpoint that `sparseworks prune` wrote, loaded into the model."""
+    batch: int = 1
+    """Samples of the example on which the ways are measured."""
+    tokens: int = 128
+    """Tokens of each text of the example."""
+    input_shape: tuple[int, ...] = ()
+    """Shape of one sample (3 224 224) where the model does not tell."""
+    threads: int | None = None
+    """Of the native kernels; as many as torch uses where not given."""
+    out: Path | None = None
+    """File for the plan."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Compile, explain, save."""
+    import sparseworks as sw
+    from sparseworks.cli.examples import random_example
+    from sparseworks.cli.loading import load_model
+
+    if not options.model:
+        raise InvalidArgument("no model given; for example: sparseworks compile minilm")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise InvalidArgument(f"{options.out}: the folder does not exist; create it first")
+    loaded = load_model(options.model)
+    if options.weights is not None:
+        sw.load(options.weights, loaded.model)
+    example = random_example(
+        loaded, options.batch, tokens=options.tokens, input_shape=options.input_shape
+    )
+    compiled = sw.compile(loaded.model, example, threads=options.threads)
+    if options.out is not None:
+        compiled.save(options.out)
+    result = {
+        "model": loaded.name,
+        "kind": compiled.kind,
+        "milliseconds": compiled.times,
+        "error": compiled.error,
+        "notes": compiled.notes,
+        "out": None if options.out is None else str(options.out),
+    }
+    if options.json:
+        import json
+
+        print(json.dumps(result, indent=1))
+        return result
+    print(compiled.explain())
+    if options.out is not None:
+        print(f"wrote {options.out}; sparseworks.load_compiled({str(options.out)!r}) reads it")
+    return result

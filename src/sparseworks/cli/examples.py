@@ -1,0 +1,40 @@
+"""Example batches of a size that the user names, for timing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["random_example"]
+
+
+def random_example(
+    loaded: Any, batch: int, *, tokens: int = 128, input_shape: tuple[int, ...] = (), seed: int = 0
+) -> Any:
+    """A random batch that a loaded model takes.
+
+    Args:
+        loaded: from `load_model`.
+        batch: samples.
+        tokens: of each text.
+        input_shape: of one sample, for models that are neither of text nor CIFAR ResNets.
+
+    Raises:
+        InvalidArgument: sizes below 1, or a model whose input is not known.
+    """
+    if min((batch, tokens, *input_shape)) < 1:
+        raise InvalidArgument(f"batch={batch}, tokens={tokens}, input shape {list(input_shape)}: "
+                              "all must be at least 1")  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    if input_shape:
+        return torch.randn(batch, *input_shape, generator=generator)
+    if loaded.tokenizer is not None:
+        words = loaded.model.config.vocab_size
+        ids = torch.randint(0, words, (batch, tokens), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if type(loaded.model).__name__ == "CifarResNet":
+        return torch.randn(batch, 3, 32, 32, generator=generator)
+    raise InvalidArgument("give --input-shape, the shape of one sample (for example 3 224 224)")

@@ -1,0 +1,101 @@
+"""What a user would run instead: the same model in other runtimes, ready to be called."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseworks.engine.measuring import tensors_of
+from sparseworks.models.calls import call, split
+
+__all__ = ["PEERS", "peer"]
+
+PEERS = ("torch", "torch.compile", "onnxruntime", "openvino")
+
+
+class _Flat(nn.Module):
+    """Tensors in, the first tensor out, for export."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        if not self.names:
+            return tensors_of(self.model(*tensors))[0]
+        return tensors_of(self.model(**dict(zip(self.names, tensors, strict=True))))[0]
+
+
+def peer(
+    name: str, model: nn.Module, example: Any, dtype: torch.dtype, threads: int, place: Path
+) -> Callable[[], Any] | str:
+    """A call of the model on the example in another runtime.
+
+    Args:
+        name: one of `PEERS`.
+        model: in evaluation mode.
+        example: a batch.
+        dtype: fp32, or bf16 (autocast in torch, the hint in openvino).
+        threads: of the runtime.
+        place: a folder for exported files.
+
+    Returns:
+        The call, or why there is none.
+    """
+    inputs, _ = split(example)
+    if name.startswith("torch"):
+        run = model
+        if name == "torch.compile":
+            run = torch.compile(model)  # type: ignore[assignment]
+
+        def eager() -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                return call(run, inputs)
+
+        return eager
+    package = name
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    if name == "onnxruntime" and dtype != torch.float32:
+        return "fp32 only on CPUs"
+    names = list(inputs) if isinstance(inputs, Mapping) else []
+    tensors = tuple(inputs.values()) if names else (inputs,)
+    try:
+        path = _exported(_Flat(model, names), tensors, place)
+    except Exception as error:  # whatever the exporter raises on a model it cannot follow
+        return f"no ONNX export: {str(error).strip().splitlines()[:1]}"
+    arrays = [t.numpy() for t in tensors]
+    if name == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        feed = dict(zip((i.name for i in session.get_inputs()), arrays, strict=True))
+        return lambda: session.run(None, feed)
+    import openvino
+
+    hint = "bf16" if dtype == torch.bfloat16 else "f32"
+    network = openvino.Core().compile_model(
+        str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
+    )
+    return lambda: network(arrays)
+
+
+def _exported(model: nn.Module, tensors: tuple[Tensor, ...], place: Path) -> Path:
+    path = place / "model.onnx"
+    if not path.exists():
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, tensors, str(path), dynamo=True, verbose=False)
+    return path
