@@ -62,7 +62,6 @@ def train_part(
     reached = first_step
 
     def begin(net: nn.Module, optimizer: Optimizer, count: int) -> Run | None:
-        nonlocal reached
         steps.append(count)
         if record is not None and len(record):
             runs.append(sparsify(net, optimizer, "fixed"))

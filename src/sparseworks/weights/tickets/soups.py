@@ -63,7 +63,7 @@ class SparseSoup(Driver):
         kind="driver",
         needs=("training", "data"),
         budget="global",
-        cost="`copies` retrainings a phase, which may run side by side",
+        cost="`copies` retrainings a phase",
         summary="average retrained copies that share their masks, after every pruning",
     )
 
