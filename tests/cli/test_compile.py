@@ -43,7 +43,8 @@ def test_a_pruned_checkpoint_becomes_a_plan(model, tmp_path, capsys, monkeypatch
     code = run("compile", model, "--weights", tmp_path / "net.safetensors", "--input-shape", 3, 16,
                16, "--batch", 4, "--out", out)  # fmt: skip
     text = capsys.readouterr().out
-    assert code == 0 and "runs as program" in text and "0.7" in text and "load_compiled" in text
+    assert code == 0 and "runs as program" in text and "load_compiled" in text
+    assert "16x3x3x3" in text
     x = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(sw.load_compiled(out)(x), net(x).detach(), rtol=1e-4, atol=1e-5)
 

@@ -1,6 +1,7 @@
 """Time a model: ours sparse and dense beside torch, onnxruntime and openvino, in one run.
 
-All candidates are called in turn, so that a noisy machine is fair to them. The output folder holds
+Candidates take turns in short blocks, so that a noisy machine is fair to them, with a rest before
+each block in which the threads of the one before go to sleep. The output folder holds
 bench.csv, bench.json and bench.html.
 """
 
@@ -21,6 +22,9 @@ import tyro
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
+
+_BLOCK = 5  # calls in a row
+_REST = 0.02  # seconds; idle threads of most runtimes spin for a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -130,13 +134,14 @@ def _in_turn(calls: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list
 
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
-        for call in calls.values():
-            call()
-        for _ in range(repeat):
+        for done in range(0, repeat, _BLOCK):
             for name, call in calls.items():
-                start = time.perf_counter()
+                time.sleep(_REST)
                 call()
-                times[name].append((time.perf_counter() - start) * 1e3)
+                for _ in range(min(_BLOCK, repeat - done)):
+                    start = time.perf_counter()
+                    call()
+                    times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 
