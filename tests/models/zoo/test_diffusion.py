@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparseworks.models.zoo.diffusion import DDIM, TextToImage, diffusion_loss, words_to_tokens
+from sparseworks.models.zoo.diffusion import (
+    DDIM,
+    TextToImage,
+    diffusion_loss,
+    fit_diffusion,
+    words_to_tokens,
+)
 
 
 class Oracle(nn.Module):
@@ -55,3 +61,24 @@ def test_words_are_letters_padded_and_conditions_differ() -> None:
     assert c.shape == (2, 16) and not torch.allclose(c[0], c[1])
     out = model(torch.randn(2, 1, 8, 8), torch.rand(2), tokens)
     assert out.shape == (2, 1, 8, 8)
+
+
+def test_training_lowers_the_loss_and_is_a_function_of_its_seed() -> None:
+    images = torch.randn(4, 1, 8, 8).repeat(16, 1, 1, 1)
+    tokens = words_to_tokens(["zero", "one", "two", "three"] * 16)
+
+    def fitted(steps: int) -> TextToImage:
+        torch.manual_seed(0)
+        model = TextToImage(width=16, depth=1, heads=2, text_depth=1)
+        g = torch.Generator().manual_seed(0)
+        fit_diffusion(model, images, tokens, g, steps=steps, batch=16, lr=5e-3)
+        return model
+
+    def loss(model: TextToImage) -> float:
+        with torch.no_grad():
+            g = torch.Generator().manual_seed(1)
+            return float(diffusion_loss(model, images, tokens, g))
+
+    one, two = fitted(40), fitted(40)
+    assert loss(one) < 0.8 * loss(fitted(0))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))

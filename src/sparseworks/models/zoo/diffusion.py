@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DDIM", "Denoiser", "TextEncoder", "TextToImage", "diffusion_loss", "words_to_tokens"]
+__all__ = [
+    "DDIM",
+    "Denoiser",
+    "TextEncoder",
+    "TextToImage",
+    "diffusion_loss",
+    "fit_diffusion",
+    "words_to_tokens",
+]
 
 
 def words_to_tokens(words: Sequence[str], length: int = 5) -> Tensor:
@@ -158,6 +166,23 @@ def diffusion_loss(
     e = torch.randn(images.shape, generator=generator).to(images)
     a = _a(t).view(-1, 1, 1, 1)
     return F.mse_loss(model(a.sqrt() * images + (1 - a).sqrt() * e, t, condition), e)
+
+
+def fit_diffusion(
+    model: nn.Module, images: Tensor, condition: Tensor, generator: torch.Generator, *,
+    steps: int, batch: int = 64, lr: float = 2e-3,
+) -> None:  # fmt: skip
+    """Train in place on random batches: AdamW, the rate falling to 0 along a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)
+    model.train()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        index = torch.randint(len(images), (batch,), generator=generator)
+        loss = diffusion_loss(model, images[index], condition[index], generator)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    model.eval()
 
 
 @dataclass(frozen=True)
