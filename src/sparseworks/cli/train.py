@@ -94,16 +94,16 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Prepare or resume, train with a checkpoint per epoch, save, report."""
-    from sparseworks.cli import training
+    from sparseworks.cli import trained, training
     from sparseworks.cli.running import plain_options, progress_bar, write_json
     from sparseworks.training.checkpointing import load_state, save_state
 
     options, resumed = training.settle(options)
     out = options.out
     assert out is not None
-    finished = training.finished_result(out) if resumed else None
+    finished = trained.finished_result(out) if resumed else None
     if finished is not None:
-        training.show(finished, options, "was finished already; ")
+        trained.show(finished, options, "was finished already; ")
         return finished
     if options.save_every is not None and options.save_every < 1:
         raise InvalidArgument(f"save_every={options.save_every} must be at least 1")
@@ -112,9 +112,9 @@ def run(options: Options) -> dict[str, Any]:
     if resumed and state.is_file():
         job.training.load_state_dict(load_state(state))
     if not resumed:
-        training.fresh_folder(out)
+        trained.fresh_folder(out)
         write_json(out / "options.json", plain_options(options))
-    writer = training.tensorboard(options, job.training.step)
+    writer = trained.tensorboard(options, job.training.step)
     try:
         with progress_bar("training", quiet=options.json) as progress:
 
@@ -130,7 +130,7 @@ def run(options: Options) -> dict[str, Any]:
                 if job.metric is not None:
                     row[job.metric.name] = job.metric(now.model)
                 save_state(state, now.state_dict())
-                training.say_epoch(row, now, options)
+                trained.say_epoch(row, now, options)
                 for name in row.keys() - {"epoch", "step"} if writer is not None else ():
                     writer.add_scalar(f"epoch/{name}", row[name], now.step)
 
@@ -145,6 +145,6 @@ def run(options: Options) -> dict[str, Any]:
     finally:
         if writer is not None:
             writer.close()
-    summary = training.finish(job, options)
-    training.show(summary, options, "")
+    summary = trained.finish(job, options)
+    trained.show(summary, options, "")
     return summary

@@ -1,0 +1,94 @@
+"""What `sparseworks train` says and leaves behind: lines, events, the output folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparseworks.cli.training import Job
+
+
+def fresh_folder(out: Path) -> None:
+    """An empty output folder; what stood there goes (--force was given)."""
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir()
+
+
+def tensorboard(options: Any, step: int) -> Any:
+    """A writer of TensorBoard events, where the package is installed."""
+    if not options.tensorboard or importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(options.out / "tensorboard"), purge_step=step + 1)
+
+
+def say_epoch(row: dict[str, float], training: Any, options: Any) -> None:
+    """One line per epoch on standard error."""
+    if options.json:
+        return
+    words = [f"epoch {int(row['epoch'])}/{training.plan.epochs}", f"loss {row['loss']:.4f}"]
+    if "sparsity" in row:
+        words.append(f"sparsity {row['sparsity']:.2%}")
+    known = {"epoch", "step", "loss", "seconds", "sparsity"}
+    words += [f"{name} {value:.4g}" for name, value in row.items() if name not in known]
+    print("  ".join([*words, f"{row['seconds']:.1f} s"]), file=sys.stderr)
+
+
+def finish(job: Job, options: Any) -> dict[str, Any]:
+    """Zeros exact, model saved, result written; then the state is no longer needed."""
+    from sparseworks.cli.running import plain_options, write_json
+    from sparseworks.diagnostics.claims import machine
+    from sparseworks.io import save
+
+    training, out = job.training, options.out
+    record = training.run.finish() if training.run is not None else None
+    model = training.model.eval()
+    folder = hasattr(model, "config") and hasattr(model, "save_pretrained")
+    target = out / ("checkpoint" if folder else "model.safetensors")
+    save(model, target, tokenizer=job.tokenizer if folder else None)
+    summary: dict[str, Any] = {
+        "options": plain_options(options),
+        "class": type(model).__name__,
+        "steps": training.steps,
+        "history": training.history,
+        "sparsity": 0.0 if record is None else record.sparsity(),
+        "tensors": {} if record is None else {n: record.sparsity(n) for n in record},
+        "metric": None,
+        "checkpoint": str(target),
+        "machine": machine(),
+    }
+    if job.metric is not None:
+        metric = job.metric
+        summary["metric"] = {"name": metric.name, "unit": metric.unit,
+                             "before": job.before, "after": metric(model)}  # fmt: skip
+    write_json(out / "result.json", summary)
+    (out / "state.safetensors").unlink(missing_ok=True)
+    return summary
+
+
+def finished_result(out: Path) -> dict[str, Any] | None:
+    """The result of a training that ended, or None."""
+    path = out / "result.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def show(summary: dict[str, Any], options: Any, how: str) -> None:
+    """The result in the terminal."""
+    if options.json:
+        print(json.dumps(summary, indent=1, default=str))
+        return
+    metric = summary["metric"]
+    words = [f"{summary['steps']} steps", f"sparsity {summary['sparsity']:.2%}"]
+    if metric is not None:
+        before = "" if metric["before"] is None else f"{metric['before']:.4g} -> "
+        words.append(f"{metric['name']} {before}{metric['after']:.4g} {metric['unit']}".strip())
+    print(f"{how}{', '.join(words)}; the model is {summary['checkpoint']}")
