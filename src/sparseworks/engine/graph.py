@@ -48,9 +48,11 @@ class Signature:
             raise InvalidArgument(
                 f"the model was compiled for the keywords {self.keywords}, not {sorted(kwargs)}"
             )
-        values, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in self.keywords}))
-        if spec != self.in_spec:
-            raise InvalidArgument("the arguments are not nested as in the example")
+        values = [*args, *(kwargs[k] for k in self.keywords)]
+        if len(values) != len(self.inputs) or not all(isinstance(v, Tensor) for v in values):
+            values, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in self.keywords}))
+            if spec != self.in_spec:
+                raise InvalidArgument("the arguments are not nested as in the example")
         sizes: dict[str, int] = {}
         for name, value, accepted in zip(self.inputs, values, self.accepts, strict=True):
             self._check(name, value, accepted, sizes)

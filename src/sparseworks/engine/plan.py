@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from sparseworks.engine.steps import Call, Ref, of_node
 __all__ = ["Part", "Plan", "make_plan"]
 
 _LANES = 16
+_ALONE = 500_000  # multiply-adds below which waking a second thread takes longer than the work
 _TOKENS = 128  # rows of a program whose rows do not depend on each other
 
 
@@ -118,7 +119,8 @@ class Part:
     ) -> None:
         tensors = [given[n] if n in given else outputs[n] for n in made.tensors]
         entries = next(iter(outputs.values())).shape[0]
-        made.native.run(tensors, entries, self.threads)
+        alone = made.work * entries < _ALONE * made.lanes
+        made.native.run(tensors, entries, 1 if alone else self.threads)
 
 
 def _mask(mask: Tensor) -> Tensor:
@@ -145,8 +147,14 @@ def _mask(mask: Tensor) -> Tensor:
 _HEAVY = ("conv", "linear", "mm", "matmul", "bmm", "addmm", "baddbmm", "einsum", "attention", "sort")
 
 
+_CACHED = 8  # sets of sizes whose results are kept
+
+
 class Plan:
     """Runs a model: native programs, and torch for what lies between.
+
+    What depends on the sizes of the inputs alone (positions, masks of ones) is computed once for
+    each set of sizes.
 
     Args:
         signature: what the caller gives and gets.
@@ -161,7 +169,11 @@ class Plan:
         calls = [s for s in steps if isinstance(s, Call)]
         # torch's threads would spin beside ours for nothing
         self.light = not any(any(h in c.target for h in _HEAVY) for c in calls)
-        self.frees = _frees(steps, signature)
+        fixed = _of_sizes(calls, constants, signature)
+        self.first = [c for c in calls if c.name in fixed]
+        self.rest = [s for s in steps if not (isinstance(s, Call) and s.name in fixed)]
+        self.frees = _frees(self.rest, signature)
+        self.of_sizes: dict[Any, dict[str, Any]] = {}
 
     @property
     def parts(self) -> list[Part]:
@@ -169,19 +181,50 @@ class Plan:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values: dict[str, Any] = dict(self.constants)
         flat = self.signature.flat(args, kwargs)
-        values.update(zip(self.signature.inputs, flat, strict=True))
-        with _one_thread() if self.light else _as_it_is():
-            for step, free in zip(self.steps, self.frees, strict=True):
+        given = dict(zip(self.signature.inputs, flat, strict=True))
+        with _one_thread() if self.light else nullcontext():
+            values = {**self._sized(given), **given}
+            for step, free in zip(self.rest, self.frees, strict=True):
                 if isinstance(step, Call):
                     values[step.name] = step(values)
                 else:
-                    given = {name: values[name] for name in step.inputs}
-                    values.update(step.run(given, {name: values[name] for name in step.masks}))
+                    read = {name: values[name] for name in step.inputs}
+                    values.update(step.run(read, {name: values[name] for name in step.masks}))
                 for name in free:
                     del values[name]
         return self.signature.nested(values)
+
+    def _sized(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Constants, and what depends on sizes alone."""
+        key = tuple(t.shape for t in given.values() if isinstance(t, Tensor))
+        if key not in self.of_sizes:
+            values = {**self.constants, **given}
+            for step in self.first:
+                values[step.name] = step(values)
+            if len(self.of_sizes) >= _CACHED:
+                self.of_sizes.pop(next(iter(self.of_sizes)))
+            self.of_sizes[key] = {n: v for n, v in values.items() if n not in given}
+        return self.of_sizes[key]
+
+
+def _of_sizes(
+    calls: Sequence[Call], constants: Mapping[str, Tensor], signature: Signature
+) -> set[str]:
+    """Steps whose results follow from the sizes of the inputs."""
+    names = [c.target.split(".")[-2] if c.target.count(".") > 1 else "" for c in calls]
+    if any(n.endswith("_") and not n.endswith("__") for n in names):
+        return set()  # an operator in place might change what is kept
+    outputs = {o.name for o in signature.outputs if isinstance(o, Ref)}
+    found: set[str] = set()
+    for call in calls:
+        size = call.target == "aten.sym_size.int"
+        known = all(r.name in found or r.name in constants for r in call.reads())
+        random = any(word in call.target for word in ("rand", "dropout", "bernoulli", "normal"))
+        sized = known or (size and call.args[0].name in signature.inputs)
+        if sized and not random and call.name not in outputs:  # a caller may change an output
+            found.add(call.name)
+    return found
 
 
 def _frees(steps: Sequence[Call | Part], signature: Signature) -> list[list[str]]:
@@ -210,11 +253,6 @@ def _one_thread() -> Iterator[None]:
     finally:
         if before > 1:
             torch.set_num_threads(before)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 def make_plan(captured: Captured, threads: int) -> Plan | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ class Instance:
     groups: dict[int, int]
     sizes: dict[int, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]
+
+    @cached_property
+    def work(self) -> int:
+        """Multiply-adds of the products on one item."""
+        return sum(work for _, work in self.products.values())
 
 
 def build(
