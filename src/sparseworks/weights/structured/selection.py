@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.models.coupling import Coupling, Family
 
-__all__ = ["Ladder", "kind", "ladders", "search"]
+__all__ = ["Ladder", "OutOfReach", "kind", "ladders", "search"]
 
 Keep = NDArray[np.bool_]
+
+
+class OutOfReach(InvalidArgument):
+    """The target lies below what is left when every width is at its floor."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def search(
     """The least removal, in order of value, at which `measure(keep) <= target`.
 
     Raises:
-        InvalidArgument: the target cannot be reached; the least that can is named.
+        OutOfReach: the target cannot be reached; the least that can is named.
     """
     pairs = sorted(
         (float(v), i, level)
@@ -160,9 +164,10 @@ def search(
 
     least = measure(keep_at(len(pairs)))
     if least > target:
-        raise InvalidArgument(
+        raise OutOfReach(
             f"{what} cannot fall to {target:.4g}: {least:.4g} is left when every width is at its "
-            f"floor; lower `floor=`, allow more groups (include=, streams=True, uniform=False)"
+            "floor; lower `floor=`, allow more groups (include=, streams=True, uniform=False), or "
+            "let whole blocks go (blocks=True)"
         )
     low, high = 0, len(pairs)
     while low < high:
