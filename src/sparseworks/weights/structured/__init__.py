@@ -19,7 +19,9 @@ registry.register(
         "group-energy": f"{_ROOM}.scores:ActivationEnergy",
         "ecodiff": f"{_ROOM}.ecodiff:EcoDiff",
         "ofb": f"{_ROOM}.ofb:OFB",
+        "group-distillation": f"{_ROOM}.group_distillation:GroupDistillation",
         "mask-sparsity": f"{_ROOM}.mask_sparsity:MaskSparsity",
+        "precrop": f"{_ROOM}.precrop:PreCrop",
         "wgsef": f"{_ROOM}.wgsef:WGSEF",
     }
 )
@@ -31,6 +33,7 @@ _LAZY = {
     "latency": "measure",
     "onnx_latency": "measure",
     "export_onnx": "measure",
+    "crop": "precrop",
     "save_slim": "saving",
     "load_slim": "saving",
 }

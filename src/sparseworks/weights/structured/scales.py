@@ -22,7 +22,7 @@ from sparseworks.weights.structured.applying import check
 from sparseworks.weights.structured.cutting import Backup, cut
 from sparseworks.weights.structured.folding import fold
 
-__all__ = ["Scales", "cut_folded", "find_scales", "press"]
+__all__ = ["Scales", "cut_folded", "find_scales", "press", "under"]
 
 Keep = NDArray[np.bool_]
 
@@ -75,7 +75,7 @@ def find_scales(
     found = []
     for family in coupling.families:
         names = [n for n, _ in family.axes]
-        if len(family) < 2 or any(_under(n, p) for n in names for p in exclude):
+        if len(family) < 2 or any(under(n, p) for n in names for p in exclude):
             continue
         order = {int(r): i for i, r in enumerate(family.roots)}
         entries = {}
@@ -92,7 +92,7 @@ def find_scales(
     return tuple(found)
 
 
-def _under(name: str, pattern: str) -> bool:
+def under(name: str, pattern: str) -> bool:
     """The pattern matches the name or a module it lies in."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
