@@ -1,0 +1,343 @@
+"""Turbo-VBI (Xia, Tsang & Lau 2023, Structured Bayesian Compression for Deep Neural Networks Based
+on The Turbo-VBI Approach).
+
+Prior of weight n, with support s in {0, 1} and precision rho:
+
+    p(w | rho) = N(0, 1/rho),   p(rho | s=1) = Gamma(a, b),   p(rho | s=0) = Gamma(a0, b0),
+
+b/a the variance of used weights, b0/a0 far less, and p(s) a Markov chain along the inputs of every
+row (P(0->1) = p01, P(1->0) = p10), so that survivors come in runs. The posterior q(w) q(rho) q(s)
+is found in rounds:
+
+1. q(w) = N(mu, sigma^2), by the loop's own optimizer: loss + 1/(2N) sum <rho> (mu^2 + sigma^2)
+   - ln sigma^2, with N samples and the weights drawn anew every step;
+2. q(rho) and q(s) in closed form from <w^2> = mu^2 + sigma^2 and the prior odds pi of s;
+3. the chains: from the evidence nu (the odds of q(s) over pi) sum-product along each row gives new
+   odds pi, nu_n itself excluded (extrinsic messages: else evidence would be counted twice).
+
+At the end a weight stays where q(s=1) >= 1/2, or the best ones at the sparsity asked for; the value
+is mu. Only the abstract of the paper and the literature on Turbo-VBI were at hand: the updates are
+the general ones, the layout of the chains and all defaults are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.patterns import Unstructured
+from sparseworks.core.random import generator_for
+from sparseworks.core.registry import MethodInfo
+from sparseworks.models.views import View
+from sparseworks.training.transforming import Transform, Transformed
+from sparseworks.weights.dynamic.masks import check_fraction, select_masks, span
+
+__all__ = ["GaussianWeight", "Hyper", "TurboVBI", "chain_messages", "precision_and_evidence"]
+
+Coupling = Literal["row", "grid", "none"]
+Factors = Literal["joint", "mean-field"]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Gamma(a, b) of used weights and Gamma(a0, b0) of unused ones; variances near b/a, b0/a0."""
+
+    a: float
+    b: float
+    a0: float
+    b0: float
+
+    def log_normalizers(self) -> tuple[float, float]:
+        """ln b^a / Gamma(a) of both."""
+        return (
+            self.a * math.log(self.b) - math.lgamma(self.a),
+            self.a0 * math.log(self.b0) - math.lgamma(self.a0),
+        )
+
+
+def chain_messages(evidence: Tensor, p01: float, p10: float) -> Tensor:
+    """Extrinsic log-odds of every state of stationary two-state chains, one chain a row.
+
+    With forward and backward messages f_n and g_n in log-odds, b = f_n + nu_n, c = g_n + nu_n,
+
+        f_{n+1} = ln [((1 - p10) e^b + p01) / (p10 e^b + 1 - p01)],
+        g_{n-1} = ln [((1 - p10) e^c + p10) / (p01 e^c + 1 - p01)],
+
+    the result is f_n + g_n: what all the others and the prior say of s_n, without nu_n.
+
+    Args:
+        evidence: nu, log-odds `[chains, length]`.
+        p01: P(s_{n+1} = 1 | s_n = 0), in (0, 1).
+        p10: P(s_{n+1} = 0 | s_n = 1), in (0, 1).
+    """
+    stay, rest = math.log1p(-p10), math.log1p(-p01)
+    on, off = math.log(p01), math.log(p10)
+
+    def step(x: Tensor, up: float, down: float) -> Tensor:
+        """ln [((1 - p10) e^x + e^up) / (e^down e^x + 1 - p01)]."""
+        x = x.clamp(-40.0, 40.0)  # beyond that the result no longer moves, but rounding would
+        above = torch.logaddexp(x + stay, torch.full_like(x, up))
+        return above - torch.logaddexp(x + down, torch.full_like(x, rest))
+
+    forward, backward = torch.empty_like(evidence), torch.empty_like(evidence)
+    length = evidence.shape[1]
+    forward[:, 0] = on - off
+    backward[:, -1] = 0.0
+    for n in range(1, length):
+        forward[:, n] = step(forward[:, n - 1] + evidence[:, n - 1], on, off)
+        m = length - n
+        backward[:, m - 1] = step(backward[:, m] + evidence[:, m], off, on)
+    return forward + backward
+
+
+def precision_and_evidence(
+    square: Tensor, prior: Tensor, hyper: Hyper, factors: Factors = "joint", sweeps: int = 10
+) -> tuple[Tensor, Tensor]:
+    """<rho> and the evidence nu (log-odds of q(s) without the prior's).
+
+    "joint" takes q(rho, s) = q(s) q(rho | s), in closed form: nu = ln t(a, b) / t(a0, b0) with
+    t(a, b) = b^a Gamma(a + 1/2) / Gamma(a) (b + <w^2>/2)^-(a + 1/2), and <rho> the mean of
+    (a + 1/2) / (b + <w^2>/2) over q(s). "mean-field" takes q(rho) q(s), alternately from
+    <s> = pi: rho ~ Gamma(<a> + 1/2, <b> + <w^2>/2), nu = ln [b^a / Gamma(a)] - ln [b0^a0 /
+    Gamma(a0)] + (a - a0) <ln rho> - (b - b0) <rho>; it calls a zero weight used where pi is near
+    1, since rho then follows s.
+
+    Args:
+        square: <w^2>.
+        prior: log-odds of pi, of the same shape.
+        hyper: of the two Gamma distributions.
+        factors: of the posterior.
+        sweeps: alternations of "mean-field".
+    """
+    half = 0.5 * square
+    used, unused = hyper.log_normalizers()
+    if factors == "joint":
+        up, down = hyper.a + 0.5, hyper.a0 + 0.5
+        gammas = math.lgamma(up) - math.lgamma(down)
+        evidence = used - unused + gammas - up * (hyper.b + half).log()
+        evidence = evidence + down * (hyper.b0 + half).log()
+        on = torch.sigmoid(prior + evidence)
+        return on * up / (hyper.b + half) + (1 - on) * down / (hyper.b0 + half), evidence
+    on = torch.sigmoid(prior)
+    for _ in range(sweeps):
+        shape = on * hyper.a + (1 - on) * hyper.a0 + 0.5
+        rate = on * hyper.b + (1 - on) * hyper.b0 + half
+        precision, log_precision = shape / rate, torch.digamma(shape) - rate.log()
+        evidence = used - unused + (hyper.a - hyper.a0) * log_precision
+        evidence = evidence - (hyper.b - hyper.b0) * precision
+        on = torch.sigmoid(prior + evidence)
+    return precision, evidence
+
+
+class GaussianWeight(nn.Module):
+    """w = mu + sigma * eps while training, mu in evaluation; eps is a function of (seed, step).
+
+    Args:
+        weight: mu at first.
+        sigma: standard deviation at first.
+        key: seed and name of the private random numbers.
+        precision: <rho> at first.
+        prior: log-odds of pi at first.
+    """
+
+    precision: Tensor
+    prior: Tensor
+    support: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, weight: Tensor, sigma: float, key: tuple[int, str], precision: float, prior: float
+    ) -> None:
+        super().__init__()
+        self.log_sigma = nn.Parameter(torch.full_like(weight, math.log(sigma)))
+        self.register_buffer("precision", torch.full_like(weight, precision))
+        self.register_buffer("prior", torch.full_like(weight, prior))
+        self.register_buffer("support", torch.zeros_like(weight))
+        self.register_buffer("scale", weight.new_tensor(1.0 / precision))
+        self.key, self.step, self.noisy = key, 0, True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not (self.training and self.noisy):
+            return weight
+        generator = generator_for(*self.key, self.step)
+        drawn = torch.randn(weight.shape, generator=generator).to(weight)
+        return weight + self.log_sigma.exp() * drawn
+
+    def divergence(self, weight: Tensor) -> Tensor:
+        """1/2 sum <rho> (mu^2 + sigma^2) - ln sigma^2, the KL divergence up to a constant."""
+        square = weight.square() + (2 * self.log_sigma).exp()
+        return 0.5 * (self.precision * square).sum() - self.log_sigma.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurboVBI(Transform):
+    """Learn weights, their precisions and a clustered support; add `job.penalty()` to the loss.
+
+    The loss must be a mean over samples. Without `sparsity` the posterior decides how many weights
+    stay.
+
+    Args:
+        samples: N, the number of training samples.
+        rounds: updates of precisions and support, evenly over the training from `start` to `end`.
+        start: fraction of the training before the first round.
+        end: fraction of the training of the last round.
+        coupling: "row": chains along inputs (of a convolution: along the input channels of one
+            kernel position); "grid": chains along outputs too, by loopy sweeps; "none": pi const.
+        p01: P(a weight is used | the one before is not).
+        p10: P(a weight is not used | the one before is).
+        ratio: variance of unused weights over that of used ones, which is the mean square of the
+            tensor's first weights.
+        shape: a = a0.
+        sigma: first standard deviation, relative to the root mean square of the tensor.
+        damping: share of the old log-odds that each round keeps.
+        temperature: weight of the divergence at `end`; below 1 a posterior colder than Bayes',
+            which keeps networks of more weights than samples from fitting nothing.
+        factors: "joint" for q(rho, s), a better bound, or the "mean-field" q(rho) q(s) of the
+            literature; see `precision_and_evidence`.
+    """
+
+    samples: int = 0
+    rounds: int = 8
+    start: float = 0.3
+    end: float = 0.8
+    coupling: Coupling = "row"
+    p01: float = 0.05
+    p10: float = 0.2
+    ratio: float = 1e-3
+    shape: float = 1.0
+    sigma: float = 0.1
+    damping: float = 0.3
+    temperature: float = 1.0
+    factors: Factors = "joint"
+
+    needs_sparsity: ClassVar[bool] = False
+    info: ClassVar[MethodInfo] = MethodInfo(
+        name="turbo-vbi",
+        title="Structured Bayesian Compression for Deep Neural Networks Based on The Turbo-VBI "
+        "Approach",
+        authors="Xia et al.",
+        year=2023,
+        card="181",
+        room="weights",
+        kind="transform",
+        needs=("training",),
+        pattern="unstructured, in runs",
+        budget="by the posterior (uniform)",
+        cost="a draw of the weights every step; message passing a few times",
+        summary="Bayesian training whose support is a Markov chain, so that survivors cluster",
+    )
+
+    def __post_init__(self) -> None:
+        check_fraction("turbo-vbi", start=self.start, end=self.end, damping=self.damping)
+        probable = 0 < self.p01 < 1 and 0 < self.p10 < 1 and 0 < self.ratio < 1
+        if not probable or not self.shape > 0 or not self.sigma > 0 or self.damping == 1:
+            raise InvalidArgument(
+                f"turbo-vbi: p01={self.p01}, p10={self.p10}, ratio={self.ratio} must be in (0, 1), "
+                f"shape={self.shape}, sigma={self.sigma} above 0, damping={self.damping} below 1"
+            )
+        if self.samples < 1 or self.rounds < 1 or self.end < self.start:
+            raise InvalidArgument(
+                f"turbo-vbi: samples={self.samples} (the number of training samples, which scales "
+                f"the prior) and rounds={self.rounds} must be at least 1, end={self.end} not "
+                f"before start={self.start}"
+            )
+        if self.coupling not in get_args(Coupling) or self.factors not in get_args(Factors):
+            raise InvalidArgument(
+                f"turbo-vbi: coupling={self.coupling!r} must be one of {get_args(Coupling)}, "
+                f"factors={self.factors!r} one of {get_args(Factors)}"
+            )
+
+    def begin(self, job: Transformed) -> None:
+        span(job, 0.0, 1.0)
+        if not (isinstance(job.pattern, Unstructured) and job.pattern.scope == "tensor"):
+            raise InvalidArgument(
+                f"turbo-vbi: pattern {job.pattern}; the posterior chooses single weights, which "
+                "only 'unstructured' allows"
+            )
+        for name, weight in job.parameters.items():
+            variance = float(weight.detach().float().square().mean())
+            if variance == 0:
+                raise InvalidArgument(f"turbo-vbi: {name} is all zero; initialise or exclude it")
+            part = GaussianWeight(
+                weight.detach(),
+                self.sigma * math.sqrt(variance),
+                (job.seed, name),
+                1.0 / variance,
+                math.log(self.p01 / self.p10),
+            )
+            job.parametrize(name, part)
+
+    def penalty(self, job: Transformed) -> Tensor | None:
+        first, last = span(job, self.start, self.end)
+        if job.step < first:
+            return None
+        rise = min(1.0, (job.step - first + 1) / max(1, last - first))
+        parts = [_part(job, n).divergence(w) for n, w in job.parameters.items()]
+        return torch.stack(parts).sum() * (self.temperature * rise / self.samples)
+
+    def update(self, job: Transformed) -> None:
+        for name in job.views:
+            _part(job, name).step = job.step
+        first, last = span(job, self.start, self.end)
+        gap = (last - first) / max(1, self.rounds - 1)
+        if job.step in {round(first + r * gap) for r in range(self.rounds)}:
+            self._infer(job)
+
+    def load_state_dict(self, job: Transformed, state: Mapping[str, Any]) -> None:
+        for name in job.views:
+            _part(job, name).step = job.step
+
+    def finish(self, job: Transformed) -> None:
+        self._infer(job)
+        scores = {n: v.matrix(_part(job, n).support) for n, v in job.views.items()}
+        if job.sparsity is not None:
+            select_masks(job, scores, job.sparsity)
+        else:
+            for name in job.views:
+                job.set_mask(name, _part(job, name).support >= 0)
+        for name in job.views:
+            _part(job, name).noisy = False
+
+    @torch.no_grad()
+    def _infer(self, job: Transformed) -> None:
+        """One round: precisions, support, and new prior odds from the chains."""
+        for name, view in job.views.items():
+            part, weight = _part(job, name), view.parameter.detach()
+            if job.step <= span(job, self.start, self.end)[0]:
+                part.scale.copy_(weight.square().mean() * (1 + self.p10 / self.p01))
+            scale = float(part.scale)
+            hyper = Hyper(
+                self.shape, self.shape * scale, self.shape, self.shape * scale * self.ratio
+            )
+            square = weight.square() + (2 * part.log_sigma).exp()
+            _, evidence = precision_and_evidence(square, part.prior, hyper, self.factors)
+            if self.coupling != "none":
+                heard = self._messages(view, evidence)
+                part.prior.lerp_(heard, 1 - self.damping)
+            precision, evidence = precision_and_evidence(square, part.prior, hyper, self.factors)
+            part.precision.copy_(precision)
+            part.support.copy_(part.prior + evidence)
+
+    def _messages(self, view: View, evidence: Tensor) -> Tensor:
+        nu = view.matrix(evidence)
+        rows = chain_messages(nu.reshape(-1, view.run), self.p01, self.p10).view(nu.shape)
+        if self.coupling == "grid":
+            switch = (self.p01 + self.p10) / 2  # without a bias: the rows already have the density
+            for _ in range(2):
+                columns = chain_messages((nu + rows).T, switch, switch).T
+                again = (nu + columns).reshape(-1, view.run)
+                rows = chain_messages(again, self.p01, self.p10).view(nu.shape)
+            rows = rows + columns
+        return view.from_matrix(rows)
+
+
+def _part(job: Transformed, name: str) -> GaussianWeight:
+    part = job.part(name)
+    assert isinstance(part, GaussianWeight)
+    return part
