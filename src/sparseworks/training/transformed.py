@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
 
 __all__ = ["Transform", "Transformed"]
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +146,18 @@ class Transformed:
             )
         return min(1.0, self.step / self.steps)
 
-    def part(self, name: str) -> nn.Module:
-        """The module that parametrizes a weight (`StraightThroughMask`, say)."""
+    @overload
+    def part(self, name: str) -> nn.Module: ...
+
+    @overload
+    def part(self, name: str, kind: type[Part]) -> Part: ...
+
+    def part(self, name: str, kind: type[nn.Module] = nn.Module) -> nn.Module:
+        """The module that parametrizes a weight, of the class that the method gave it."""
         view = self.views[name]
         parts: Any = view.module.parametrizations
-        found: nn.Module = parts[view.attribute][0]
+        found = parts[view.attribute][0]
+        assert isinstance(found, kind)
         return found
 
     def parametrize(self, name: str, part: nn.Module) -> None:

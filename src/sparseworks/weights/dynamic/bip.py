@@ -100,8 +100,8 @@ class BiP(Transform):
         """The top k of |s| (groups: of its sum), at least one unit in every tensor."""
         scores = {}
         for name, view in job.views.items():
-            found = view.matrix(job.part(name).get_parameter("scores").detach()).float().abs()
-            found = found.contiguous()
+            scored = job.part(name, BilevelMask).scores.detach()
+            found = view.matrix(scored).float().abs().contiguous()
             found.view(-1)[found.argmax()] = torch.inf  # one threshold may not empty a layer
             scores[name] = found
         select_masks(job, scores, job.sparsity or 0.0)

@@ -104,7 +104,7 @@ class Jackpots(Transform):
 
     def update(self, job: Transformed) -> None:
         for name, mask in job.masks.items():
-            scores: Tensor = job.part(name).get_parameter("scores").detach()
+            scores = job.part(name, StraightThroughMask).scores.detach()
             job.set_mask(name, moved(mask, scores, self.rate(job)))
 
 

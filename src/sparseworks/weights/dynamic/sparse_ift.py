@@ -61,8 +61,8 @@ class SparseIFT(Transform):
     every: int = 100
     fraction: float = 0.3
     end: float = 0.75
-    dense: nn.Module | None = field(default=None, repr=False)
-    example: Batch | None = field(default=None, repr=False)
+    dense: nn.Module | None = field(default=None, repr=False, compare=False)
+    example: Batch | None = field(default=None, repr=False, compare=False)
 
     needs_sparsity: ClassVar[bool] = False
     info: ClassVar[MethodInfo] = MethodInfo(
