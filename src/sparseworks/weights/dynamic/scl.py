@@ -100,9 +100,9 @@ class SCL(Transform):
         normalize: divide each output's loss gradient by its root mean square.
     """
 
-    strength: float = 0.1
-    rate: float = 0.05
-    first: float = 0.5
+    strength: float = 1.0
+    rate: float = 0.02
+    first: float = 1.0
     end: float = 0.75
     proxy: str = "identity"
     normalize: bool = True
