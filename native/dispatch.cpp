@@ -40,11 +40,13 @@ RunOp run_op() {
   return name == "avx512" ? run_op_avx512 : name == "avx2" ? run_op_avx2 : run_op_base;
 }
 
-Spmv spmv() {
+const Spmv& spmv() {
+  const std::string name = instruction_set();
 #if defined(__x86_64__)
-  if (instruction_set() == "avx512" && __builtin_cpu_supports("avx512vbmi2")) return spmv_vbmi2;
-#else
-  instruction_set();
+  if (name == "avx512" && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512vnni"))
+    return __builtin_cpu_supports("avx512bf16") ? spmv_bf16 : spmv_vbmi2;
+  if (name != "base") return spmv_avx2;
 #endif
   return spmv_base;
 }

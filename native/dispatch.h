@@ -17,7 +17,7 @@ Spmm spmm();
 
 RunOp run_op();
 
-// The batch-1 product expands with AVX-512 VBMI2 where it is there.
-Spmv spmv();
+// The batch-1 products use AVX-512 VBMI2, VNNI and BF16 where they are there.
+const Spmv& spmv();
 
 }  // namespace sparseworks

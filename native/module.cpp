@@ -12,6 +12,7 @@ namespace nb = nanobind;
 using namespace sparseworks;
 
 void define_program(nb::module_& m);  // program_module.cpp
+void define_spmv(nb::module_& m);     // spmv_module.cpp
 
 template <typename T, int N>
 using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
@@ -20,6 +21,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Native kernels of sparseworks.";
   m.def("instruction_set", &instruction_set);
   define_program(m);
+  define_spmv(m);
   m.def(
       "spmm",
       [](Array<const int64_t, 1> start, Array<const uint16_t, 1> column,
@@ -40,26 +42,4 @@ NB_MODULE(_native, m) {
       },
       nb::arg("start"), nb::arg("column"), nb::arg("value"), nb::arg("x"),
       nb::arg("bias").none(), nb::arg("y"), nb::arg("threads"));
-  m.def(
-      "spmv",
-      [](Array<const int64_t, 1> start, Array<const uint32_t, 2> mask,
-         Array<const uint16_t, 1> value, Array<const float, 1> x,
-         std::optional<Array<const float, 1>> bias, Array<float, 1> y, int threads) {
-        const int64_t rows = static_cast<int64_t>(mask.shape(0));
-        const int64_t words = static_cast<int64_t>(mask.shape(1));
-        if (static_cast<int64_t>(start.shape(0)) != rows + 1 ||
-            static_cast<int64_t>(y.shape(0)) != rows ||
-            words != (static_cast<int64_t>(x.shape(0)) + 31) / 32 ||
-            start.data()[rows] + 32 != static_cast<int64_t>(value.shape(0)) ||
-            (bias && static_cast<int64_t>(bias->shape(0)) != rows) || threads < 1)
-          throw std::invalid_argument("spmv: the shapes do not fit together");
-        const MaskedRows w{static_cast<int>(rows),  static_cast<int>(x.shape(0)),
-                           static_cast<int>(words), start.data(),
-                           mask.data(),             value.data()};
-        const Spmv kernel = spmv();
-        nb::gil_scoped_release release;
-        kernel(w, x.data(), bias ? bias->data() : nullptr, y.data(), threads);
-      },
-      nb::arg("start"), nb::arg("mask"), nb::arg("value"), nb::arg("x"), nb::arg("bias").none(),
-      nb::arg("y"), nb::arg("threads"));
 }

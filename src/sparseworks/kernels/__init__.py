@@ -2,19 +2,33 @@
 
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.kernels.spmm import SparseRows, pack_rows, spmm, spmm_reference, unpack_rows
-from sparseworks.kernels.spmv import MaskedRows, pack_mask, spmv, spmv_reference, unpack_mask
+from sparseworks.kernels.spmv import (
+    IndexedRows,
+    IntegerRows,
+    MaskedRows,
+    pack_index,
+    pack_integer,
+    pack_mask,
+    spmv,
+    spmv_reference,
+    unpack,
+)
 
 __all__ = [
+    "IndexedRows",
+    "IntegerRows",
     "MaskedRows",
     "SparseRows",
     "available",
     "instruction_set",
+    "pack_index",
+    "pack_integer",
     "pack_mask",
     "pack_rows",
     "spmm",
     "spmm_reference",
     "spmv",
     "spmv_reference",
-    "unpack_mask",
+    "unpack",
     "unpack_rows",
 ]

@@ -1,0 +1,2 @@
+#define SPMV_NAME spmv_avx2
+#include "spmv_impl.h"
