@@ -16,7 +16,7 @@ from sparseworks.weights.structured.cutting import Backup, Change, cut, zero
 from sparseworks.weights.structured.folding import fold as fold_means
 from sparseworks.weights.structured.planning import Keep, Plan, cut_shapes, shapes_of
 
-__all__ = ["apply_cut", "check"]
+__all__ = ["apply_cut", "check", "output_of"]
 
 
 def apply_cut(
@@ -58,14 +58,14 @@ def check(model: nn.Module, example: Batch, coupling: Coupling, keep: Keep) -> N
     model.eval()
     saved = zero(model, coupling, keep)
     try:
-        expected = _output(model, example)
+        expected = output_of(model, example)
     finally:
         for parameter, value in saved:
             parameter.copy_(value)
     backup = Backup()
     try:
         cut(model, coupling, keep, backup)
-        found = _output(model, example)
+        found = output_of(model, example)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run with its new shapes ({error}); a module may hold "
@@ -84,7 +84,8 @@ def check(model: nn.Module, example: Batch, coupling: Coupling, keep: Keep) -> N
         )
 
 
-def _output(model: nn.Module, example: Batch) -> Tensor:
+def output_of(model: nn.Module, example: Batch) -> Tensor:
+    """The logits, or the first tensor that the model returns, fp32."""
     output = call(model, split(example)[0])
     found = getattr(output, "logits", None)
     tensor = found if isinstance(found, Tensor) else first_tensor(output)

@@ -45,6 +45,7 @@ class SlimResult:
         latency: seconds on the example in torch, before and after, where it was measured.
         model: the slimmed model.
         seconds: in all.
+        blocks: whole blocks that went, in order, each by its name at that time.
         warnings: things the user should know.
     """
 
@@ -60,6 +61,7 @@ class SlimResult:
     model: Any = field(repr=False, compare=False, default=None)
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON (the model is left out)."""
@@ -68,6 +70,7 @@ class SlimResult:
         plain["changes"] = [asdict(c) for c in self.changes]
         plain["shapes"] = {n: [list(a), list(b)] for n, (a, b) in self.shapes.items()}
         plain["config"] = None if self.config is None else dict(self.config)
+        plain["blocks"] = list(self.blocks)
         plain["options"] = dict(self.options)
         return plain
 
@@ -86,5 +89,7 @@ class SlimResult:
             lines.append(f"  {w.name:<{size}}  {w.before} -> {w.after}{per}")
         if self.config:
             lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in self.config.items()))
+        if self.blocks:
+            lines.append("  blocks dropped, one after the other: " + ", ".join(self.blocks))
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)

@@ -20,6 +20,8 @@ from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.weights.structured.configs import has_config
+from sparseworks.weights.structured.cutting import Backup
+from sparseworks.weights.structured.depth import drop
 from sparseworks.weights.structured.result import SlimResult
 
 __all__ = ["load_slim", "save_slim"]
@@ -44,6 +46,7 @@ def save_slim(result: SlimResult, folder: str | Path) -> Path:
         "version": 1,
         "class": type(model).__name__,
         "shapes": {n: list(t.shape) for n, t in tensors.items()},
+        "blocks": [] if has_config(model) else list(result.blocks),  # a config tells its own depth
         "attributes": [[c.module, c.attribute, _plain(c.after)] for c in result.changes],
     }
     try:
@@ -82,10 +85,17 @@ def load_slim(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ValueError("unknown format or version")
         shapes = {str(n): tuple(int(x) for x in s) for n, s in record["shapes"].items()}
         attributes = [(str(m), str(a), v) for m, a, v in record["attributes"]]
+        gone = [str(b) for b in record.get("blocks", [])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no readable {_RECORD} ({error})") from error
     if model is None:
         model = _built(folder)
+    for block in gone:
+        container, _, index = block.rpartition(".")
+        try:
+            drop(model, container, int(index), Backup())
+        except (InvalidArgument, ValueError) as error:
+            raise CheckpointError(f"{folder} is of another model: no block {block}") from error
     _resize(model, shapes, attributes, folder)
     load(folder / _WEIGHTS, model)
     return model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy as copying
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +18,11 @@ from sparseworks.models.coupling import Coupling, trace
 from sparseworks.weights.structured.applying import apply_cut
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.cutting import Backup, Change, cut
+from sparseworks.weights.structured.depth import drop_least, renamed
 from sparseworks.weights.structured.measure import latency as measure_latency
 from sparseworks.weights.structured.planning import Keep, Plan, choose, shapes_of
 from sparseworks.weights.structured.result import SlimResult, Width
+from sparseworks.weights.structured.selection import OutOfReach
 
 __all__ = ["slim"]
 
@@ -44,6 +46,7 @@ def slim(
     floor: float = 0.1,
     uniform: bool | None = None,
     streams: bool = False,
+    blocks: bool = False,
     fold: Literal["mean", "exact", "none"] | None = None,
     iterations: int = 1,
     recover: Callable[[nn.Module, int], Any] | None = None,
@@ -76,6 +79,8 @@ def slim(
             Hugging Face models.
         streams: also cut groups that a statistic runs over (a residual stream under layer norm),
             where cutting is not the same as zeroing.
+        blocks: where widths at their floor leave more than the target, drop whole residual blocks,
+            the one that the output misses least first.
         fold: what cut channels say on average goes into the next bias or batch-norm mean: "mean"
             (over `data`), "exact" (constant channels only), "none". None: "mean" with data, else
             "none".
@@ -123,18 +128,34 @@ def slim(
     widths: dict[str, Width] = {}
     changes: list[Change] = []
     config: dict[str, Any] = {}
+    gone: list[str] = []
     base = 0.0
     try:
         for i in range(iterations):
             report(i, iterations, "cutting groups")
-            coupling = trace(model, example)
-            measure = _measure(model, example, coupling, what)
-            if first is None:
-                first, base = coupling, measure(coupling.keep_all())
-            goal = base * share ** ((i + 1) / iterations)
             backup = Backup()
             undo.append(backup)
-            keep = choose(model, coupling, plan, measure, goal, what)
+            while True:
+                coupling = trace(model, example)
+                measure = _measure(model, example, coupling, what)
+                if first is None:
+                    first, base = coupling, measure(coupling.keep_all())
+                goal = base * share ** ((i + 1) / iterations)
+                try:
+                    keep = choose(model, coupling, plan, measure, goal, what)
+                    break
+                except OutOfReach:
+                    if not blocks:
+                        raise
+                container, index, told = drop_least(model, example, backup)
+                gone.append(f"{container}.{index}")
+                config |= told
+                widths = _after_drop(widths, container, index)
+                changes = [
+                    replace(c, module=name)
+                    for c in changes
+                    if (name := renamed(c.module, container, index)) is not None
+                ]
             made, fields = apply_cut(model, example, coupling, keep, plan, backup)
             changes, config = changes + made, {**config, **(fields or {})}
             _note(widths, coupling, keep)
@@ -150,7 +171,7 @@ def slim(
     parameters = sum(p.numel() for p in model.parameters())
     return SlimResult(
         scorer.info.name,
-        {**targets, **_plain(plan), "iterations": iterations, **_fields(scorer)},
+        {**targets, **_plain(plan), "blocks": blocks, "iterations": iterations, **_fields(scorer)},
         tuple(widths.values()),
         {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
         tuple(changes),
@@ -161,6 +182,7 @@ def slim(
         model,
         time.perf_counter() - start,
         tuple(f"not reached by the example, left whole: {n}" for n in first.unreached),
+        tuple(gone),
     )
 
 
@@ -222,6 +244,14 @@ def _note(widths: dict[str, Width], coupling: Coupling, keep: Keep) -> None:
         after = int(keep[family.roots].sum())
         if after < before:
             widths[label] = Width(label, before, after, per)
+
+
+def _after_drop(widths: Mapping[str, Width], container: str, index: int) -> dict[str, Width]:
+    found = {}
+    for label, width in widths.items():
+        if (name := renamed(label, container, index)) is not None:
+            found[name] = replace(width, name=name)
+    return found
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
