@@ -73,6 +73,14 @@ inline void activate_stored(const Target& to, int row, int64_t at, int vectors) 
   });
 }
 
+// The taps of the rows that come next: as many as these rows have.
+inline void fetch_ahead(const Taps& w, int64_t begin, int64_t end) {
+  for (int64_t t = end; t < end + (end - begin); t += 16) {
+    __builtin_prefetch(w.offset + t);
+    __builtin_prefetch(w.value + t);
+  }
+}
+
 template <int P, int S>
 inline void accumulate(const float* in, const int32_t* offset, const float* value, int64_t n,
                        Vec (&acc)[P]) {
@@ -93,6 +101,7 @@ void one_row(const Taps& w, const Stage& stage, int row, const float* in, int64_
 #pragma GCC unroll 32
   for (int v = 0; v < P; ++v) acc[v] = begin_sum(to, stage, row, at + v * kLanes);
   const int64_t begin = stage.start[row];
+  fetch_ahead(w, begin, stage.start[row + 1]);
   accumulate<P, S>(in, w.offset + begin, w.value + begin, stage.start[row + 1] - begin, acc);
 #pragma GCC unroll 32
   for (int v = 0; v < P; ++v) finish(acc[v], to, stage, row, at + v * kLanes, index + v);
@@ -112,6 +121,7 @@ void two_rows(const Taps& w, const Stage& stage, int row, const float* in, int64
   int64_t i = stage.start[row], j = stage.start[row + 1];
   const int64_t i_end = j, j_end = stage.start[row + 2];
   const int64_t both = std::min(i_end - i, j_end - j);
+  fetch_ahead(w, i, j_end);
   for (int64_t n = 0; n < both; ++n, ++i, ++j) {
     const float* x = in + w.offset[i];
     const float* y = in + w.offset[j];
