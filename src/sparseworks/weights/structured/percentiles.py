@@ -52,7 +52,7 @@ def group_keep(
     keep = coupling.keep_all()
     for s in scales:
         table = s.table()
-        line = torch.tensor([-1.0 if (i := place[n]) is None else lines[i] for n in s.entries])
+        line = torch.tensor([-1.0 if (g := place[n]) is None else lines[g] for n in s.entries])
         wanted = (table > line[:, None]).sum(0)
         here = (~table.isnan()).sum(0)
         stays = wanted >= here.clamp(max=votes)

@@ -226,6 +226,6 @@ def _rescale(result: SlimResult) -> None:
         owner = cropped.get_submodule(name.rpartition(".")[0])
         if len(after) > 1 and name.endswith(".weight") and type(owner).__name__ != "Conv1D":
             ratio = math.sqrt(math.prod(before[1:]) / math.prod(after[1:]))
-            owner.weight.mul_(ratio)  # type: ignore[operator, union-attr]
+            owner.weight.mul_(ratio)  # type: ignore[operator]
             if isinstance(getattr(owner, "bias", None), torch.Tensor):
-                owner.bias.mul_(ratio)  # type: ignore[operator, union-attr]
+                owner.bias.mul_(ratio)  # type: ignore[operator]
