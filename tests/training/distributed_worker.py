@@ -17,7 +17,7 @@ from torch import nn
 import sparseworks as sw
 
 STEPS = 8
-METHODS = ("gradual", "rigl", "granet", "set", "static")
+METHODS = ("gradual", "rigl", "granet", "set", "static", "iss-p")
 
 
 def net() -> nn.Module:
@@ -35,7 +35,7 @@ def batches():
 
 def sparse(model: nn.Module, method: str):
     optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1)
-    every = {} if method == "static" else {"every": 2}
+    every = {} if method in ("static", "iss-p") else {"every": 2}
     return optimizer, sw.sparsify(model, optimizer, method, sparsity=0.7, steps=STEPS, **every)
 
 

@@ -23,6 +23,8 @@ import torch
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.sharding import local_mask, local_part
+from sparseworks.training.sharding import whole as gathered
 from sparseworks.weights.dynamic.masks import (
     check_fraction,
     chosen_masks,
@@ -76,8 +78,9 @@ class ISSP(Hooked):
         _, last = span(run, 0.0, self.end)
         if run.step < last:
             for name, kept in chosen_masks(run, magnitudes(run), run.sparsity or 0.0):
-                weight = run.parameters[name]
-                weight.copy_(torch.where(kept, weight, self.shrink * weight))
+                parameter = run.parameters[name]
+                weight, mine = local_part(parameter), local_mask(kept, parameter)
+                weight.copy_(torch.where(mine, weight, self.shrink * weight))
         elif run.step == last:
             select_masks(run, magnitudes(run), run.sparsity or 0.0)
 
@@ -87,7 +90,7 @@ def shrinkage_left(run: Run) -> float:
     """||W_U|| / ||W|| over all tensors: what a cut at this moment would take away, 0 to 1."""
     lost = whole = 0.0
     for name, kept in chosen_masks(run, magnitudes(run), run.sparsity or 0.0):
-        squares = run.parameters[name].double().square()
+        squares = gathered(run.parameters[name].detach()).double().square()
         whole += float(squares.sum())
         lost += float(squares.masked_fill(kept, 0.0).sum())
     return (lost / whole) ** 0.5 if whole else 0.0
