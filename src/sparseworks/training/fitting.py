@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.data.images import ImageSet
+from sparseworks.training.distilling import distillation
 from sparseworks.training.hooked import Run
 
 __all__ = ["Recipe", "fit_classifier"]
@@ -52,6 +53,8 @@ class Recipe:
             3/4 of the training; or "linear", a half-cosine rise over a tenth of the training and
             then a straight line to 0, for retraining (Zimmer et al. 2023, How I Learned to Stop
             Worrying and Love Retraining).
+        temperature: of the distillation, where there is a teacher.
+        distill: share of the distillation in the loss, the cross-entropy has the rest.
     """
 
     epochs: int = 10
@@ -62,6 +65,8 @@ class Recipe:
     augment: bool = True
     label_smoothing: float = 0.0
     schedule: Literal["one-cycle", "step", "linear"] = "one-cycle"
+    temperature: float = 4.0
+    distill: float = 0.9
 
     def __post_init__(self) -> None:
         if self.schedule not in ("one-cycle", *_FACTORS):
@@ -70,6 +75,10 @@ class Recipe:
             raise InvalidArgument(
                 f"epochs={self.epochs}, batch_size={self.batch_size} and lr={self.lr} "
                 "must be positive"
+            )
+        if not self.temperature > 0 or not 0 <= self.distill <= 1:
+            raise InvalidArgument(
+                f"temperature={self.temperature} must be positive, distill={self.distill} in [0, 1]"
             )
 
 
@@ -81,6 +90,7 @@ def fit_classifier(
     start: Start | None = None,
     seed: int = 0,
     first_step: int = 0,
+    teacher: nn.Module | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     on_epoch: Callable[[int, float, Run | None], Any] | None = None,
 ) -> Run | None:
@@ -94,6 +104,7 @@ def fit_classifier(
         seed: of the order and augmentation.
         first_step: where the schedule, the order and the augmentation go on, with a fresh
             optimizer: the steps before it are not taken.
+        teacher: a trained model whose outputs are learnt too; left as it is.
         progress: called with (step, steps, what).
         on_epoch: called with (epoch, mean loss, run).
 
@@ -128,7 +139,7 @@ def fit_classifier(
             if step < first_step:  # drawn all the same, so that the order goes on as it would
                 step += 1
                 continue
-            loss = _step(model, optimizer, x.to(device), y.to(device), recipe.label_smoothing)
+            loss = _step(model, optimizer, x.to(device), y.to(device), recipe, teacher)
             schedule.step()
             step += 1
             total, count = total + float(loss), count + 1
@@ -166,10 +177,21 @@ def _schedule(
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, smoothing: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    teacher: nn.Module | None,
 ) -> Tensor:
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y, label_smoothing=smoothing)
+    logits = model(x)
+    loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+    if teacher is not None:
+        with torch.no_grad():
+            guide = teacher(x)
+        soft = distillation(logits, guide, recipe.temperature)
+        loss = (1 - recipe.distill) * loss + recipe.distill * soft
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.detach()

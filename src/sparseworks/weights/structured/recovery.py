@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.models.calls import Batch, call, logits_of, move, split
+from sparseworks.training.distilling import distillation
 from sparseworks.training.recalibration import reestimate
 
 __all__ = ["Recovery", "distillation", "finetune", "reestimate"]
@@ -34,13 +35,6 @@ class Recovery:
     steps: int
     seconds: float
     loss: float
-
-
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) over the last axis, mean over the others."""
-    log_p = F.log_softmax(student.float().flatten(0, -2) / temperature, -1)
-    q = F.softmax(teacher.float().flatten(0, -2) / temperature, -1)
-    return F.kl_div(log_p, q, reduction="batchmean") * temperature**2
 
 
 def finetune(
