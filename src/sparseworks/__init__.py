@@ -34,6 +34,7 @@ _LAZY = {
     "experiment": "sparseworks.training.experiment",
     "slim": "sparseworks.weights.structured",
     "compile": "sparseworks.engine",
+    "compile_decoder": "sparseworks.engine",
     "load_compiled": "sparseworks.engine",
     "masks": "sparseworks.core.masks",
     "attach": "sparseworks.core.masks",
