@@ -319,6 +319,20 @@ def test_resuming_another_training_is_refused(work, tmp_path, capsys):
     assert main([str(w) for w in again]) == 0
 
 
+def test_a_schedule_that_skipped_steps_cut_short_is_named(work, tmp_path, capsys, monkeypatch):
+    calls = []
+    scale = torch.amp.GradScaler.scale
+
+    def overflow_once(self, loss):
+        calls.append(loss)
+        return scale(self, loss) * (float("inf") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", overflow_once)
+    more = ["--amp", "fp16", "--option", "every=24", "end=1.0", "--lr", 1e-3]
+    assert main(arguments(work, tmp_path / "out", *more, method="gradual")) == 0
+    assert "the sparsity is 0.00%, not 80.00%: the masks saw 23 of 24" in capsys.readouterr().err
+
+
 def test_a_diverging_training_says_so(work, tmp_path, capsys):
     more = ["--lr", 1e30, "--optimizer", "sgd"]
     error = fails(capsys, *arguments(work, tmp_path / "out", *more, method="static"))

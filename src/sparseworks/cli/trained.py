@@ -59,6 +59,7 @@ def finish(job: Job, options: Any) -> dict[str, Any]:
         "history": training.history,
         "sparsity": 0.0 if record is None else record.sparsity(),
         "tensors": {} if record is None else {n: record.sparsity(n) for n in record},
+        "warnings": _shortfall(training, record, options.sparsity),
         "metric": None,
         "checkpoint": str(target),
         "machine": machine(),
@@ -70,6 +71,18 @@ def finish(job: Job, options: Any) -> dict[str, Any]:
     write_json(out / "result.json", summary)
     (out / "state.safetensors").unlink(missing_ok=True)
     return summary
+
+
+def _shortfall(training: Any, record: Any, wanted: float | None) -> list[str]:
+    """A loss scaler skips steps that overflow, and a schedule that ends with the training then
+    never ends."""
+    if record is None or wanted is None or record.sparsity() >= wanted - 0.005:
+        return []
+    return [
+        f"the sparsity is {record.sparsity():.2%}, not {wanted:.2%}: the masks saw "
+        f"{training.run.step} of {training.steps} steps, the others overflowed; use --amp bf16, or "
+        "an earlier --option end=..."
+    ]
 
 
 def finished_result(out: Path) -> dict[str, Any] | None:
@@ -86,6 +99,8 @@ def show(summary: dict[str, Any], options: Any, how: str) -> None:
     if options.json:
         print(json.dumps(summary, indent=1, default=str))
         return
+    for warning in summary["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     metric = summary["metric"]
     words = [f"{summary['steps']} steps", f"sparsity {summary['sparsity']:.2%}"]
     if metric is not None:
