@@ -1,4 +1,9 @@
-"""Tickets from an early step against tickets from the initialisation, and why: stability."""
+"""Tickets from an early step against tickets from the initialisation, and why: stability.
+
+Four epochs of 8 x 8 images leave the dense network itself at 22 to 29 % (tickets of either kind do
+better, as they train longer in sum), so the quick setting can show the stability, whose distances
+do not depend on a good network, and says little on accuracy; that takes the full setting.
+"""
 
 from __future__ import annotations
 
