@@ -17,12 +17,13 @@ from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.coupling import Coupling, trace
 from sparseworks.weights.structured.applying import apply_cut
 from sparseworks.weights.structured.configs import has_config
-from sparseworks.weights.structured.cutting import Backup, Change, cut
+from sparseworks.weights.structured.cutting import Backup, Change
 from sparseworks.weights.structured.depth import drop_least, renamed
 from sparseworks.weights.structured.measure import latency as measure_latency
-from sparseworks.weights.structured.planning import Keep, Plan, choose, shapes_of
+from sparseworks.weights.structured.planning import Keep, Plan, shapes_of
 from sparseworks.weights.structured.result import SlimResult, Width
 from sparseworks.weights.structured.selection import OutOfReach
+from sparseworks.weights.structured.targets import RoundTo, measured, pick, target
 
 __all__ = ["slim"]
 
@@ -42,7 +43,7 @@ def slim(
     loss: Loss | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    round_to: int | None = None,
+    round_to: RoundTo = None,
     floor: float = 0.1,
     uniform: bool | None = None,
     streams: bool = False,
@@ -72,7 +73,8 @@ def slim(
         loss: `(model, batch) -> scalar` for gradient scores; cross-entropy when None.
         include: name patterns; only groups that touch one of these parameters.
         exclude: name patterns; no group that touches one of these parameters.
-        round_to: every width that changes becomes a multiple of this.
+        round_to: every width that changes becomes a multiple of this. "auto": of 1, 8 and 16 the
+            one that is fastest on this machine. None: "auto" for `latency`, else 1.
         floor: share of every width that stays at least.
         uniform: equal layers of all blocks keep equal widths, and only widths that a Hugging Face
             config can tell are cut, so that plain from_pretrained loads the result. None: for
@@ -101,7 +103,7 @@ def slim(
     """
     start = time.perf_counter()
     targets = {"flops": flops, "params": params, "latency": latency}
-    what, share = _target(targets, floor, iterations, round_to)
+    what, share = target(targets, floor, iterations, round_to)
     scorer = registry.build(method, **options)
     if getattr(getattr(scorer, "info", None), "kind", "") != "structured":
         raise InvalidArgument(f"method {method!r} does not score groups; see `sparseworks methods`")
@@ -113,13 +115,14 @@ def slim(
         loss,
         _listed(include),
         _listed(exclude),
-        round_to,
+        None if round_to == "auto" else round_to,
         floor,
         has_config(model) if uniform is None else uniform,
         streams,
         fold or ("mean" if batches is not None and calibrates else "none"),
         verify,
     )
+    auto = round_to == "auto" or (round_to is None and what == "latency")
     if copy:
         model = copying.deepcopy(model)
     shapes = shapes_of(model)
@@ -137,12 +140,12 @@ def slim(
             undo.append(backup)
             while True:
                 coupling = trace(model, example)
-                measure = _measure(model, example, coupling, what)
+                measure = measured(model, example, coupling, what)
                 if first is None:
                     first, base = coupling, measure(coupling.keep_all())
                 goal = base * share ** ((i + 1) / iterations)
                 try:
-                    keep = choose(model, coupling, plan, measure, goal, what)
+                    plan, keep = pick(model, example, coupling, plan, measure, goal, what, auto)
                     break
                 except OutOfReach:
                     if not blocks:
@@ -156,6 +159,7 @@ def slim(
                     for c in changes
                     if (name := renamed(c.module, container, index)) is not None
                 ]
+            auto = False  # one choice for all rounds
             made, fields = apply_cut(model, example, coupling, keep, plan, backup)
             changes, config = changes + made, {**config, **(fields or {})}
             _note(widths, coupling, keep)
@@ -178,7 +182,7 @@ def slim(
         (config if plan.uniform and has_config(model) else None),
         (sum(2.0 * c.macs for c in first.costs), trace(model, example).flops()),
         (sum(int(np.prod(s)) for s in shapes.values()), parameters),
-        None,
+        (base, measure_latency(model, example)) if what == "latency" else None,
         model,
         time.perf_counter() - start,
         tuple(f"not reached by the example, left whole: {n}" for n in first.unreached),
@@ -186,53 +190,8 @@ def slim(
     )
 
 
-def _target(
-    targets: Mapping[str, float | None], floor: float, iterations: int, round_to: int | None
-) -> tuple[str, float]:
-    given = [(k, v) for k, v in targets.items() if v is not None]
-    if len(given) != 1:
-        raise InvalidArgument("give exactly one of flops=, params=, latency=: the share to keep")
-    what, share = given[0]
-    if not 0 < share < 1:
-        raise InvalidArgument(f"{what}={share}: the share to keep lies between 0 and 1")
-    if not 0 <= floor < 1:
-        raise InvalidArgument(f"floor={floor}: a share in [0, 1)")
-    if iterations < 1 or (round_to is not None and round_to < 1):
-        raise InvalidArgument("iterations= and round_to= are at least 1")
-    return what, share
-
-
 def _listed(given: Patterns) -> tuple[str, ...]:
     return () if given is None else (given,) if isinstance(given, str) else tuple(given)
-
-
-def _measure(
-    model: nn.Module, example: Batch, coupling: Coupling, what: str
-) -> Callable[[Keep], float]:
-    if what == "flops":
-        return coupling.flops
-    if what == "params":
-        sizes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        return lambda keep: float(_count(coupling, sizes, keep))
-
-    def timed(keep: Keep) -> float:
-        trial = copying.deepcopy(model)
-        if not keep.all():
-            cut(trial, coupling, keep)
-        return measure_latency(trial, example)
-
-    return timed
-
-
-def _count(coupling: Coupling, sizes: Mapping[str, tuple[int, ...]], keep: Keep) -> int:
-    total = 0
-    for name, shape in sizes.items():
-        size = 1
-        for axis, length in enumerate(shape):
-            labels = coupling.axes.get((name, axis))
-            size *= length if labels is None else int(keep[labels].sum())
-        total += size
-    return total
 
 
 def _note(widths: dict[str, Width], coupling: Coupling, keep: Keep) -> None:
