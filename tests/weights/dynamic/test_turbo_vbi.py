@@ -117,7 +117,7 @@ def test_mean_field_is_a_fixed_point_of_both_updates():
 
 
 def test_penalty_is_the_gaussian_divergence_and_its_share_rises():
-    model, _, job = start(start=0.0, end=1.0)
+    _, _, job = start(start=0.0, end=1.0)
     total = 0.0
     for name, weight in job.parameters.items():
         part = job.part(name)

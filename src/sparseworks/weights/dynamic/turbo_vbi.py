@@ -149,7 +149,7 @@ class GaussianWeight(nn.Module):
     precision: Tensor
     prior: Tensor
     support: Tensor
-    scale: Tensor
+    scale: Tensor  # b/a, the variance of used weights
 
     def __init__(
         self, weight: Tensor, sigma: float, key: tuple[int, str], precision: float, prior: float
@@ -192,7 +192,7 @@ class TurboVBI(Transform):
         p01: P(a weight is used | the one before is not).
         p10: P(a weight is not used | the one before is).
         ratio: variance of unused weights over that of used ones, which is the mean square of the
-            tensor's first weights.
+            tensor at the first round over the prior share of used weights.
         shape: a = a0.
         sigma: first standard deviation, relative to the root mean square of the tensor.
         damping: share of the old log-odds that each round keeps.
@@ -209,7 +209,7 @@ class TurboVBI(Transform):
     coupling: Coupling = "row"
     p01: float = 0.05
     p10: float = 0.2
-    ratio: float = 1e-3
+    ratio: float = 0.03
     shape: float = 1.0
     sigma: float = 0.1
     damping: float = 0.3
