@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.engine.measuring import interleaved_ms
+from sparseworks.engine.measuring import interleaved_ms, one_thread
 from sparseworks.kernels import pack_index, pack_integer, pack_mask, pack_rows, spmm, spmv
 from sparseworks.kernels.native import available, instruction_set
 
@@ -82,6 +83,8 @@ class Decoder:
 
     def __init__(self, model: nn.Module, times: dict[str, dict[str, float]]) -> None:
         self.model, self.times = model, times
+        layers = [m for m in model.modules() if isinstance(m, (DecodeLinear, nn.Linear))]
+        self.packed = all(getattr(m, "packed", None) is not None for m in layers)
 
     @torch.no_grad()
     def generate(
@@ -117,10 +120,11 @@ class Decoder:
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool)
         for _ in range(max_new_tokens):
             position = torch.arange(place, place + given.shape[1])
-            output = self.model(
-                input_ids=given, past_key_values=cache, cache_position=position,
-                position_ids=position[None], use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
+            with one_thread() if self.packed and place else nullcontext():
+                output = self.model(
+                    input_ids=given, past_key_values=cache, cache_position=position,
+                    position_ids=position[None], use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
             following = output.logits[:, -1].argmax(-1)
             if end is not None:
                 following = following.masked_fill(done, end)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparseworks.engine.ir import Load, Product, Store, Value
-from sparseworks.engine.measuring import median_ms
+from sparseworks.engine.measuring import median_ms, one_thread
 from sparseworks.engine.programs import Instance, build
 from sparseworks.engine.steps import Call
 
@@ -105,9 +105,7 @@ def layer_lines(layers: Sequence[LayerPlan]) -> list[str]:
 def _dense_ms(op: Product, size: tuple[int, ...], lanes: int) -> float:
     """Torch's dense layer on one item and one thread."""
     columns = op.weight.shape[1] * op.groups
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         if op.weight.ndim == 4:
             x = torch.zeros(lanes, columns, *size)
             return median_ms(
@@ -118,8 +116,6 @@ def _dense_ms(op: Product, size: tuple[int, ...], lanes: int) -> float:
         count = lanes if len(size) == 2 else math.prod(size)
         x = torch.zeros(count, columns)
         return median_ms(lambda: F.linear(x, op.weight, op.bias))
-    finally:
-        torch.set_num_threads(before)
 
 
 @cache

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["difference", "interleaved_ms", "median_ms", "tensors_of"]
+__all__ = ["difference", "interleaved_ms", "median_ms", "one_thread", "tensors_of"]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch alone on this thread, so that its idle threads do not spin beside the native ones."""
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 @torch.no_grad()

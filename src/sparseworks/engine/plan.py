@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.fx import Node
 from sparseworks.engine.graph import Captured, Signature
 from sparseworks.engine.ir import Attention, Op
 from sparseworks.engine.lowering import Piece, lower
+from sparseworks.engine.measuring import one_thread
 from sparseworks.engine.programs import Instance, build
 from sparseworks.engine.steps import Call, Ref, of_node
 
@@ -183,7 +184,7 @@ class Plan:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.signature.flat(args, kwargs)
         given = dict(zip(self.signature.inputs, flat, strict=True))
-        with _one_thread() if self.light else nullcontext():
+        with one_thread() if self.light else nullcontext():
             values = {**self._sized(given), **given}
             for step, free in zip(self.rest, self.frees, strict=True):
                 if isinstance(step, Call):
@@ -241,18 +242,6 @@ def _frees(steps: Sequence[Call | Part], signature: Signature) -> list[list[str]
         frees.append(sorted(names - kept))
         kept |= names
     return frees[::-1]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    if before > 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if before > 1:
-            torch.set_num_threads(before)
 
 
 def make_plan(captured: Captured, threads: int) -> Plan | None:
