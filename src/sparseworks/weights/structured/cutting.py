@@ -21,6 +21,7 @@ from sparseworks.models.coupling import Coupling
 __all__ = ["Backup", "Change", "cut", "owners", "zero"]
 
 Kept = dict[str, dict[int, NDArray[np.int64]]]
+Keep = NDArray[np.bool_] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,15 @@ def owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, bool, Tensor
                 yield module, name, dot + name, False, buffer
 
 
-def kept_indices(coupling: Coupling, keep: NDArray[np.bool_]) -> Kept:
-    """What stays of every axis that changes: name -> axis -> indices."""
+def kept_indices(coupling: Coupling, keep: Keep) -> Kept:
+    """What stays of every axis that changes: name -> axis -> indices, as often as they stay."""
     found: Kept = {}
     for (name, axis), labels in coupling.axes.items():
-        stays = keep[labels]
-        if not stays.all():
-            if not stays.any():
+        copies = keep[labels].astype(np.int64)
+        if (copies != 1).any():
+            if not copies.any():
                 raise ModelError(f"{name}: nothing would stay of axis {axis}")
-            found.setdefault(name, {})[axis] = np.flatnonzero(stays)
+            found.setdefault(name, {})[axis] = np.repeat(np.arange(len(copies)), copies)
     return found
 
 
@@ -105,14 +106,14 @@ def zero(model: nn.Module, coupling: Coupling, keep: NDArray[np.bool_]) -> list[
 def cut(
     model: nn.Module,
     coupling: Coupling,
-    keep: NDArray[np.bool_],
+    keep: Keep,
     backup: Backup | None = None,
 ) -> tuple[list[Change], Backup]:
     """Slice every parameter and buffer, and set the sizes that modules remember.
 
     Args:
         model: the model of `coupling`, changed in place.
-        keep: True for every group that stays.
+        keep: True for every group that stays, or how often each stays (2 widens: side by side).
         backup: of what was changed before the cut; what the cut replaces is added.
 
     Returns:
