@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparseworks as sw
-from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.models.zoo import resnet20
 from sparseworks.weights.dynamic.isoflop import (
     Doped,
@@ -80,6 +80,70 @@ def test_a_wide_resnet_costs_what_the_narrow_one_does():
     assert (total - 0.75 * treated) / budget == pytest.approx(1.022, abs=1e-3)
     for mask in job.masks.values():
         assert abs(float((~mask).float().mean()) - job.sparsity) < 1 / mask.numel() + 1e-9
+
+
+class Residual(nn.Module):
+    """Two convolutions round a projected shortcut, as in torchvision."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.first = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+        self.inner = nn.BatchNorm2d(12)
+        self.second = nn.Conv2d(12, 20, 3, padding=1, bias=False)
+        self.outer = nn.BatchNorm2d(20)
+        self.shortcut = nn.Conv2d(8, 20, 1, stride=2, bias=False)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        y = self.outer(self.second(torch.relu(self.inner(self.first(x)))))
+        return self.head(torch.relu(y + self.shortcut(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9])
+def test_a_model_is_widened_at_equal_cost(sparsity):
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(2, 3, 8, 8)
+    before = macs(model, x)
+    spread = float(model.second.weight.detach().std())
+    job, optimizer = begin(model, "wide", sparsity=sparsity, example=x, exclude="stem")
+    k = (1 / (1 - sparsity)) ** 0.5
+    assert [m.out_channels for m in (model.stem, model.first, model.second, model.shortcut)] == [
+        round(k * n) for n in (8, 12, 20, 20)
+    ]
+    assert model.stem.in_channels == 3 and model.head.out_features == 5
+    assert model(x).shape == (2, 5)
+    assert abs(macs(model, x) / before - 1) < 2e-3  # a weight more or less in every layer
+    assert job.sparsity > sparsity  # stem and head grew and stay dense
+    used = model.second.weight.detach()[job.masks["second.weight"]]
+    assert 0.8 < float(used.std()) * k**0.5 / spread < 1.25
+    copied = model.first.weight.detach()
+    assert len(copied.flatten(1).unique(dim=0)) == len(copied)  # no twins
+    train(model, job, optimizer, 3)
+    assert sw.masks(model) is None and job.finish().violations(model) == {}
+
+
+def test_what_cannot_be_widened_is_given_back():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+            self.places = 8
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(y.view(-1, self.places))
+
+    for model, x in [(Fixed(), torch.randn(2, 6)), (nn.Sequential(nn.Linear(6, 4)),
+                                                    torch.randn(2, 6))]:  # fmt: skip
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(SparseworksError):
+            sw.transform(
+                model, "sparse-ift", member="wide", sparsity=0.75, steps=3, example=x, include="*"
+            )
+        assert list(model.state_dict()) == list(before)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_products_are_counted():
@@ -221,7 +285,7 @@ def test_misuse_is_refused_and_undone():
     )
     grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 2))
     for model, options, message in [
-        (net(), {"member": "wide", "steps": 5}, "needs `dense`"),
+        (net(), {"member": "wide", "steps": 5}, "needs `example`"),
         (net(), {"member": "doped", "steps": 5}, "needs `sparsity`"),
         (net(), {"member": "doped", "sparsity": 0.5}, "give `steps`"),
         (net(), {"member": "wide", "steps": 5, "dense": net(), "example": x}, "no larger"),

@@ -16,7 +16,15 @@ from sparseworks.core.random import generator_for
 from sparseworks.models.calls import Batch, call, split
 from sparseworks.models.views import View
 
-__all__ = ["Doped", "Factorized", "Parallel", "common_sparsity", "layer_macs", "model_macs"]
+__all__ = [
+    "Doped",
+    "Factorized",
+    "Parallel",
+    "common_sparsity",
+    "draw",
+    "layer_macs",
+    "model_macs",
+]
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -38,7 +46,7 @@ class Parallel(nn.Module):
         for i in range(branches):
             twin = layer if i == 0 else copy.deepcopy(layer)
             if i:
-                _draw(twin.weight, float(layer.weight.detach().std()), seed, f"{name}/{i}")
+                draw(twin.weight, float(layer.weight.detach().std()), seed, f"{name}/{i}")
             made.append(nn.Sequential(twin, norm if i == 0 else copy.deepcopy(norm)))
         self.branches = nn.ModuleList(made)
 
@@ -119,8 +127,8 @@ def _factors(layer: Layer, inner: int, bias: bool, seed: int, name: str) -> tupl
         second = kind(inner, outputs, 1, bias=bias, **settings)
     fan_in = layer.weight.numel() // outputs
     spread = float(layer.weight.detach().std())
-    _draw(first.weight, fan_in**-0.5, seed, f"{name}/first")
-    _draw(second.weight, spread * (fan_in / inner) ** 0.5, seed, f"{name}/second")
+    draw(first.weight, fan_in**-0.5, seed, f"{name}/first")
+    draw(second.weight, spread * (fan_in / inner) ** 0.5, seed, f"{name}/second")
     if second.bias is not None and layer.bias is not None:
         with torch.no_grad():
             second.bias.copy_(layer.bias)
@@ -130,7 +138,8 @@ def _factors(layer: Layer, inner: int, bias: bool, seed: int, name: str) -> tupl
 
 
 @torch.no_grad()
-def _draw(weight: Tensor, spread: float, seed: int, name: str) -> None:
+def draw(weight: Tensor, spread: float, seed: int, name: str) -> None:
+    """Gaussian weights of this standard deviation, a function of seed and name."""
     drawn = torch.randn(weight.shape, generator=generator_for(seed, name))
     weight.copy_(drawn.to(weight.device) * spread)
 

@@ -4,9 +4,10 @@ Efficiency).
 A layer becomes a larger one at sparsity s with as many multiply-adds: sparsity buys width instead
 of savings. Four members, with density 1 - s:
 
-- "wide": every hidden width times sqrt(1/(1 - s)); the caller gives the wide model and the dense
-  one it replaces, and one s for all masked layers makes their costs equal (the paper keeps stem and
-  classifier dense, `exclude=` the stem, so that s is a little above the one of the width);
+- "wide": every hidden width times sqrt(1/(1 - s)), then the one s for all masked layers at which
+  the cost is that of before (the paper keeps stem and classifier dense, `exclude=` the stem, so
+  that it is a little above the s of the width). Where widths are pinned by the graph (zero-padded
+  shortcuts) the caller gives the wide model and the `dense` one that it replaces;
 - "parallel": sum over 1/(1 - s) branches of norm(layer(x));
 - "factorized": V f(U x), both sparse;
 - "doped": sparse layer + V(U x), U and V dense, of the freed cost.
@@ -37,6 +38,7 @@ from sparseworks.weights.dynamic.isoflop import (
     common_sparsity,
     model_macs,
 )
+from sparseworks.weights.dynamic.widening import widen
 
 _MEMBERS = ("wide", "parallel", "factorized", "doped")
 _REWIRINGS = ("rigl", "set", "static")
@@ -52,8 +54,9 @@ class SparseIFT(Transform):
         every: steps between mask updates.
         fraction: share of active weights moved at first.
         end: fraction of the training after which the masks are fixed.
-        dense: "wide": the model whose cost the wide one must match.
-        example: "wide": one batch, to count the costs on.
+        dense: "wide": the model whose cost the one given, already wide, must match; None: the
+            one given is widened, its weights drawn anew.
+        example: "wide": one batch, to trace the model and count costs on.
     """
 
     member: str = "wide"
@@ -100,21 +103,32 @@ class SparseIFT(Transform):
         job.views = find_prunable(job.model, include=names).by_name()
 
     def _match(self, job: Transformed) -> None:
-        if self.dense is None or self.example is None:
+        if self.example is None or (self.dense is None and job.sparsity is None):
             raise InvalidArgument(
-                "sparse-ift: member 'wide' takes the wide model as `model`, and needs `dense`, the "
-                "model it replaces, and `example`, one batch to count costs on"
+                "sparse-ift: member 'wide' needs `example`, one batch to count costs on, and "
+                "either `sparsity` (the model is widened) or `dense` (the model is the wide one)"
             )
         for view in job.views.values():
             self._check(view)
-        cost = model_macs(self.dense, self.example)
-        matched = common_sparsity(job.model, job.views.values(), cost, self.example)
-        if job.sparsity is not None and abs(job.sparsity - matched) > 5e-4:
-            raise InvalidArgument(
-                f"sparse-ift: sparsity={job.sparsity} does not give equal cost, {matched:.6f} "
-                "does; leave `sparsity` out"
-            )
-        job.sparsity = matched
+        if self.dense is not None:
+            cost = model_macs(self.dense, self.example)
+            matched = common_sparsity(job.model, job.views.values(), cost, self.example)
+            if job.sparsity is not None and abs(job.sparsity - matched) > 5e-4:
+                raise InvalidArgument(
+                    f"sparse-ift: sparsity={job.sparsity} does not give equal cost, {matched:.6f} "
+                    "does; leave `sparsity` out"
+                )
+            job.sparsity = matched
+            return
+        assert job.sparsity is not None
+        cost = model_macs(job.model, self.example)
+        factor = (1 / (1 - job.sparsity)) ** 0.5
+        backup = widen(job.model, self.example, factor, job.seed)
+        try:
+            job.sparsity = common_sparsity(job.model, job.views.values(), cost, self.example)
+        except InvalidArgument:
+            backup.restore()
+            raise
 
     def _check(self, view: View) -> None:
         if view.layout not in ("linear", "conv") or view.groups != 1:
