@@ -31,7 +31,7 @@ __all__ = ["Instance", "build"]
 
 _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION = range(9)
 _SHARED = 4  # rows that share their taps where weights are nearly dense
-_DENSE = 0.5  # share of kept weights from which on sharing pays
+_FULL = 0.72  # share of non-zeros in the taps of four rows from which on sharing pays
 _CACHE = 40 << 10  # bytes of the first cache for the inputs of a block of taps
 _TAPS = 20  # of a row in a block, at least
 _SMALL = 20_000  # vector multiply-adds below which one thread does an operation alone
@@ -377,9 +377,13 @@ def _taps(op: Product, given: Geometry, stride: int) -> dict[str, Any]:
     flat = weight.reshape(rows, -1)
     first = torch.arange(rows) // (rows // op.groups) * step * given.plane
     kept = flat != 0
-    share = float(torch.count_nonzero(kept)) / max(1, kept.numel())
-    group = _SHARED if share >= _DENSE and rows // op.groups % _SHARED == 0 else 1
-    united = kept.view(rows // group, group, -1).any(1)
+    count = int(torch.count_nonzero(kept))
+    share = count / max(1, kept.numel())
+    group, united = 1, kept
+    if rows // op.groups % _SHARED == 0:
+        four = kept.view(rows // _SHARED, _SHARED, -1).any(1)
+        if count >= _FULL * _SHARED * int(torch.count_nonzero(four)) > 0:
+            group, united = _SHARED, four
     width = _block(given, per_group, kh, kw, share)
     blocks = -(-per_group // width)
     edges = [min(b * width, per_group) * kh * kw for b in range(blocks + 1)]

@@ -47,6 +47,10 @@ class Hooked(ABC):
     starts_from_record: ClassVar[bool] = False
     embeddings: ClassVar[bool] = False  # embedding tables are masked too
 
+    def takes(self, view: View) -> bool:
+        """Is this one of the tensors that the method prunes?"""
+        return True
+
     def begin(self, run: Run) -> None:  # noqa: B027
         """Choose the first masks, `run.masks[name]`; all weights are kept before this."""
 
