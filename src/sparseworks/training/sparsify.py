@@ -86,7 +86,10 @@ def sparsify(
         )
         views = [v for v in everything if plain_name(v.name) in record]
     else:
-        views = list(find_prunable(model, include, exclude, embeddings=chosen.embeddings))
+        found = find_prunable(model, include, exclude, embeddings=chosen.embeddings)
+        views = [v for v in found if chosen.takes(v)]
+        if not views:
+            raise ModelError(f"method {chosen.info.name!r} takes none of the tensors given")
         if sparsity is None:
             raise InvalidArgument(f"method {chosen.info.name!r} needs `sparsity`")
         check_sparsity(sparsity)
