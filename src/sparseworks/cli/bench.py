@@ -36,7 +36,9 @@ class Options:
     weights: Path | None = None
     """A checkpoint that `sparseworks prune` wrote: time it as it is."""
     sparsity: tuple[float, ...] = ()
-    """Prune by global magnitude to these sparsities first; none: the model as it is."""
+    """Prune by magnitude (global where unstructured) first; none: the model as it is."""
+    pattern: str = "unstructured"
+    """Of that pruning, for example 2:4 or block16x32."""
     batch: tuple[int, ...] = (1,)
     """Samples a call."""
     tokens: int = 128
@@ -84,7 +86,10 @@ def run(options: Options) -> dict[str, Any]:
     for sparsity in options.sparsity or (None,):
         model = copy.deepcopy(loaded.model).eval()
         if sparsity is not None:
-            sw.prune(model, "magnitude", sparsity=sparsity, budget="global")
+            sw.prune(
+                model, "magnitude", sparsity=sparsity, pattern=options.pattern,
+                budget="global" if options.pattern == "unstructured" else "uniform",
+            )  # fmt: skip
         for batch in options.batch:
             example = random_example(
                 loaded, batch, tokens=options.tokens, input_shape=options.input_shape
