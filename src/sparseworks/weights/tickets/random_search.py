@@ -132,9 +132,11 @@ class RandomSearch(Driver):
             raise InvalidArgument(
                 "random-search needs `sparsity`, and `data`: training batches to score the masks on"
             )
-        seed, data = experiment.seed, experiment.data
-        sample = self._sampler(experiment)
-        whole, net = experiment.fresh().state_dict(), experiment.fresh()
+        seed, net = experiment.seed, experiment.fresh()
+        device = next(net.parameters()).device
+        data = [move(batch, device) for batch in experiment.data]
+        sample = self._sampler(experiment, data[0])
+        whole = experiment.fresh().state_dict()
 
         def judged(record: Masks, by: str) -> float:
             net.load_state_dict(whole)
@@ -169,14 +171,14 @@ class RandomSearch(Driver):
                 experiment.figures["winner - dense"] = score - dense.figures["score"]
         return winner
 
-    def _sampler(self, experiment: Experiment) -> Callable[[int, int], Masks]:
+    def _sampler(self, experiment: Experiment, example: Batch) -> Callable[[int, int], Masks]:
         """(seed, number) -> masks."""
-        assert experiment.sparsity is not None and experiment.data is not None
+        assert experiment.sparsity is not None
         sparsity = experiment.sparsity
         net = experiment.fresh()
         views = experiment.views(net)
         if self.unit == "nodes":
-            return NodeSampler(net, views, experiment.data[0], sparsity).draw
+            return NodeSampler(net, views, example, sparsity).draw
         pattern, budget = experiment.pattern, get_budget(experiment.budget)
 
         def weights(seed: int, number: int) -> Masks:
@@ -196,19 +198,18 @@ class RandomSearch(Driver):
 
 def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     with torch.no_grad():
-        values = [float(default_loss(model, move(b, _device(model)))) for b in batches]
+        values = [float(default_loss(model, b)) for b in batches]
     return statistics.fmean(values)
 
 
 def _error(model: nn.Module, batches: Sequence[Batch]) -> float:
     wrong = count = 0
     for batch in batches:
-        moved = move(batch, _device(model))
-        _, target = split(moved)
+        _, target = split(batch)
         if target is None:
             raise DataError("random-search: the batches carry no labels to count errors with")
         with torch.no_grad():
-            wrong += int((logits_of(call(model, moved)).argmax(-1) != target).sum())
+            wrong += int((logits_of(call(model, batch)).argmax(-1) != target).sum())
         count += target.numel()
     return wrong / count
 
@@ -216,14 +217,10 @@ def _error(model: nn.Module, batches: Sequence[Batch]) -> float:
 def _flatness(model: nn.Module, batches: Sequence[Batch]) -> float:
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.enable_grad():
-        losses = [default_loss(model, move(b, _device(model))) for b in batches]
+        losses = [default_loss(model, b) for b in batches]
         total = torch.stack(losses).mean()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     return -math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 _SCORES: dict[str, Callable[[nn.Module, Sequence[Batch]], float]] = {
