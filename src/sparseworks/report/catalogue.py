@@ -44,13 +44,17 @@ def describe(cls: Any) -> str:
 
 
 def _entry(info: MethodInfo) -> str:
-    if issubclass(registry.resolve(info.name), Driver):
+    cls = registry.resolve(info.name)
+    if issubclass(cls, Driver):
         return f'sw.experiment(fit, model, "{info.name}", ...)'
+    if info.kind == "driver" and hasattr(cls, "fit"):
+        return f"sw.methods.{cls.__name__}(...).fit(model, example, batches, ...)"
     return {
         "one-shot": f'sw.prune(model, "{info.name}", ...)',
         "hooked": f'sw.sparsify(model, optimizer, "{info.name}", ...)',
         "transform": f'sw.transform(model, "{info.name}", ...)',
         "structured": f'sw.slim(model, example, method="{info.name}", ...)',
+        "measurement": f"sw.methods.{cls.__name__}()(model, ...)",
     }.get(info.kind, f"sw.methods ({info.kind})")
 
 
