@@ -17,7 +17,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sparseworks import weights as _weights  # registers the methods of the room; imports no torch
+from sparseworks import diagnostics as _diagnostics  # registers the methods; imports no torch
+from sparseworks import weights as _weights
 
 __version__ = "0.1.0"
 
@@ -75,4 +76,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-del _weights
+del _diagnostics, _weights
