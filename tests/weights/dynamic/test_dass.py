@@ -145,6 +145,13 @@ def test_a_dense_search_is_pruned_by_magnitude():
     assert torch.equal(record["first.weight"], weight.abs() >= edge)
 
 
+def test_without_a_warm_up_the_first_step_is_sparse():
+    model, optimizer, job = start(warmup=0.0)
+    assert job.current_sparsity == 0.75 and job.method.turn(job) == "scores"
+    train(model, optimizer, job, range(STEPS))
+    assert job.finish().sparsity() == 0.75
+
+
 @pytest.mark.parametrize("stop", [5, 11, 17])
 def test_resuming_is_exact_in_every_stage(stop):
     whole = start()

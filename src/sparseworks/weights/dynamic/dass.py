@@ -86,6 +86,8 @@ class DASS(Transform):
             )
         for name, weight in job.parameters.items():
             job.parametrize(name, StraightThroughMask(_relative(weight)))
+        if self.turn(job) == "scores":  # no warm-up
+            self._choose(job)
 
     def attached(self, job: Transformed) -> None:
         self._take_turns(job)  # not before: an optimizer is built of what takes gradients
