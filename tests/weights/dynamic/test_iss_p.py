@@ -177,12 +177,48 @@ def test_n_m_and_global_budget():
     assert run.finish().sparsity() == pytest.approx(0.5, abs=1e-3)
 
 
+def test_a_sample_of_everything_is_exact_and_a_small_one_is_near():
+    def trained(**options):
+        model, made, run = start(**options)
+        train(model, made)
+        return model, run.finish()
+
+    (whole, _), (same, _) = trained(), trained(sample=10**6)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), same.parameters()))
+    (near, record), (again, _) = trained(sample=200), trained(sample=200)
+    assert all(torch.equal(a, b) for a, b in zip(near.parameters(), again.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(near.parameters(), whole.parameters()))
+    for mask in record.values():  # the cut does not estimate
+        assert int((~mask).sum()) == int(0.8 * mask.numel() + 1e-9)
+
+    big = nn.Sequential(nn.Linear(300, 200, bias=False))
+    before = big[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(big.parameters(), 0.0)
+    sw.sparsify(big, optimizer, "iss-p", sparsity=0.8, steps=9, sample=4000, include="*")
+    optimizer.step()
+    shrunk = big[0].weight != before
+    assert float(shrunk.float().mean()) == pytest.approx(0.8, abs=0.03)  # 5 standard errors
+    assert before.abs()[shrunk].max() < before.abs()[~shrunk].min()
+
+
+def test_sampling_with_sparsity_zero_is_plain_training():
+    model, made, run = start(sparsity=0.0, sample=50)
+    plain = net()
+    train(plain, OPTIMIZERS["adam"](plain.parameters()))
+    train(model, made)
+    run.finish()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters()))
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
         ({"shrink": 1.5}, "shrink=1.5"),
         ({"shrink": -0.1}, "shrink=-0.1"),
         ({"end": 0.0}, "end=0"),
+        ({"sample": 0}, "sample=0"),
+        ({"sample": 9, "pattern": "2:4"}, "ranks single weights"),
+        ({"sample": 9, "budget": "global"}, "ranks single weights"),
         ({"end": 0.01}, "before the first step"),
         ({"steps": None}, "give `steps`"),
     ],

@@ -15,12 +15,16 @@ a step / (1 - a) instead of 0 (Adam: step = lr). `shrinkage_left` says how much 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.patterns import Unstructured, count_dropped
+from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
 from sparseworks.training.hooked import Hooked, Run
 from sparseworks.training.sharding import local_mask, local_part
@@ -44,10 +48,13 @@ class ISSP(Hooked):
         shrink: a, the factor on the smallest weights; 0 is iterative hard thresholding, 1 is
             one-shot magnitude pruning at the end of the stage.
         end: fraction of the training at which the smallest weights are cut; the rest fine-tunes.
+        sample: rank a tensor that has more weights than this by so many of them, drawn anew each
+            step (the paper's code: 32,400); the cut is exact all the same. None: rank them all.
     """
 
     shrink: float = 0.95
     end: float = 0.5
+    sample: int | None = None
 
     info: ClassVar[MethodInfo] = MethodInfo(
         name="iss-p",
@@ -58,12 +65,14 @@ class ISSP(Hooked):
         room="weights",
         kind="hooked",
         needs=("training",),
-        cost="one selection a step until the cut, then a mask per step",
+        cost="one selection a step until the cut (cheaper with `sample`), then a mask per step",
         summary="multiply the smallest weights by a < 1 after every step, cut them at the end",
     )
 
     def __post_init__(self) -> None:
         check_fraction("iss-p", shrink=self.shrink, end=self.end)
+        if self.sample is not None and self.sample < 1:
+            raise InvalidArgument(f"iss-p: sample={self.sample} must be at least 1, or None")
         if self.end == 0:
             raise InvalidArgument("iss-p: end=0 leaves no pruning stage; give a fraction above 0")
 
@@ -73,16 +82,40 @@ class ISSP(Hooked):
             raise InvalidArgument(
                 f"iss-p: end={self.end} of steps={run.steps} is before the first step"
             )
+        if self.sample is not None and (run.pattern != Unstructured() or run.budget != "uniform"):
+            raise InvalidArgument(
+                f"iss-p: sample={self.sample} ranks single weights per tensor, with pattern "
+                f"'unstructured' and budget 'uniform', not {run.pattern} and {run.budget!r}"
+            )
 
     def update(self, run: Run) -> None:
         _, last = span(run, 0.0, self.end)
         if run.step < last:
-            for name, kept in chosen_masks(run, magnitudes(run), run.sparsity or 0.0):
+            for name, kept in self._important(run):
                 parameter = run.parameters[name]
                 weight, mine = local_part(parameter), local_mask(kept, parameter)
                 weight.copy_(torch.where(mine, weight, self.shrink * weight))
         elif run.step == last:
             select_masks(run, magnitudes(run), run.sparsity or 0.0)
+
+    def _important(self, run: Run) -> Iterable[tuple[str, Tensor]]:
+        """The complement of U in every tensor."""
+        if self.sample is None:
+            return chosen_masks(run, magnitudes(run), run.sparsity or 0.0)
+        return ((n, self._estimated(run, n)) for n in run.parameters)
+
+    def _estimated(self, run: Run, name: str) -> Tensor:
+        """|w| above the threshold that a sample puts at the sparsity."""
+        size = gathered(run.parameters[name].detach()).float().abs()
+        drawn = size.flatten()
+        if self.sample is not None and drawn.numel() > self.sample:
+            generator = generator_for(run.seed, name, run.step)
+            index = torch.randint(drawn.numel(), (self.sample,), generator=generator)
+            drawn = drawn[index.to(drawn.device)]
+        count = count_dropped(drawn.numel(), run.sparsity or 0.0)
+        if count == 0:
+            return torch.ones_like(size, dtype=torch.bool)
+        return size > drawn.kthvalue(count).values
 
 
 @torch.no_grad()
