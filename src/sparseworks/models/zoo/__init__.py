@@ -1,6 +1,21 @@
 """Small reference models that the tests, claims and benchmarks train and compress."""
 
 from sparseworks.models.zoo.diffusion import DDIM, TextToImage
+from sparseworks.models.zoo.recommenders import LightGCN, MatrixFactorization
 from sparseworks.models.zoo.resnet import CifarResNet, load_resnet, resnet20, resnet56
+from sparseworks.models.zoo.supernet import CellNetwork, SuperNetwork
+from sparseworks.models.zoo.vit import ViT
 
-__all__ = ["DDIM", "CifarResNet", "TextToImage", "load_resnet", "resnet20", "resnet56"]
+__all__ = [
+    "DDIM",
+    "CellNetwork",
+    "CifarResNet",
+    "LightGCN",
+    "MatrixFactorization",
+    "SuperNetwork",
+    "TextToImage",
+    "ViT",
+    "load_resnet",
+    "resnet20",
+    "resnet56",
+]
