@@ -60,9 +60,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = [{"method": "dense checkpoint", "accuracy": measure(dense)}]
     for sparsity in options.sparsity:
         for seed in range(options.seeds):
-            model, seconds = train(
-                dense, images, sparsity, options.method, not options.plain, seed
-            )
+            model, seconds = train(dense, images, sparsity, options.method, not options.plain, seed)
             rows.append({
                 "method": options.method, "teacher": not options.plain, "sparsity": sparsity,
                 "reached": sw.masks(model).sparsity(), "seed": seed, "accuracy": measure(model),

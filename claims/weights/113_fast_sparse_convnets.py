@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,10 @@ from sparseworks.engine.ir import Load, Product, Store, Value
 from sparseworks.engine.programs import build
 from sparseworks.training.fitting import Recipe, fit_classifier
 
-SHAPES = {"quick": ((256, 784), (512, 196)), "full": ((256, 3136), (256, 784), (512, 196), (1024, 49))}  # fmt: skip
+SHAPES = {
+    "quick": ((256, 784), (512, 196)),
+    "full": ((256, 3136), (256, 784), (512, 196), (1024, 49)),
+}
 
 
 def best_of(runs: dict[str, Callable[[], Any]], repeat: int) -> dict[str, float]:
@@ -63,8 +67,8 @@ def kernels(setting: Setting, seed: int) -> dict[str, float]:
             runs: dict[str, Callable[[], Any]] = {}
             runs["ours"], y = ours(weight, x)
             runs["block 4"], _ = ours(thinned(channels, sparsity, 4, generator), x)
-            runs["dense"] = lambda w=weight: F.conv2d(x, w[:, :, None, None])
-            runs["csr"] = lambda m=csr: torch.sparse.mm(m, flat)
+            runs["dense"] = lambda w=weight, x=x: F.conv2d(x, w[:, :, None, None])
+            runs["csr"] = lambda m=csr, flat=flat: torch.sparse.mm(m, flat)
             seconds = best_of(runs, 40)
             wanted = F.conv2d(x.double(), weight.double()[:, :, None, None])
             error = float((y - wanted).abs().max() / wanted.abs().max())
@@ -83,7 +87,7 @@ class Separable(nn.Module):
         widths = [width, 2 * width, 2 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
                                    nn.ReLU()]  # fmt: skip
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(a, a, 3, 1 + i % 2, 1, groups=a, bias=False), nn.BatchNorm2d(a),
                        nn.ReLU(), nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b),
                        nn.ReLU()]  # fmt: skip
@@ -145,7 +149,7 @@ CLAIM = Claim(
     method="fast-sparse-convnets",
     title="sparse 1 x 1 convolutions are faster than dense ones at 90 %, at little loss",
     model="1 x 1 convolutions alone, and a separable network of five convolutions, 85 % sparse",
-    data="random weights; CIFAR-10 at 16 x 16: 4,000 training images for 8 epochs, 2,000 test images",  # fmt: skip
+    data="random weights; CIFAR-10 at 16 x 16: 4,000 images for 8 epochs, 2,000 test images",
     baseline="torch's dense convolution and CSR product, one thread; the dense network",
     metric="logarithm of the speed-up, worst shape; test accuracy, points",
     promises=(

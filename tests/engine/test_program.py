@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,9 +127,7 @@ def test_a_residual_network(on_each_set, sparsity, batch):
 )  # fmt: skip
 def test_activations(on_each_set, activation):
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1), activation, nn.Conv2d(8, 4, 3, padding=1)
-    )
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), activation, nn.Conv2d(8, 4, 3, padding=1))
     x = 3 * torch.randn(2, 4, 9, 11)
     agrees(thinned(model, 0.5), x, x.repeat(9, 1, 1, 1))
 
@@ -172,7 +172,7 @@ def test_pools(pool):
 def test_linear_layers_on_any_number_of_rows(rows, widths, sparsity, threads):
     torch.manual_seed(0)
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.GELU()]
     model = thinned(nn.Sequential(*layers), sparsity)
     agrees(model, torch.randn(rows, widths[0]), torch.randn(5, widths[0]), threads=threads)

@@ -23,8 +23,8 @@ from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
 
-_BLOCK = 5  # calls in a row
-_REST = 0.02  # seconds; idle threads of most runtimes spin for a few milliseconds
+_BLOCK = 10  # calls in a row
+_REST = 0.1  # seconds; idle threads of other runtimes spin for up to tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,9 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         rates = [b / found[s, b]["median_ms"] * 1e3 if (s, b) in found else None for s, b in cases]
         figure.add_bar(name=name, x=labels, y=rates)
     cpu = result["machine"]["cpu"]
+    threads = result["machine"]["threads"]
     figure.update_layout(
-        title=f"{result['model']}: samples a second ({cpu}, {result['machine']['threads']} threads)",
+        title=f"{result['model']}: samples a second ({cpu}, {threads} threads)",
         yaxis_title="samples a second", barmode="group", template="plotly_white",
     )  # fmt: skip
     with atomic_file(out / "bench.html") as path:

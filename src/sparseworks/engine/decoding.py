@@ -39,6 +39,9 @@ class DecodeLinear(nn.Module):
         threads: of the native kernels.
     """
 
+    bias: Tensor | None
+    dense: Tensor | None
+
     def __init__(self, layer: nn.Linear, packed: Any, threads: int) -> None:
         super().__init__()
         weight = layer.weight.detach()
@@ -64,6 +67,7 @@ class DecodeLinear(nn.Module):
             y = spmm(self.rows, flat.float(), self.bias, self.threads)
         else:
             bias = None if self.bias is None else self.bias.to(x.dtype)
+            assert self.dense is not None  # kept where nothing else runs long prompts
             y = F.linear(flat, self.dense, bias)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -111,7 +115,7 @@ class Decoder:
             )
         from transformers import StaticCache
 
-        config = self.model.config
+        config: Any = self.model.config
         own = getattr(self.model.generation_config, "eos_token_id", None)
         end = _first(own) if eos_token_id is None else eos_token_id
         length = input_ids.shape[1] + max_new_tokens
@@ -149,9 +153,7 @@ class Decoder:
         return "\n".join(lines)
 
 
-def compile_decoder(
-    model: nn.Module, *, int8: bool = False, threads: int | None = None
-) -> Decoder:
+def compile_decoder(model: nn.Module, *, int8: bool = False, threads: int | None = None) -> Decoder:
     """Make a sparse causal language model generate faster, one text at a time.
 
     Args:

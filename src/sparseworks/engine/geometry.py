@@ -41,9 +41,7 @@ def image(height: int, width: int, pad: int, lanes: int) -> Geometry:
     origin = (pad * (width + pad) + pad) * lanes
     end = origin + (height - 1) * pitch + width * lanes
     whole = origin + (height + pad) * pitch
-    return Geometry(
-        height, width, pad, lanes, pitch, _round_up(max(whole, end + _VECTOR)), origin
-    )
+    return Geometry(height, width, pad, lanes, pitch, _round_up(max(whole, end + _VECTOR)), origin)
 
 
 def tokens(count: int) -> Geometry:

@@ -136,7 +136,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     }
     output = next(n for n in program.graph.nodes if n.op == "output")
     kept = len(signature.user_outputs)
-    outputs = list(output.args[0])[len(output.args[0]) - kept :]  # type: ignore[arg-type]
+    outputs = list(output.args[0])[len(output.args[0]) - kept :]
     return Captured(
         program.graph,
         {name: tensor.detach() for name, tensor in constants.items()},

@@ -6,7 +6,7 @@ one pixel) or tokens `[batch, tokens, channels]`. Operations are in the order in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 from torch import Tensor
@@ -174,7 +174,6 @@ class Attention(Op):
     scale: float
     causal: bool = False
     mask: str | None = None
-    extra: list[Value] = field(default_factory=list)
 
     def inputs(self) -> list[Value]:
         return [self.q.value, self.k.value, self.v.value]

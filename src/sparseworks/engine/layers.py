@@ -1,8 +1,8 @@
 """A model layer by layer: every linear layer runs the kernel that was measured fastest.
 
-For models that cannot be captured whole. The model is copied; linear layers whose sparse product beats torch's dense one on the example's
-number of tokens get packed weights, all others stay as they are. What runs between the layers is
-torch, unchanged.
+For models that cannot be captured whole. The model is copied; linear layers whose sparse product
+beats torch's dense one on the example's number of tokens get packed weights, all others stay as
+they are. What runs between the layers is torch, unchanged.
 """
 
 from __future__ import annotations

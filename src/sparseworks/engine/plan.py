@@ -48,14 +48,14 @@ class Part:
 
     @classmethod
     def of(cls, piece: Piece, threads: int) -> Part:
-        names = [list(t) for t in (piece.inputs, piece.masks, piece.outputs)]
-        return cls(piece.kind, piece.ops, *names, threads)
+        inputs, masks, outputs = map(list, (piece.inputs, piece.masks, piece.outputs))
+        return cls(piece.kind, piece.ops, inputs, masks, outputs, threads)
 
     @property
     def attends(self) -> bool:
         return any(isinstance(op, Attention) for op in self.ops)
 
-    def instance(self, sizes: dict[str, tuple[int, ...]], lanes: int) -> Instance:
+    def instance(self, sizes: Mapping[str, tuple[int, ...]], lanes: int) -> Instance:
         key = (lanes, *sizes.values())
         if key not in self.instances:
             self.instances[key] = build(self.ops, sizes, lanes, self.threads)
@@ -145,7 +145,18 @@ def _mask(mask: Tensor) -> Tensor:
 
 
 # operators that are worth more than one thread of torch
-_HEAVY = ("conv", "linear", "mm", "matmul", "bmm", "addmm", "baddbmm", "einsum", "attention", "sort")
+_HEAVY = (
+    "conv",
+    "linear",
+    "mm",
+    "matmul",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "attention",
+    "sort",
+)
 
 
 _CACHED = 8  # sets of sizes whose results are kept
@@ -262,9 +273,7 @@ def make_plan(captured: Captured, threads: int) -> Plan | None:
     return Plan(signature, steps, constants)
 
 
-def _ordered(
-    outputs: Sequence[Any], made: Mapping[str, tuple[Piece, Part]]
-) -> list[Call | Part]:
+def _ordered(outputs: Sequence[Any], made: Mapping[str, tuple[Piece, Part]]) -> list[Call | Part]:
     """Torch's operators and the programs, each after what it needs; what nobody needs is out."""
     order: list[Call | Part] = []
     seen: set[Any] = set()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor
 from sparseworks.core.errors import ModelError
 from sparseworks.engine.geometry import Geometry, arrange, image, tokens
 from sparseworks.engine.ir import (
-    Activation,
     Attention,
     Combine,
     Load,
@@ -68,7 +68,7 @@ class Instance:
 
 
 def build(
-    ops: Sequence[Op], sizes: dict[str, tuple[int, ...]], lanes: int, threads: int
+    ops: Sequence[Op], sizes: Mapping[str, tuple[int, ...]], lanes: int, threads: int
 ) -> Instance:
     """Lay a program out.
 
@@ -87,7 +87,7 @@ def build(
 @dataclass
 class _Builder:
     ops: Sequence[Op]
-    sizes: dict[str, tuple[int, ...]]
+    sizes: Mapping[str, tuple[int, ...]]
     lanes: int
     threads: int
     shape: dict[Value, tuple[int, ...]] = field(default_factory=dict)
@@ -148,8 +148,7 @@ class _Builder:
         kernel = tuple(op.weight.shape[2:]) or (1, 1)
         reach = [op.dilation * (k - 1) for k in kernel]
         made = tuple(
-            (n + 2 * op.padding - r - 1) // op.stride + 1
-            for n, r in zip(given, reach, strict=True)
+            (n + 2 * op.padding - r - 1) // op.stride + 1 for n, r in zip(given, reach, strict=True)
         )
         if min(made) < 1:
             raise ModelError(f"{op.name}: an image of {given} pixels is smaller than the kernel")
@@ -223,7 +222,8 @@ class _Builder:
         g, channels = self._of(op.out), op.out.channels
         self._add(
             _STORE, channels * g.plane // 16, **{"in": self._buffer(op.out), "from": g},
-            channels=channels, tensor=self._tensor(op.target, self._shape(op)), flag=int(op.out.kind == "tokens"),
+            channels=channels, tensor=self._tensor(op.target, self._shape(op)),
+            flag=int(op.out.kind == "tokens"),
         )  # fmt: skip
         self.outputs[op.target] = self._shape(op)[1:]
 
@@ -388,7 +388,7 @@ def _taps(op: Product, given: Geometry, stride: int) -> dict[str, Any]:
     blocks = -(-per_group // width)
     edges = [min(b * width, per_group) * kh * kw for b in range(blocks + 1)]
     starts, offsets, values = [torch.zeros(1, dtype=torch.int64)], [], []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         part = united[:, low:high]
         starts.append(part.sum(1))
         row, column = part.nonzero(as_tuple=True)

@@ -137,9 +137,11 @@ class _Writer:
 
 
 def _read(about: dict[str, Any], tensors: dict[str, Tensor], threads: int) -> Plan:
-    specs = [pytree.treespec_loads(text) for text in about["specs"]]
-    signature = Signature(about["inputs"], decode(about["outputs"]), about["keywords"], *specs,
-                          decode(about["accepts"]))  # fmt: skip
+    in_spec, out_spec = map(pytree.treespec_loads, about["specs"])
+    signature = Signature(
+        about["inputs"], decode(about["outputs"]), about["keywords"], in_spec, out_spec,
+        decode(about["accepts"]),
+    )  # fmt: skip
     steps: list[Call | Part] = []
     for step in about["steps"]:
         if "call" in step:

@@ -114,7 +114,7 @@ def _tree(value: Any, tensors: dict[str, Tensor]) -> Any:
 def _layout(tensor: Tensor) -> str | None:
     # kernels may round differently over other strides, so a state that comes back keeps its own
     for name, memory_format in _FORMATS.items():
-        if tensor.dim() == (4 if name == "channels_last" else 5) and not tensor.is_contiguous():
-            if tensor.is_contiguous(memory_format=memory_format):
-                return name
+        fits = tensor.dim() == (4 if name == "channels_last" else 5)
+        if fits and tensor.is_contiguous(memory_format=memory_format):
+            return None if tensor.is_contiguous() else name
     return None

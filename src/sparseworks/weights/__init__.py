@@ -9,9 +9,7 @@ registry.register(
     {
         "dass": f"{_ROOM}.dynamic.dass:DASS",
         "dsl": f"{_ROOM}.dynamic.dsl:DSL",
-        "fast-sparse-convnets": (
-            f"{_ROOM}.semistructured.fast_sparse_convnets:FastSparseConvNets"
-        ),
+        "fast-sparse-convnets": (f"{_ROOM}.semistructured.fast_sparse_convnets:FastSparseConvNets"),
         "fixed": f"{_ROOM}.dynamic.fixed:Fixed",
         "gradual": f"{_ROOM}.dynamic.gradual:Gradual",
         "granet": f"{_ROOM}.dynamic.granet:GraNet",

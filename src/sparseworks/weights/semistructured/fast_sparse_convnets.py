@@ -33,9 +33,7 @@ __all__ = ["FastSparseConvNets", "is_pointwise"]
 
 def is_pointwise(module: nn.Module) -> bool:
     """A 1 x 1 convolution that mixes all channels."""
-    return (
-        isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
-    )
+    return isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class FastSparseConvNets(Gradual):
     block: int = 4
     last: float = 0.25
 
-    budget: str | Budget = field(default="uniform", kw_only=True)  # type: ignore[assignment]
+    budget: str | Budget = field(default="uniform", kw_only=True)
     info: ClassVar[MethodInfo] = MethodInfo(
         name="fast-sparse-convnets",
         title="Fast Sparse ConvNets",

@@ -116,7 +116,7 @@ def matched_split(record: Masks, key: Masks, *, seed: int = 0) -> Split:
         wanted = mask.reshape(*mask.shape[:2], -1).sum(-1)
         marks = torch.zeros(mask.shape[:2], dtype=torch.bool)
         generator = generator_for(seed, name)
-        for size in wanted[wanted > 0].unique().tolist():
+        for size in torch.unique(wanted[wanted > 0]).tolist():
             places = (sizes == size).nonzero()
             count = int((wanted == size).sum())
             chosen = places[torch.randperm(len(places), generator=generator)[:count]]

@@ -1,0 +1,204 @@
+"""Programs in the making, and what the rules know of the nodes of an exported graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from sparseworks.engine.ir import Activation, Attention, Heads, Load, Op, Product, Store, Value
+
+__all__ = ["RULES", "Lowering", "Native", "Piece", "filled", "kind_of", "rule", "shape_of"]
+
+
+@dataclass(eq=False)
+class Piece:
+    """A native program in the making: values of one kind and batch that need no torch in between.
+
+    Args:
+        kind: "image" or "tokens".
+        level: how many times torch has to run before it.
+        ops: in order.
+        inputs: nodes of the graph that it reads.
+        outputs: nodes of the graph that others read.
+        masks: of attention, nodes of the graph.
+    """
+
+    kind: str
+    level: int
+    ops: list[Op] = field(default_factory=list)
+    inputs: dict[str, Node] = field(default_factory=dict)
+    outputs: dict[str, Node] = field(default_factory=dict)
+    masks: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def attends(self) -> bool:
+        return any(isinstance(op, Attention) for op in self.ops)
+
+
+@dataclass(eq=False)
+class Native:
+    """What is known of a node whose value a program makes; `heads` where it is a view of heads."""
+
+    piece: Piece
+    value: Value
+    heads: Heads | None = None
+
+
+Rule = Callable[["Lowering", Node], bool]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    def add(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, rule))
+        return rule
+
+    return add
+
+
+class Lowering:
+    def __init__(self, constants: Mapping[str, Tensor]) -> None:
+        self.constants = constants
+        self.native: dict[Node, Native] = {}
+        self.levels: dict[Node, int] = {}
+        self.pieces: dict[tuple[str, int, str], Piece] = {}
+        self.loaded: dict[tuple[Piece, Node], Value] = {}
+        self.made: dict[Value, Op] = {}
+
+    # what a rule needs
+
+    def constant(self, node: Any) -> Tensor | None:
+        return self.constants.get(node.name) if isinstance(node, Node) else None
+
+    def level_of(self, node: Node) -> int:
+        """How many programs have to be complete before torch can make this node."""
+        return max(
+            (
+                self.native[n].piece.level + 1 if n in self.native else self.levels.get(n, 0)
+                for n in node.all_input_nodes
+            ),
+            default=0,
+        )
+
+    def inputs(self, kind: str, *nodes: Any) -> tuple[Piece, list[Value]] | None:
+        """These nodes as values of one program; None where they cannot be."""
+        if not all(isinstance(n, Node) and shape_of(n) is not None for n in nodes):
+            return None
+        batches = {_batch(n, kind) for n in nodes}
+        if None in batches or len(batches) != 1:
+            return None
+        for n in nodes:
+            if n in self.native and (self.native[n].heads or self.native[n].piece.kind != kind):
+                return None
+        level = max(
+            self.native[n].piece.level if n in self.native else self.levels.get(n, 0) for n in nodes
+        )
+        key = (kind, level, str(batches.pop()))
+        piece = self.pieces.setdefault(key, Piece(kind, level))
+        return piece, [self._value(piece, n) for n in nodes]
+
+    def _value(self, piece: Piece, node: Node) -> Value:
+        known = self.native.get(node)
+        if known is not None and known.piece is piece:
+            return known.value
+        if (piece, node) not in self.loaded:
+            shape = shape_of(node)
+            assert shape is not None
+            channels = shape[1] if piece.kind == "image" else shape[-1]
+            value = Value(piece.kind, int(channels))
+            piece.ops.append(Load(value, node.name, vector=len(shape) == 2))
+            piece.inputs[node.name] = node
+            self.loaded[piece, node] = value
+            self.made[value] = piece.ops[-1]
+        return self.loaded[piece, node]
+
+    def add(self, piece: Piece, node: Node, op: Op) -> bool:
+        piece.ops.append(op)
+        self.made[op.out] = op
+        self.native[node] = Native(piece, op.out)
+        return True
+
+    def same(self, node: Node, source: Any) -> bool:
+        """The node's value is its input's."""
+        if source not in self.native:
+            return False
+        self.native[node] = replace(self.native[source])
+        return True
+
+    def product_alone(self, node: Any) -> Product | None:
+        """The product that makes this node, where nothing else reads it and it may be extended."""
+        known = self.native.get(node)
+        op = self.made.get(known.value) if known is not None and known.heads is None else None
+        if not isinstance(op, Product) or op.activation != Activation.NONE:
+            return None
+        while True:  # through nodes that are the same value
+            if len(node.users) != 1:
+                return None
+            before = node.args[0] if node.args else None
+            if not isinstance(before, Node) or before not in self.native:
+                return op
+            if self.native[before].value is not op.out:
+                return op
+            node = before
+
+    # the end
+
+    def finished(self, graph: torch.fx.Graph) -> list[Piece]:
+        """Store what others read, and leave out programs that have nothing to skip."""
+        pieces = [p for p in self.pieces.values() if any(isinstance(o, Product) for o in p.ops)]
+        for node in graph.nodes:
+            known = self.native.get(node)
+            if known is None or known.piece not in pieces:
+                continue
+            piece = known.piece
+            outside = [u for u in node.users if self._piece(u) is not piece]
+            if outside and known.heads is None:
+                self._store(piece, node, known.value)
+        return sorted(pieces, key=lambda p: p.level)
+
+    def _piece(self, node: Node) -> Piece | None:
+        known = self.native.get(node)
+        return None if known is None else known.piece
+
+    def _store(self, piece: Piece, node: Node, value: Value) -> None:
+        if node.name not in piece.outputs:
+            shape = shape_of(node) or ()
+            piece.ops.append(Store(value, node.name, vector=len(shape) == 2))
+            piece.outputs[node.name] = node
+
+
+def shape_of(node: Any) -> tuple[Any, ...] | None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        return None
+    return tuple(value.shape)
+
+
+def _batch(node: Node, kind: str) -> tuple[str, ...] | None:
+    """What all values of a program have in common."""
+    shape = shape_of(node) or ()
+    if kind == "image":
+        fixed = all(isinstance(n, int) for n in shape[1:])
+        return (str(shape[0]),) if len(shape) in (2, 4) and fixed else None
+    if len(shape) not in (2, 3) or not isinstance(shape[-1], int):
+        return None
+    return tuple(str(n) for n in shape[:-1])
+
+
+def kind_of(node: Any, state: Lowering) -> str | None:
+    """How a value that a linear layer reads is best seen."""
+    if not isinstance(node, Node):
+        return None
+    if node in state.native:
+        return state.native[node].piece.kind
+    return "tokens" if len(shape_of(node) or ()) in (2, 3) else None
+
+
+def filled(node: Node, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a node, with the defaults of those that were not given."""
+    return (*node.args, *defaults[len(node.args) :])

@@ -1,0 +1,166 @@
+"""Convolutions, batch norms folded into them, pooling, and shortcuts without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparseworks.engine.ir import Mean, Pool, Product, Value
+from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
+
+_aten = torch.ops.aten
+
+
+@rule(_aten.conv2d.default)
+def _conv(state: Lowering, node: Node) -> bool:
+    x, weight, bias, stride, padding, dilation, groups = filled(
+        node, (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    )
+    w = state.constant(weight)
+    if w is None or (bias is not None and state.constant(bias) is None):
+        return False
+    pairs = [list(v) * (2 // len(v)) for v in (stride, padding, dilation)]
+    if any(len(set(v)) != 1 for v in pairs):
+        return False
+    (s, _), (p, _), (d, _) = pairs
+    if s > 2 and s == w.shape[2]:  # patches: a dense product of torch
+        return False
+    found = state.inputs("image", x)
+    if found is None:
+        return False
+    piece, (value,) = found
+    op = Product(
+        Value("image", w.shape[0]), value, w, state.constant(bias), weight.name,
+        stride=s, padding=p, dilation=d, groups=groups,
+    )  # fmt: skip
+    return state.add(piece, node, op)
+
+
+@rule(_aten.batch_norm.default)
+def _batch_norm(state: Lowering, node: Node) -> bool:
+    x, weight, bias, mean, variance, training, _, epsilon, _ = filled(node, ())
+    op = state.product_alone(x)
+    if training or op is None or op.residual is not None:
+        return False
+    found = [state.constant(t) for t in (mean, variance)]
+    if any(t is None for t in found):
+        return False
+    mu, var = (t.double() for t in found if t is not None)
+    scale = (var + epsilon).rsqrt()
+    gamma, beta = state.constant(weight), state.constant(bias)
+    if gamma is not None:
+        scale = scale * gamma.double()
+    shift = -mu * scale if op.bias is None else (op.bias.double() - mu) * scale
+    if beta is not None:
+        shift = shift + beta.double()
+    shape = (-1,) + (1,) * (op.weight.ndim - 1)
+    op.weight = (op.weight.double() * scale.view(shape)).float()
+    op.bias = shift.float()
+    return state.same(node, x)
+
+
+@rule(_aten.max_pool2d.default)
+def _max_pool(state: Lowering, node: Node) -> bool:
+    x, window, stride, padding, dilation, ceil = filled(
+        node, (None, None, None, [0, 0], [1, 1], False)
+    )
+    return tuple(set(dilation)) == (1,) and _pool(
+        state, node, x, window, stride, padding, largest=True, ceil=ceil
+    )
+
+
+@rule(_aten.avg_pool2d.default)
+def _average_pool(state: Lowering, node: Node) -> bool:
+    x, window, stride, padding, ceil, count, divisor = filled(
+        node, (None, None, None, [0, 0], False, True, None)
+    )
+    return divisor is None and _pool(
+        state, node, x, window, stride, padding, largest=False, ceil=ceil, count=count
+    )
+
+
+def _pool(
+    state: Lowering, node: Node, x: Any, window: Any, stride: Any, padding: Any, *,
+    largest: bool, ceil: bool, count: bool = True,
+) -> bool:  # fmt: skip
+    values = [set(v) for v in (window, stride or window, padding)]
+    if x not in state.native or any(len(v) != 1 for v in values):
+        return False
+    k, s, p = (v.pop() for v in values)
+    known = state.native[x]
+    out = Value("image", known.value.channels)
+    op = Pool(out, known.value, k, s, p, largest, count_padding=count, ceil=ceil)
+    return known.piece.kind == "image" and state.add(known.piece, node, op)
+
+
+@rule(_aten.adaptive_avg_pool2d.default)
+def _adaptive(state: Lowering, node: Node) -> bool:
+    x, size = filled(node, ())
+    return set(size) == {1} and _mean_of(state, node, x)
+
+
+@rule(_aten.mean.dim)
+def _mean(state: Lowering, node: Node) -> bool:
+    x, axes, _ = filled(node, (None, None, False))
+    shape = shape_of(x) or ()
+    return {a % max(1, len(shape)) for a in axes} == {2, 3} and _mean_of(state, node, x)
+
+
+def _mean_of(state: Lowering, node: Node, x: Any) -> bool:
+    known = state.native.get(x)
+    if known is None or known.piece.kind != "image" or len(shape_of(x) or ()) != 4:
+        return False
+    return state.add(known.piece, node, Mean(Value("image", known.value.channels), known.value))
+
+
+@rule(_aten.slice.Tensor)
+def _slice(state: Lowering, node: Node) -> bool:
+    """Every n-th row and column: taken together with the padding of channels that follows."""
+    x, axis, begin, end, step = filled(node, (None, 0, None, None, 1))
+    shape = shape_of(node)
+    if x not in state.native or shape is None or len(shape) != 4:
+        return False
+    whole = (begin or 0) == 0 and isinstance(end, int | None) and (end is None or end > 1 << 40)
+    if not whole or axis % 4 not in (0, 2, 3) or (axis % 4 == 0 and step != 1):
+        return False
+    if step == 1:
+        return state.same(node, x)
+    if axis % 4 == 2:  # the columns follow in the next node
+        users = list(node.users)
+        follows = len(users) == 1 and users[0].target is _aten.slice.Tensor
+        again = filled(users[0], (None, 0, None, None, 1)) if follows else None
+        return again is not None and again[1:] == (3, begin, end, step) and state.same(node, x)
+    rows = filled(x, (None, 0, None, None, 1)) if x.op == "call_function" else None
+    if x.target is not _aten.slice.Tensor or rows is None or rows[1:] != (2, begin, end, step):
+        return False
+    known = state.native[x]
+    channels = known.value.channels
+    return state.add(known.piece, node, _identity(known.value, channels, 0, step))
+
+
+@rule(_aten.pad.default, _aten.constant_pad_nd.default)
+def _pad(state: Lowering, node: Node) -> bool:
+    """Zero channels before and after."""
+    x, amounts, *rest = filled(node, ())
+    shape = shape_of(x) or ()
+    if x not in state.native or len(shape) != 4 or len(amounts) != 6 or any(amounts[:4]):
+        return False
+    if (any(rest[:1]) and rest[0] not in ("constant", 0)) or any(rest[1:]) or min(amounts) < 0:
+        return False
+    known = state.native[x]
+    before = state.made.get(known.value)
+    source, stride = known.value, 1
+    if isinstance(before, Product) and before.name == "" and len(x.users) == 1:
+        source, stride = before.x, before.stride
+        known.piece.ops.remove(before)
+    op = _identity(source, source.channels, amounts[4], stride, amounts[5])
+    return known.piece.kind == "image" and state.add(known.piece, node, op)
+
+
+def _identity(x: Value, channels: int, before: int, stride: int, after: int = 0) -> Product:
+    """A product that copies pixels: one tap a channel."""
+    weight = torch.zeros(before + channels + after, channels, 1, 1)
+    weight[torch.arange(channels) + before, torch.arange(channels)] = 1.0
+    return Product(Value("image", weight.shape[0]), x, weight, None, "", stride=stride)
