@@ -84,7 +84,7 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Prepare or resume, train, save, report."""
     import sparseworks as sw
-    from sparseworks.cli import training
+    from sparseworks.cli import trained, training
     from sparseworks.cli.preparing import make_metrics, parse_options
     from sparseworks.cli.running import plain_options, progress_bar, write_json
     from sparseworks.core import registry
@@ -99,7 +99,7 @@ def run(options: Options) -> dict[str, Any]:
     options, resumed = training.settle(options)
     out = options.out
     assert out is not None
-    done = training.finished_result(out) if resumed else None
+    done = trained.finished_result(out) if resumed else None
     if done is not None:
         _show(done, options, "was finished already")
         return done
@@ -121,7 +121,7 @@ def run(options: Options) -> dict[str, Any]:
         names = ["accuracy"]
         [metric] = make_metrics(names, subject.loaded, options.eval_data, options.eval_samples)
     if not resumed:
-        training.fresh_folder(out)
+        trained.fresh_folder(out)
         write_json(out / "options.json", plain_options(options))
     try:
         with progress_bar("trainings", quiet=options.json) as progress:

@@ -150,7 +150,7 @@ def model_and_data(options: Any) -> tuple[bool, Any, Any]:
     text = loaded is not None and loaded.kind == "causal"
     for flag, given in (
         ("--samples", options.samples is not None),
-        ("--label-smoothing", options.label_smoothing != 0),
+        ("--label-smoothing", getattr(options, "label_smoothing", 0) != 0),
     ):
         if text and given:
             raise InvalidArgument(f"{flag} is for images, and {options.model} reads text")
