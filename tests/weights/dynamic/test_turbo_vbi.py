@@ -202,6 +202,40 @@ def test_resuming_is_exact_and_seeds_decide_the_noise(stop):
     assert any(not torch.equal(a, c) for a, _, c in pairs)
 
 
+def test_the_posterior_of_half_precision_weights_is_in_single_precision():
+    model = net().bfloat16()
+    options = {"samples": 30, "include": "*", "steps": 4, "start": 0.0, "rounds": 2}
+    job = sw.transform(model, "turbo-vbi", sparsity=0.5, **options)
+    optimizer = torch.optim.SGD(job.parameter_groups(lr=0.05), 0.01)
+    job.attach(optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model.train()(X[:10].bfloat16()).float().square().mean() + job.penalty()
+        loss.backward()
+        optimizer.step()
+    mean = job.parameters["0.weight"].detach()
+    support = job.part("0.weight").support
+    assert mean.dtype == torch.bfloat16 and support.dtype == torch.float32
+    assert len(support.unique()) > len(mean.abs().unique())  # as bfloat16 many odds would be equal
+    assert job.finish().sparsity() == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_first_round_sets_the_scale_and_no_other_does():
+    setup = start(start=0.25, end=0.75, rounds=3)
+    job = setup[2]
+    train(*setup, range(4))
+    part = job.part("0.weight")
+    assert float(part.scale) == 0
+    train(*setup, range(4, 5))
+    mean_square = float(job.parameters["0.weight"].detach().square().mean())
+    share = job.method.p01 / (job.method.p01 + job.method.p10)
+    assert float(part.scale) == pytest.approx(mean_square / share, rel=1e-5)
+    scale = float(part.scale)
+    train(*setup, range(5, STEPS))
+    job.finish()
+    assert float(part.scale) == scale
+
+
 def test_misuse_is_refused_before_anything_changes():
     model = net()
     before = copy.deepcopy(model.state_dict())

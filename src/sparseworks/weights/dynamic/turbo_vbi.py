@@ -149,17 +149,18 @@ class GaussianWeight(nn.Module):
     precision: Tensor
     prior: Tensor
     support: Tensor
-    scale: Tensor  # b/a, the variance of used weights
+    scale: Tensor  # b/a, the variance of used weights; 0 before the first round
 
     def __init__(
         self, weight: Tensor, sigma: float, key: tuple[int, str], precision: float, prior: float
     ) -> None:
         super().__init__()
         self.log_sigma = nn.Parameter(torch.full_like(weight, math.log(sigma)))
-        self.register_buffer("precision", torch.full_like(weight, precision))
-        self.register_buffer("prior", torch.full_like(weight, prior))
-        self.register_buffer("support", torch.zeros_like(weight))
-        self.register_buffer("scale", weight.new_tensor(1.0 / precision))
+        single = torch.zeros_like(weight, dtype=torch.float32)  # half precision would tie odds
+        self.register_buffer("precision", single + precision)
+        self.register_buffer("prior", single + prior)
+        self.register_buffer("support", single)
+        self.register_buffer("scale", single.new_zeros(()))
         self.key, self.step, self.noisy = key, 0, True
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -171,8 +172,9 @@ class GaussianWeight(nn.Module):
 
     def divergence(self, weight: Tensor) -> Tensor:
         """1/2 sum <rho> (mu^2 + sigma^2) - ln sigma^2, the KL divergence up to a constant."""
-        square = weight.square() + (2 * self.log_sigma).exp()
-        return 0.5 * (self.precision * square).sum() - self.log_sigma.sum()
+        log_sigma = self.log_sigma.float()
+        square = weight.float().square() + (2 * log_sigma).exp()
+        return 0.5 * (self.precision * square).sum() - log_sigma.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,14 +310,14 @@ class TurboVBI(Transform):
     def _infer(self, job: Transformed) -> None:
         """One round: precisions, support, and new prior odds from the chains."""
         for name, view in job.views.items():
-            part, weight = _part(job, name), view.parameter.detach()
-            if job.step <= span(job, self.start, self.end)[0]:
+            part, weight = _part(job, name), view.parameter.detach().float()
+            if float(part.scale) == 0:
                 part.scale.copy_(weight.square().mean() * (1 + self.p10 / self.p01))
             scale = float(part.scale)
             hyper = Hyper(
                 self.shape, self.shape * scale, self.shape, self.shape * scale * self.ratio
             )
-            square = weight.square() + (2 * part.log_sigma).exp()
+            square = weight.square() + (2 * part.log_sigma.float()).exp()
             _, evidence = precision_and_evidence(square, part.prior, hyper, self.factors)
             if self.coupling != "none":
                 heard = self._messages(view, evidence)
