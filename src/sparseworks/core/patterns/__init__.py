@@ -10,6 +10,7 @@ the scores of its weights, so methods only score weights.
 from sparseworks.core.patterns.base import Pattern, check_sparsity, count_dropped
 from sparseworks.core.patterns.groups import Block, Group, IndexGroups
 from sparseworks.core.patterns.parsing import parse_pattern
+from sparseworks.core.patterns.shared import SharedInputs
 from sparseworks.core.patterns.weights import NM, Banded, Unstructured
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Group",
     "IndexGroups",
     "Pattern",
+    "SharedInputs",
     "Unstructured",
     "check_sparsity",
     "count_dropped",
