@@ -161,11 +161,11 @@ def summarize(
     }  # fmt: skip
 
 
-def command_of(options: Any) -> str:
+def command_of(options: Any, command: str = "prune") -> str:
     """The command line that repeats this run."""
     import dataclasses
 
-    words = ["sparseworks", "prune", options.model]
+    words = ["sparseworks", command, options.model]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         default = value == field.default and field.name != "method"

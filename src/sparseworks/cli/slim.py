@@ -1,19 +1,21 @@
 """Cut channels, hidden units and heads: a smaller dense model that any runtime runs faster.
 
-The output folder holds the slimmed model, result.json, options.json, and model.onnx on request.
+The output folder holds the slimmed model, report.html (where plotly is installed), result.json,
+options.json, and model.onnx on request.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.errors import InvalidArgument, MissingDependency
 
 __all__ = ["Options", "run"]
 
@@ -46,14 +48,16 @@ class Options:
     """Name patterns; only groups that touch one of these parameters."""
     exclude: tuple[str, ...] = ()
     """Name patterns; no group that touches one of these parameters."""
-    round_to: int | None = None
-    """Every width that changes becomes a multiple of this."""
+    round_to: int | Literal["auto"] | None = None
+    """Every width that changes becomes a multiple of this; auto: of 1, 8, 16 the fastest here."""
     floor: float = 0.1
     """Share of every width that stays at least."""
     per_layer: bool = False
     """Widths per layer also for Hugging Face models; load_slim reads the result."""
     streams: bool = False
     """Also cut residual streams under layer norm."""
+    blocks: bool = False
+    """Drop whole residual blocks where widths at their floor leave more than the target."""
     iterations: int = 1
     """Rounds of equal relative size, scored anew."""
     groups: bool = False
@@ -77,8 +81,10 @@ def run(options: Options) -> dict[str, Any]:
     import sparseworks as sw
     from sparseworks.cli.loading import load_model
     from sparseworks.cli.preparing import check_output, parse_options
+    from sparseworks.cli.prune import command_of
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.core import registry
+    from sparseworks.diagnostics.claims import machine
     from sparseworks.models.coupling import trace
     from sparseworks.weights.structured import latency
 
@@ -110,6 +116,7 @@ def run(options: Options) -> dict[str, Any]:
                 floor=options.floor,
                 uniform=False if options.per_layer else None,
                 streams=options.streams,
+                blocks=options.blocks,
                 iterations=options.iterations,
                 progress=progress,
                 **extra,
@@ -118,6 +125,8 @@ def run(options: Options) -> dict[str, Any]:
         for name, value in _onnx(options, loaded.model, example, Path(place)).items():
             times[name] += value
         summary = {
+            "command": command_of(options, "slim"),
+            "machine": machine(),
             "options": plain_options(options),
             "model": loaded.name,
             "class": type(loaded.model).__name__,
@@ -172,6 +181,7 @@ def _write(
 ) -> None:
     """Model, result and options in one new folder, or nothing at all."""
     from sparseworks.cli.running import plain_options, write_json
+    from sparseworks.report.slim import write_slim
     from sparseworks.weights.structured import save_slim
 
     out = options.out
@@ -189,6 +199,8 @@ def _write(
             shutil.copy(place / "model.onnx", made / "model.onnx")
         write_json(made / "result.json", summary)
         write_json(made / "options.json", plain_options(options))
+        with contextlib.suppress(MissingDependency):
+            write_slim(made / "report.html", summary)
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)

@@ -35,6 +35,8 @@ def test_slim_writes_a_model_that_loads(model: str, tmp_path: Path) -> None:
     assert code == 0
     result = json.loads((out / "result.json").read_text())["result"]
     assert result["flops"][1] <= 0.5 * result["flops"][0]
+    page = (out / "report.html").read_text()
+    assert f"{result['parameters'][1]:,}" in page and "--flops 0.5" in page
     small = load_slim(out / "model", CifarResNet(1))
     assert sum(p.numel() for p in small.parameters()) == result["parameters"][1]
     assert small(torch.randn(2, 3, 32, 32)).shape == (2, 10)
