@@ -45,6 +45,28 @@ def test_verdicts_follow_the_interval(claim, tmp_path):
     assert "**holds**" in table and "**inconclusive**" in table
 
 
+def test_processor_time_is_recorded_beside_the_clock(claim, tmp_path):
+    source = claim.read_text().replace("    return", "    work()\n    return")
+    claim.write_text(
+        """
+import time
+def work():
+    time.sleep(0.1)
+    start = time.process_time()
+    while time.process_time() < start + 0.05:
+        pass
+"""
+        + source
+    )
+    result = claims.run(claim, runs=tmp_path / "runs", seeds=(0, 1))
+    assert 0.1 <= result["cpu_seconds"] <= result["seconds"] - 0.15
+    for kept in (tmp_path / "runs").glob("*/0.json"):  # as recorded before there was the figure
+        values = json.loads(kept.read_text())
+        del values["cpu_seconds"]
+        kept.write_text(json.dumps(values))
+    assert claims.run(claim, runs=tmp_path / "runs", seeds=(0, 1))["cpu_seconds"] is None
+
+
 def test_finished_seeds_are_not_measured_again(claim, tmp_path):
     claims.run(claim, runs=tmp_path / "runs", seeds=(0, 1))
     claims.run(claim, runs=tmp_path / "runs", seeds=(0, 1, 2))

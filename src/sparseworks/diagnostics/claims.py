@@ -147,9 +147,13 @@ def run(
         if kept.is_file():
             measured[seed] = json.loads(kept.read_text())
         else:
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             values = {k: float(v) for k, v in claim.measure(seed, setting).items()}
-            measured[seed] = {"values": values, "seconds": time.perf_counter() - began}
+            measured[seed] = {
+                "values": values,
+                "seconds": time.perf_counter() - began,
+                "cpu_seconds": time.process_time() - worked,  # what it costs on a shared machine
+            }
             _write(kept, measured[seed])
         if progress is not None:
             progress(done + 1, len(chosen), f"{claim.card} seed {seed}")
@@ -179,6 +183,7 @@ def _judge(claim: Claim, setting: Setting, measured: Mapping[int, Any]) -> dict[
             }
         )
     overall = {v["verdict"] for v in verdicts}
+    spent = [m.get("cpu_seconds") for m in measured.values()]  # older records lack it
     return {
         "card": claim.card,
         "method": claim.method,
@@ -192,6 +197,7 @@ def _judge(claim: Claim, setting: Setting, measured: Mapping[int, Any]) -> dict[
         "promises": verdicts,
         "seeds": {str(s): m["values"] for s, m in measured.items()},
         "seconds": sum(m["seconds"] for m in measured.values()),
+        "cpu_seconds": None if None in spent else sum(spent),
         "machine": machine(),
     }
 
