@@ -51,4 +51,9 @@ const Spmv& spmv() {
   return spmv_base;
 }
 
+const Gathered& gathered() {
+  const std::string name = instruction_set();
+  return name == "avx512" ? gathered_avx512 : name == "avx2" ? gathered_avx2 : gathered_base;
+}
+
 }  // namespace sparseworks

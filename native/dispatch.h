@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "gathered.h"
 #include "program.h"
 #include "spmm.h"
 #include "spmv.h"
@@ -19,5 +20,7 @@ RunOp run_op();
 
 // The batch-1 products use AVX-512 VBMI2, VNNI and BF16 where they are there.
 const Spmv& spmv();
+
+const Gathered& gathered();
 
 }  // namespace sparseworks

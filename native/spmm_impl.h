@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "scratch.h"
 #include "spmm.h"
 #include "vec.h"
 
@@ -17,15 +18,6 @@ namespace {
 constexpr int kVectors = 4;
 constexpr int kTile = kLanes * kVectors;
 constexpr int kRows = 16;  // rows whose results are stored together
-
-struct Scratch {
-  std::vector<float> memory;
-  float* aligned(size_t count) {
-    if (memory.size() < count + 16) memory.resize(count + 16);
-    auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return reinterpret_cast<float*>((address + 63) / 64 * 64);
-  }
-};
 
 // tile[c][t] = x[t][c] for `count` tokens; the rest of the tile is zero.
 void pack_tile(const float* x, int64_t columns, int count, int width, float* tile) {

@@ -1,10 +1,5 @@
 // The Python face of the batch-1 products.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-
-#include <stdexcept>
-
+#include "arrays.h"
 #include "dispatch.h"
 
 namespace nb = nanobind;
@@ -12,18 +7,7 @@ using namespace sparseworks;
 
 namespace {
 
-template <typename T, int N>
-using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Bias = std::optional<Array<const float, 1>>;
-
-template <typename T>
-int64_t count(const T& array, int axis = 0) {
-  return static_cast<int64_t>(array.shape(axis));
-}
-
-void check(bool fits) {
-  if (!fits) throw std::invalid_argument("spmv: the shapes do not fit together");
-}
+void check(bool fits) { sparseworks::check(fits, "spmv"); }
 
 void check(const Array<const int64_t, 1>& start, int64_t values, const Bias& bias,
            const Array<float, 1>& y, int threads) {
@@ -46,7 +30,7 @@ void define_spmv(nb::module_& m) {
                            static_cast<int>(count(mask, 1)), start.data(), mask.data(),
                            value.data()};
         nb::gil_scoped_release release;
-        spmv().masked(w, x.data(), bias ? bias->data() : nullptr, y.data(), threads);
+        spmv().masked(w, x.data(), data_or_null(bias), y.data(), threads);
       },
       nb::arg("start"), nb::arg("mask"), nb::arg("value"), nb::arg("x"), nb::arg("bias").none(),
       nb::arg("y"), nb::arg("threads"));
@@ -60,7 +44,7 @@ void define_spmv(nb::module_& m) {
         const IndexedRows w{static_cast<int>(count(y)), static_cast<int>(count(x)), start.data(),
                             column.data(), value.data()};
         nb::gil_scoped_release release;
-        spmv().indexed(w, x.data(), bias ? bias->data() : nullptr, y.data(), threads);
+        spmv().indexed(w, x.data(), data_or_null(bias), y.data(), threads);
       },
       nb::arg("start"), nb::arg("column"), nb::arg("value"), nb::arg("x"), nb::arg("bias").none(),
       nb::arg("y"), nb::arg("threads"));
@@ -76,7 +60,7 @@ void define_spmv(nb::module_& m) {
                             static_cast<int>(count(mask, 1)), start.data(), mask.data(),
                             value.data(), scale.data()};
         nb::gil_scoped_release release;
-        spmv().integer(w, x.data(), bias ? bias->data() : nullptr, y.data(), threads);
+        spmv().integer(w, x.data(), data_or_null(bias), y.data(), threads);
       },
       nb::arg("start"), nb::arg("mask"), nb::arg("value"), nb::arg("scale"), nb::arg("x"),
       nb::arg("bias").none(), nb::arg("y"), nb::arg("threads"));

@@ -1,5 +1,12 @@
 """Kernels that skip zeros: one op per file, the torch reference beside the native fast path."""
 
+from sparseworks.kernels.gathered import (
+    DenseColumns,
+    gathered,
+    gathered_reference,
+    pack_columns,
+    unpack_columns,
+)
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.kernels.spmm import SparseRows, pack_rows, spmm, spmm_reference, unpack_rows
 from sparseworks.kernels.spmv import (
@@ -15,12 +22,16 @@ from sparseworks.kernels.spmv import (
 )
 
 __all__ = [
+    "DenseColumns",
     "IndexedRows",
     "IntegerRows",
     "MaskedRows",
     "SparseRows",
     "available",
+    "gathered",
+    "gathered_reference",
     "instruction_set",
+    "pack_columns",
     "pack_index",
     "pack_integer",
     "pack_mask",
@@ -30,5 +41,6 @@ __all__ = [
     "spmv",
     "spmv_reference",
     "unpack",
+    "unpack_columns",
     "unpack_rows",
 ]

@@ -1,0 +1,2 @@
+#define GATHERED_NAME gathered_avx512
+#include "gathered_impl.h"

@@ -1,0 +1,2 @@
+#define GATHERED_NAME gathered_base
+#include "gathered_impl.h"
