@@ -156,6 +156,8 @@ def test_overlap_counts_sets(seed, density):
 def test_what_is_refused():
     with pytest.raises(InvalidArgument, match="unknown method"):
         EssentialSparsity(method="magnitud")
+    with pytest.raises(InvalidArgument, match="not one-shot"):
+        EssentialSparsity(method="rigl")
     with pytest.raises(InvalidArgument, match="rise"):
         EssentialSparsity(sparsities=(0.5, 0.4, 0.9))
     with pytest.raises(InvalidArgument):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -56,7 +54,12 @@ def run(options: Options) -> dict[str, Any]:
     """Prune a copy for every cell of the table and measure it."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
-    from sparseworks.cli.preparing import calibration, check_output, make_metrics
+    from sparseworks.cli.preparing import (
+        CalibrationOptions,
+        calibration,
+        check_output,
+        make_metrics,
+    )
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.core import registry
     from sparseworks.diagnostics.claims import machine
@@ -78,7 +81,7 @@ def run(options: Options) -> dict[str, Any]:
     with progress_bar("comparing", quiet=options.json) as progress:
         for seed in options.seeds:
             for method in options.methods:
-                batches = calibration(loaded, _Calibration.of(options, method, seed))
+                batches = calibration(loaded, CalibrationOptions.of(options, method, seed))
                 for text, amount in zip(options.sparsities, cells):
                     twin = copy.deepcopy(loaded.model)
                     result = sw.prune(twin, method, data=batches, seed=seed, **amount)
@@ -109,25 +112,6 @@ def run(options: Options) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class _Calibration:
-    """The options that `calibration` reads."""
-
-    method: str
-    recovery: str | None
-    data: str | None
-    samples: int
-    length: int
-    batch_size: int
-    seed: int
-
-    @classmethod
-    def of(cls, options: Options, method: str, seed: int) -> _Calibration:
-        return cls(
-            method, None, options.data, options.samples, options.length, options.batch_size, seed
-        )
-
-
 def parse_amount(text: str) -> dict[str, Any]:
     """`{"sparsity": 0.5}` or `{"pattern": "2:4"}` from one word."""
     from sparseworks.core.patterns import check_sparsity, parse_pattern
@@ -154,17 +138,11 @@ def _mean(found: dict[str, Any], method: str, amount: str) -> tuple[float, float
 
 
 def _write(out: Path, found: dict[str, Any]) -> None:
-    from sparseworks.cli.running import write_json
+    from sparseworks.cli.running import write_csv, write_json
     from sparseworks.report.compare import write_comparison
 
     out.mkdir(exist_ok=True)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(found["rows"][0]))
-    writer.writeheader()
-    writer.writerows(found["rows"])
-    temporary = out / ".compare.csv.tmp"
-    temporary.write_text(buffer.getvalue())
-    temporary.replace(out / "compare.csv")
+    write_csv(out / "compare.csv", found["rows"])
     write_json(out / "compare.json", found)
     write_json(out / "options.json", found["options"])
     write_comparison(out / "compare.html", found)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["calibration", "check_output", "make_metrics", "parse_options"]
+__all__ = ["CalibrationOptions", "calibration", "check_output", "make_metrics", "parse_options"]
 
 
 def check_output(out: Path | None, force: bool) -> None:
@@ -35,6 +36,25 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = text
     return options
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What `calibration` reads, for commands that run several methods."""
+
+    method: str
+    recovery: str | None
+    data: str | None
+    samples: int
+    length: int
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of(cls, options: Any, method: str, seed: int) -> CalibrationOptions:
+        return cls(
+            method, None, options.data, options.samples, options.length, options.batch_size, seed
+        )
 
 
 def calibration(loaded: Any, options: Any) -> list[Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from typing import Any
 
 from sparseworks.core.errors import InvalidArgument, SparseworksError
 
-__all__ = ["progress_bar", "run_command", "write_json"]
+__all__ = ["progress_bar", "run_command", "write_csv", "write_json"]
 
 
 def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
@@ -94,6 +95,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary name and rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    temporary.replace(path)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys to a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     temporary.replace(path)
 
 

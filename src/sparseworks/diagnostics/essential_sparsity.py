@@ -179,7 +179,9 @@ class EssentialSparsity:
             check_sparsity(sparsity)
         if not self.tolerance >= 0:
             raise InvalidArgument(f"tolerance={self.tolerance} must not be negative")
-        registry.resolve(self.method)
+        kind = registry.resolve(self.method).info.kind
+        if kind != "one-shot":
+            raise InvalidArgument(f"method {self.method!r} is {kind}, not one-shot")
 
     def __call__(
         self,

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparseworks.report.page import document, layout, plot, versions
+from sparseworks.report.page import COLORS, document, layout, plot, versions
 
 __all__ = ["write_comparison"]
-
-_COLORS = ("#0b6e63", "#c2571a", "#4a5fa5", "#8a3b70", "#7a7a1f", "#3f8f3f", "#555f66")
 
 
 def write_comparison(path: Path, found: Mapping[str, Any]) -> None:
@@ -35,7 +33,7 @@ def write_comparison(path: Path, found: Mapping[str, Any]) -> None:
                 y=values,
                 name=method,
                 mode="lines+markers",
-                line={"color": _COLORS[i % len(_COLORS)], "width": 2},
+                line={"color": COLORS[i % len(COLORS)], "width": 2},
                 marker={"size": 8},
             )
         )

@@ -15,8 +15,9 @@ from sparseworks.core.masks import masks
 from sparseworks.models.views import View, find_prunable
 from sparseworks.report.text import megabytes
 
-__all__ = ["document", "layout", "plot", "versions", "write_report"]
+__all__ = ["COLORS", "document", "layout", "plot", "versions", "write_report"]
 
+COLORS = ("#0b6e63", "#c2571a", "#4a5fa5", "#8a3b70", "#7a7a1f", "#3f8f3f", "#555f66")
 _ACCENT, _SOFT = "#0b6e63", "#c9ded9"
 _STYLE = """
 :root{color-scheme:light dark;--ink:#16211f;--paper:#fbfcfb;--muted:#5d6b68;--line:#d9e2df;
