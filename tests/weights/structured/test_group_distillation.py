@@ -148,6 +148,24 @@ def test_without_weights_distillation_is_fine_tuning() -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_the_loss_of_the_task_is_used_in_every_phase() -> None:
+    def task(model: nn.Module, batch: tuple[Tensor, Tensor], logits: Tensor) -> Tensor:
+        seen.append(model)
+        return logits.square().mean()
+
+    seen: list[nn.Module] = []
+    one, two = resnet(), resnet()
+    method = GroupDistillation(
+        groups=STAGES, percentiles=0.0, strength=0.0, feature=0.0, classes=0.0
+    )
+    method.fit(one, X, batches, epochs=(1, 1, 1), steps_per_epoch=1, loss=task)
+    assert seen == [one] * 3
+    for _ in range(3):
+        finetune(two, batches, epochs=1, steps_per_epoch=1, lr=method.lr, loss=task)
+    for a, b in zip(one.state_dict().values(), two.state_dict().values()):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_attention_comes_nearer_to_the_teacher() -> None:
     student, teacher = resnet(), resnet(3)
 

@@ -32,7 +32,7 @@ from sparseworks.models.blocks import first_tensor
 from sparseworks.models.calls import Batch, call, logits_of, split
 from sparseworks.models.coupling import trace
 from sparseworks.weights.structured.percentiles import group_keep
-from sparseworks.weights.structured.recovery import distillation, finetune
+from sparseworks.weights.structured.recovery import TaskLoss, distillation, finetune
 from sparseworks.weights.structured.scales import Scales, cut_folded, find_scales, press
 
 __all__ = ["GroupDistillation", "attention", "attention_loss"]
@@ -136,7 +136,8 @@ class GroupDistillation:
             batches: epoch number -> batches.
             epochs: of sparse training, fine-tuning, distillation; a phase of 0 is left out.
             steps_per_epoch: batches of a pass.
-            training: further arguments of `finetune`.
+            training: further arguments of `finetune`; `loss`, of a detector say, is that of the
+                task in all phases.
 
         Raises:
             InvalidArgument: an option out of range.
@@ -194,18 +195,22 @@ class GroupDistillation:
         model: nn.Module,
         teacher: nn.Module,
         batches: Callable[[int], Iterable[Batch]],
+        *,
+        loss: TaskLoss | None = None,
         **training: Any,
     ) -> None:
-        """Phase 3: cross-entropy, attention at every place, and logits."""
+        """Phase 3: the loss of the task (cross-entropy if None), attention, and logits."""
         places = self.places(model)
         ours, ours_off = _watch(model, places)
         theirs, theirs_off = _watch(teacher, places)
 
-        def loss(_: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
+        def total(student: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
             inputs, target = split(batch)
             with torch.no_grad():
                 guide = logits_of(call(teacher, inputs)).float()
-            value = F.cross_entropy(logits, target)
+            value = (
+                F.cross_entropy(logits, target) if loss is None else loss(student, batch, logits)
+            )
             value = value + self.classes * distillation(logits, guide, self.temperature)
             for place in ours:
                 value = value + self.feature * attention_loss(
@@ -214,7 +219,7 @@ class GroupDistillation:
             return value
 
         try:
-            finetune(model, batches, loss=loss, **training)
+            finetune(model, batches, loss=total, **training)
         finally:
             for handle in (*ours_off, *theirs_off):
                 handle.remove()

@@ -23,9 +23,11 @@ from sparseworks.models.calls import Batch, call, logits_of, move, split
 from sparseworks.training.distilling import distillation
 from sparseworks.training.recalibration import reestimate
 
-__all__ = ["Recovery", "distillation", "finetune", "reestimate"]
+__all__ = ["Recovery", "TaskLoss", "distillation", "finetune", "reestimate"]
 
 Penalty = Callable[[nn.Module], None]
+TaskLoss = Callable[[nn.Module, Batch, Tensor], Tensor]
+"""`(model, batch, logits) -> scalar`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def finetune(
     bf16: bool = False,
     penalty: Penalty | None = None,
     after_step: Callable[[int], None] | None = None,
-    loss: Callable[[nn.Module, Batch, Tensor], Tensor] | None = None,
+    loss: TaskLoss | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Recovery:
     """Fine-tune in place; the model is left in evaluation mode.
