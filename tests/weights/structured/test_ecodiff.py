@@ -153,5 +153,10 @@ def test_a_call_without_a_chain_is_refused() -> None:
         sw.slim(net, torch.randn(2, 4), params=0.7, method="ecodiff")
     with pytest.raises(DataError, match="chains"):
         sw.slim(net, torch.randn(2, 4), params=0.7, method="ecodiff", sampler=Plain())
+    for options in ({"penalty": "l2"}, {"objective": "middle"}):
+        with pytest.raises(InvalidArgument, match=next(iter(options))):
+            sw.slim(
+                net, torch.randn(2, 4), params=0.7, method="ecodiff", sampler=Plain(), **options
+            )
     with pytest.raises(InvalidArgument, match="lr="):
         EcoDiff(sampler=Plain(), lr=0.0).score(net, trace(net, torch.randn(2, 4)), None, None)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ from sparseworks.weights.structured.scores import Scores
 __all__ = ["EcoDiff", "Sampler", "chain_gradients", "hard_concrete"]
 
 STRETCH = 0.1
+Norm = Literal["l1", "sigmoid", "l0"]
+Objective = Literal["final", "step"]
 
 
 class Sampler(Protocol):
@@ -127,12 +129,12 @@ class EcoDiff:
     epochs: int = 4
     lr: float = 0.1
     regularisation: float = 0.5
-    penalty: Literal["l1", "sigmoid", "l0"] = "l1"
+    penalty: Norm = "l1"
     start: float = 3.0
     temperature: float = 0.83
     accumulate: int = 4
     warmup: int = 10
-    objective: Literal["final", "step"] = "final"
+    objective: Objective = "final"
     seed: int = 0
 
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -165,6 +167,11 @@ class EcoDiff:
             raise InvalidArgument("ecodiff needs sampler=, a chain of at least one step")
         if min(self.epochs, self.accumulate) < 1 or self.lr <= 0 or self.temperature <= 0:
             raise InvalidArgument("epochs=, accumulate= from 1; lr=, temperature= above 0")
+        if self.penalty not in get_args(Norm) or self.objective not in get_args(Objective):
+            raise InvalidArgument(
+                f"ecodiff: penalty={self.penalty!r} is one of {get_args(Norm)}, "
+                f"objective={self.objective!r} one of {get_args(Objective)}"
+            )
         chains = list(data) if data is not None else []
         if not chains:
             raise DataError("ecodiff needs chains: data=[(noise, condition), ...]")
