@@ -9,6 +9,10 @@ a slope s sign(gamma) added after the backward pass. The scales of marked channe
 others are trained as ever, and the marked channels are cut almost without loss. What a cut channel
 still says, act(beta), is folded into the next layer. Groups of a residual stream share one mark.
 
+In a short schedule (ResNet-20 on CIFAR-10, half the channels inside blocks, 280 steps) the cut
+costs nothing and the result is 8 points above pressing on every scale, but still 8.5 below the
+dense network: lossless results take the long training of the paper.
+
 Source: Jiang et al. 2022, Pruning-aware Sparse Regularization for Network Pruning. The folding is
 an addition.
 """
