@@ -11,6 +11,10 @@ first-order quantities only. The mask keeps the top k of |s|, s real scores that
 the weights; straight through, ds = sign(s) dm. Steps alternate: odd ones train the weights under
 the mask (scores frozen), even ones the scores (weights frozen) on the loop's next batch; then the
 mask is chosen again, by default over all tensors at once.
+
+In our quick setting (claim 191: ResNet-20 at 90 %, 84 steps of each kind) BiP is 8.3 points above
+iterative magnitude pruning and 3.7 above scores alone, but not certainly above one-shot magnitude
+with retraining (1.8 points, -0.3 to 3.9), and it takes 2.1 times its time.
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ Three stages, the last two `cycles` times:
 
 The paper is known to us by its abstract and introduction: the objective and the stages are its,
 the equations within them are a reconstruction.
+
+In our quick setting (claim 024: three cells, digits, 98 % sparse) the architecture found beats a
+random one by 8.3 points, but not the one of a dense search (-0.2 points, -2.6 to 2.2; 1.5 at equal
+numbers of weights, -5.8 to 8.8).
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Every `every` steps: (1) global magnitude pruning to s_t = (1 - d_i) + (d_i - d_
 (2) zero-cost regeneration, per tensor: drop a further r_t share of the smallest active |w| and
 activate as many where |dL/dw| of the dense gradient is largest. After the pruning phase (2) goes on
 at constant density; r_t falls from r_0 to 0.005 on a cosine.
+
+In our quick setting (claim 170: ResNet-20 at 95 %, 6 epochs on 16 x 16 images) GraNet is not shown
+to beat gradual pruning (0.6 points, -0.2 to 1.5), RigL (-0.2) or a static ERK mask (-1.2, -3.3 to
+0.9), and regeneration after a late cut recovers 5.2 points less (-12.4 to 2.0).
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ and real scores S get the straight-through gradient dL/dS = dL/d(W * B) * W, mas
 
 The released code leaves the restriction out (r = 1): `restrict=False`. Batch norm's running
 statistics follow the mask; its weights and every bias are frozen with the rest.
+
+In our quick setting (claim 007: 120 steps at 90 %) the restriction costs 2.5 points against the
+search without it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,10 @@ With gamma huge the share is beta while any weight may go: iterative pruning of 
 What is left after a cut is more even, so the index and with it the share fall from round to round:
 with the defaults a perceptron on digits is 68 % sparse after 30 rounds, and no less accurate.
 Raise gamma or eta to go further.
+
+In our quick setting (claim 124) the index falls as a perceptron gets sparse, but its rise at the
+collapse (0.009, -0.012 to 0.029) is within noise, and there is no gain over cutting a fifth every
+round at equal sparsity (0.1 points, -0.1 to 0.3).
 """
 
 from __future__ import annotations

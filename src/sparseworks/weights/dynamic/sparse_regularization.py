@@ -11,6 +11,10 @@ The rows of A sum to 1 and log(1 + a^2) is convex on [0, 1], so R is least where
 uniform: it makes attention flatter, not sparser, and with N tokens it is at most ln(2) / N. The
 penalties "entropy" (of the rows of A), "l1" and "log-weights" (of the weights) do what the name of
 the method says.
+
+In our quick setting (claim 023: a small ViT on digits) the paper's strength of 0.01 gains nothing
+after pruning (-0.2 points, -1.0 to 0.6), and from strength 0 to 100 the entropy of attention rises
+by 0.36 nats instead of falling.
 """
 
 from __future__ import annotations

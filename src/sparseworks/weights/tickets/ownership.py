@@ -6,6 +6,12 @@ claim its ownership.
 Scheme "code": a code that only the owner's text gives is written into the mask, and the ticket is
 trained from its rewound weights; whoever gets the weights finds the code in them. Scheme "key": the
 kernels on the strongest paths are withheld; what is released trains to a lower accuracy.
+
+In our quick setting (claim 006: ResNet-20, 80 % sparse) the code stays exact through training and
+costs 0.5 points of accuracy (0.3 to 0.7), but pruning another 10 % turns 9.6 % of its bits (5 %
+turns 7.0 %), more than the 4 % promised: leave room for errors when a ticket is compared. That
+withheld kernels cost accuracy could not be shown there (0.6 points against random ones, -2.2 to
+3.4).
 """
 
 from __future__ import annotations

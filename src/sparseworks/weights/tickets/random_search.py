@@ -8,6 +8,10 @@ The winner is compared with draws that nothing chose, trained from the same W_0 
 order (Rezsa Farahani 2024, Random Search as a Baseline for Sparse Neural Network Architecture
 Search). At a He initialisation the loss mostly measures the scale of the logits, so the accuracy at
 initialisation is reported beside it.
+
+In our quick setting (claim 027: perceptrons on digits, 200 draws) the winner is as good as masks
+that nothing chose (0.0 points, -0.6 to 0.6), and 0.9 points below the dense network at 80 %; the
+intervals are too wide to promise half a point.
 """
 
 from __future__ import annotations

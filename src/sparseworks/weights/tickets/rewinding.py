@@ -8,6 +8,10 @@ Survivors go back to W_k, not to the initialisation; k = 0 is the original lotte
 hypothesis (Frankle & Carbin 2019). Every round drops the same share of what is left. Batch-norm
 statistics go back with the weights, the optimizer starts afresh, and the schedule and the data
 order continue at step k.
+
+In our quick setting (claim 139: ResNet-20 at 87.5 %, 4 epochs on 8 x 8 images) late rewinding ends
+nearer to the dense weights and to itself under another data order, but is not more accurate than k
+= 0 (-0.3 points, -6.7 to 6.2), nor is the error barrier lower: training that short does not tell.
 """
 
 from __future__ import annotations
