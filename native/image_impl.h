@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "product_impl.h"
 
@@ -134,10 +135,17 @@ void mean(const Op& op, const int64_t* where, float* arena, int part, int parts)
   const float factor = 1.0f / (static_cast<float>(from.height) * from.width);
   for (int c = begin; c < end; ++c) {
     const float* in = arena + where[op.in] + c * from.plane + from.origin;
-    float sum[kLanes] = {};
-    for (int y = 0; y < from.height; ++y)
-      for (int x = 0; x < from.width; ++x)
-        for (int i = 0; i < from.lanes; ++i) sum[i] += in[y * from.pitch + x * from.lanes + i];
+    float sum[kLanes];
+    const int64_t width = static_cast<int64_t>(from.width) * from.lanes;
+    Vec total{};
+    for (int y = 0; y < from.height; ++y) {
+      const float* row = in + y * from.pitch;
+      int64_t x = 0;
+      for (; x + kLanes <= width; x += kLanes) total += load(row + x);
+      if (x < width) total += kept(load(row + x), (1 << (width - x)) - 1);
+    }
+    store(sum, total);
+    if (from.lanes == 1) sum[0] = std::accumulate(sum, sum + kLanes, 0.0f);
     float* out = arena + where[op.out] + c * to.plane;
     std::fill(out, out + to.plane, 0.0f);
     for (int i = 0; i < from.lanes; ++i) out[to.origin + i] = sum[i] * factor;
@@ -167,27 +175,41 @@ void combine(const Op& op, const int64_t* where, float* arena, int part, int par
   });
 }
 
-// Plane (c, py, px) holds the pixels (y stride + py, x stride + px) of channel c.
+// out[x] = in[2 x], for x in [0, count)
+inline void every_second(const float* in, int count, float* out) {
+  int x = 0;
+  for (; x + kLanes <= count; x += kLanes)
+    store(out + x, evens(load(in + 2 * x), load(in + 2 * x + kLanes)));
+  for (; x < count; ++x) out[x] = in[2 * x];
+}
+
+// Plane (c, py, px) holds the pixels (y stride + py, x stride + px) of channel c; with copies that
+// are moved by one pixel to either side where the others have no padding beside them.
 void phases(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry &from = op.from, &to = op.to;
-  const int s = op.stride;
+  const int s = op.stride, lanes = to.lanes;
   const auto [begin, end] = share(op.channels, part, parts);  // channels of `in`
   for (int c = begin; c < end; ++c)
     for (int phase = 0; phase < s * s; ++phase) {
       const float* in = arena + where[op.in] + c * from.plane + from.origin;
       float* out = arena + where[op.out] + (static_cast<int64_t>(c) * s * s + phase) * to.plane;
+      const int py = phase / s, px = phase % s;
+      const int height = (from.height - py + s - 1) / s;  // that the input has of this phase
+      const int width = std::max(0, (from.width - px + s - 1) / s);
       clear_padding(out, to, true);
-      const int py = phase / s, px = phase % s, lanes = to.lanes;
       for (int y = 0; y < to.height; ++y) {
-        const int v = y * s + py;
         float* row = out + to.origin + y * to.pitch;
-        for (int x = 0; x < to.width; ++x) {
-          const int u = x * s + px;
-          const bool inside = v < from.height && u < from.width;
-          for (int i = 0; i < lanes; ++i)
-            row[x * lanes + i] = inside ? in[v * from.pitch + u * lanes + i] : 0.0f;
-        }
+        const float* source = in + (y * s + py) * from.pitch + px * lanes;
+        const int count = y < height ? width : 0;
+        if (s == 2 && lanes == 1) every_second(source, count, row);
+        else
+          for (int x = 0; x < count; ++x) std::copy_n(source + x * s * lanes, lanes, row + x * lanes);
+        std::fill(row + count * lanes, row + to.width * lanes, 0.0f);
       }
+      if (op.shift == 0) continue;
+      for (int copy = 1; copy < 3; ++copy) clear_padding(out + copy * op.shift, to, false);
+      const int columns = static_cast<int>(to.pitch / kLanes);
+      shift_run(out + to.origin, op.shift, 0, to.height * columns, columns, to.width);
     }
 }
 

@@ -33,7 +33,8 @@ struct Target {
   const float* residual;  // null: none
   const uint16_t* live;   // null: all lanes
   const float* bias;
-  int64_t plane;
+  int64_t plane, shift;
+  int columns, width;  // vectors and pixels of a row of pixels
   Activation activation;
   float floor;  // of ReLU: 0; else -inf
 };
@@ -196,17 +197,34 @@ void block_of(int vectors, const Taps& w, int begin, int end, const float* in, i
   if constexpr (P > 1) block_of<G, P - 1, S>(vectors, w, begin, end, in, at, index, to);
 }
 
+// Copies of vectors [first, last) of rows of pixels, moved by one pixel to the right and to the left.
+inline void shift_run(float* p, int64_t shift, int first, int last, int columns, int width) {
+  for (int v = first; v < last; ++v) {
+    const int column = v % columns;
+    const Vec before = load(p + v * kLanes - 1), after = load(p + v * kLanes + 1);
+    const int inside = width - 1 - column * kLanes;  // pixels with a neighbour to their right
+    store(p + shift + v * kLanes, column == 0 ? kept(before, 0xfffe) : before);
+    store(p + 2 * shift + v * kLanes, inside < kLanes ? kept(after, (1 << inside) - 1) : after);
+  }
+}
+
 // Vectors [first, last) of a run, in blocks of nearly equal size.
 template <int G, int S>
 void run_of(const Taps& w, int begin, int end, const float* in, int first, int last, int64_t at,
             const Target& to) {
   constexpr int most = G == 1 ? kRun : kQuad;
   const int blocks = (last - first + most - 1) / most;
+  int shifted = first;
   for (int b = 0, done = first; b < blocks; ++b) {
     const int size = (last - done + blocks - b - 1) / (blocks - b);
     block_of<G, most, S>(size, w, begin, end, in + static_cast<int64_t>(done) * S * kLanes,
                             at + done * kLanes, done, to);
     done += size;
+    if (to.shift == 0) continue;
+    const int whole = done % to.columns == 0 ? done : done - 1;  // the last needs what comes next
+    for (int row = begin * G; row < std::min(end * G, w.rows); ++row)
+      shift_run(to.out + row * to.plane + at, to.shift, shifted, whole, to.columns, to.width);
+    shifted = whole;
   }
 }
 
@@ -236,6 +254,18 @@ inline void clear_padding(float* plane, const Geometry& g, bool between) {
   std::fill(plane + g.origin + (g.height - 1) * g.pitch + width, plane + g.plane, 0.0f);
 }
 
+// The shifted copies of a value that was not made by a product.
+void shifted(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry& g = op.to;
+  const int columns = static_cast<int>(g.pitch / kLanes);
+  const auto [begin, end] = share(op.channels, part, parts);
+  for (int c = begin; c < end; ++c) {
+    float* plane = arena + where[op.out] + c * g.plane;
+    for (int copy = 1; copy < 3; ++copy) clear_padding(plane + copy * op.shift, g, false);
+    shift_run(plane + g.origin, op.shift, 0, g.height * columns, columns, g.width);
+  }
+}
+
 // Pieces are runs of positions, or rows of the weight where there are few positions.
 void product(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry &from = op.from, &to = op.to;
@@ -244,20 +274,28 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
   const int64_t length = op.flat ? (to.height - 1) * to.pitch + to.width
                                  : static_cast<int64_t>(to.width) * lanes;
   const int vectors = static_cast<int>((length + kLanes - 1) / kLanes);
-  const bool few = runs * vectors < 2 * parts;
+  const int columns = op.shift == 0 ? 1 : static_cast<int>(to.pitch / kLanes);
+  const int units = runs > 1 ? runs : (vectors + columns - 1) / columns;
+  const bool few = 10 * ((units + parts - 1) / parts * parts - units) > units;  // badly divided
   const int begin = few ? cut(op.taps, part, parts) : 0;
   const int end = few ? cut(op.taps, part + 1, parts) : cut(op.taps, 1, 1);
   int first_run = 0, last_run = runs, first = 0, last = vectors;
   if (!few && runs > 1) std::tie(first_run, last_run) = share(runs, part, parts);
-  if (!few && runs == 1) std::tie(first, last) = share(vectors, part, parts);
+  if (!few && runs == 1) {
+    std::tie(first, last) = share(units, part, parts);
+    first *= columns;
+    last = std::min(last * columns, vectors);
+  }
   float* out = arena + where[op.out];
-  if (few || part == 0)
-    for (int c = begin * op.taps.group; c < std::min(end * op.taps.group, op.taps.rows); ++c)
-      clear_padding(out + c * to.plane, to, !op.flat);
+  const auto [low, high] = share(op.taps.rows, part, parts);
+  for (int c = low; c < high; ++c)
+    for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
+      clear_padding(out + copy * op.shift + c * to.plane, to, !op.flat && op.shift == 0);
   const float* in = arena + where[op.in] + from.origin;
   const float* residual = op.other < 0 ? nullptr : arena + where[op.other];
   const bool relu = op.activation == Activation::kRelu;
   const Target target{out, residual, op.live.empty() ? nullptr : op.live.data(), op.bias, to.plane,
+                      op.shift, columns, to.width,
                       relu ? Activation::kNone : op.activation,
                       relu ? 0.0f : -std::numeric_limits<float>::infinity()};
   for (int y = first_run; y < last_run; ++y) {

@@ -3,7 +3,9 @@
 // Activations are channel-major, [channel][position]: positions are the tokens of one sequence, the
 // pixels of one image (lanes = 1), or the pixels of 16 images at once (lanes = 16, [pixel][image]).
 // An image has `pad` zero pixels on its left, shared with the right end of the row before, and `pad`
-// zero rows above and below, so that a tap of a convolution is a constant offset.
+// zero rows above and below, so that a tap of a convolution is a constant offset. Where rows of
+// pixels fill whole vectors there are no such pixels; copies shifted by a pixel to either side take
+// their place, so that all loads are aligned.
 //
 // The batch is cut into items (a sequence, an image, 16 images) that do not depend on each other.
 #pragma once
@@ -29,6 +31,7 @@ enum class Kind : int {
   kPhases,     // the input of a strided convolution, one plane per phase
   kNorm,       // layer norm over channels
   kAttention,  // softmax(q k^T scale + mask) v
+  kShift,      // the shifted copies of what is in `out`
 };
 
 // All strides in floats.
@@ -66,6 +69,7 @@ struct Op {
   int q = 0, k = 0, v = 0;          // first channels in `in`, `other`, `extra`
   int mask = -1;  // kAttention: an input tensor, [items or 1, keys (, queries)]; empty: none
   int keys = 0;
+  int64_t shift = 0;  // floats to the copy shifted right, twice as many to the one left; 0: none
   std::vector<uint16_t> live;       // per vector of a run: which lanes are not padding
   int parts = 1;                    // pieces when threads share one item
 };

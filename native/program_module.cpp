@@ -78,6 +78,7 @@ Op parse(Held& held, const nb::dict& d) {
   op.mask = number(d, "mask", -1);
   op.keys = number(d, "keys", 0);
   op.parts = number(d, "parts", 1);
+  op.shift = number(d, "shift", 0);
   op.bias = pointer<float>(held, d, "bias");
   op.scale = pointer<float>(held, d, "scale");
   size_t live = 0;

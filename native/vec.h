@@ -22,6 +22,13 @@ typedef int IntVec __attribute__((vector_size(64), aligned(64)));
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 
+// Lanes 0, 2, 4, ... of a, then of b.
+inline Vec evens(Vec a, Vec b) {
+  typedef int Index __attribute__((vector_size(64)));
+  const Index at = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return __builtin_shuffle(a, b, at);
+}
+
 // out[c][t] = in[t][c] for 16 x 16 floats.
 inline void transpose16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
 #if defined(__AVX512F__)

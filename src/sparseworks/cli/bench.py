@@ -25,6 +25,7 @@ __all__ = ["Options", "run"]
 
 _BLOCK = 10  # calls in a row
 _REST = 0.1  # seconds; idle threads of other runtimes spin for up to tens of milliseconds
+_WARM = 0.03  # seconds of calls before a block; caches and clocks settle
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def _in_turn(calls: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list
         for done in range(0, repeat, _BLOCK):
             for name, call in calls.items():
                 time.sleep(_REST)
-                call()
+                begin = time.perf_counter()
+                while time.perf_counter() - begin < _WARM:
+                    call()
                 for _ in range(min(_BLOCK, repeat - done)):
                     start = time.perf_counter()
                     call()

@@ -4,6 +4,10 @@ A value takes channels x plane floats. An image has `pad` zero pixels to its lef
 right end of the row before, and `pad` zero rows above and below; `lanes` is 1, or 16 images whose
 pixels lie side by side. All images of one height and width have the same padding, so that they can
 be added as they lie.
+
+Where rows nearly fill whole vectors and taps reach one pixel to either side, an image has no pixels
+between its rows. Behind its channels come copies of them, moved by one pixel to the right and to
+the left: so that every load of a convolution is aligned.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Geometry", "arrange", "image", "tokens"]
+__all__ = ["Geometry", "arrange", "fills", "image", "tokens", "whole_rows"]
 
 _VECTOR = 16
 _SLACK = 2048  # floats before and after everything, that shifted reads may touch
@@ -33,6 +37,17 @@ class Geometry:
         return [
             self.height, self.width, self.pad, self.lanes, self.pitch, self.plane, self.origin,
         ]  # fmt: skip
+
+
+def fills(width: int) -> bool:
+    """Whether rows of this width fill vectors well."""
+    return width >= 0.75 * _round_up(width)
+
+
+def whole_rows(height: int, width: int, pad: int) -> Geometry:
+    """Planes of rows that begin and end with a vector; nothing lies between them."""
+    pitch = _round_up(width)
+    return Geometry(height, width, pad, 1, pitch, (height + 2 * pad) * pitch, pad * pitch)
 
 
 def image(height: int, width: int, pad: int, lanes: int) -> Geometry:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.errors import ModelError
-from sparseworks.engine.geometry import Geometry, arrange, image, tokens
+from sparseworks.engine.geometry import Geometry, arrange, fills, image, tokens, whole_rows
 from sparseworks.engine.ir import (
     Attention,
     Combine,
@@ -29,12 +29,12 @@ from sparseworks.kernels.native import module
 
 __all__ = ["Instance", "build"]
 
-_LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION = range(9)
+_LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT = range(10)
 _SHARED = 4  # rows that share their taps where weights are nearly dense
 _FULL = 0.72  # share of non-zeros in the taps of four rows from which on sharing pays
 _CACHE = 40 << 10  # bytes of the first cache for the inputs of a block of taps
 _TAPS = 20  # of a row in a block, at least
-_SMALL = 20_000  # vector multiply-adds below which one thread does an operation alone
+_SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
 @dataclass
@@ -92,6 +92,8 @@ class _Builder:
     threads: int
     shape: dict[Value, tuple[int, ...]] = field(default_factory=dict)
     pads: dict[tuple[int, ...], int] = field(default_factory=dict)
+    far: set[tuple[int, ...]] = field(default_factory=set)  # sizes read further than one pixel away
+    beside: set[Value] = field(default_factory=set)  # read one pixel away
     buffers: dict[Any, int] = field(default_factory=dict)
     floats: list[int] = field(default_factory=list)
     lives: list[list[int]] = field(default_factory=list)
@@ -155,6 +157,13 @@ class _Builder:
         if op.residual is not None and self.shape[op.residual] != made:
             raise ModelError(f"{op.name}: sizes {made} and {self.shape[op.residual]} are added")
         read = self._phase_size(op) if self._phased(op) else given
+        x = _distances(op)
+        if self._phased(op):
+            x = x // op.stride
+        elif bool((x != 0).any()):
+            self.beside.add(op.x)
+        if int(x.abs().max()) > 1:
+            self.far.add(read)
         for n, out, r in zip(read, made, reach, strict=True):
             step = 1 if self._phased(op) else op.stride
             first = op.padding // op.stride + (op.padding % op.stride > 0)
@@ -173,7 +182,20 @@ class _Builder:
     def _geometry(self, shape: tuple[int, ...]) -> Geometry:
         if len(shape) == 1:
             return tokens(shape[0])
+        if self._whole(shape):
+            return whole_rows(shape[0], shape[1], self.pads[shape])
         return image(shape[0], shape[1], self.pads[shape], self.lanes)
+
+    def _whole(self, shape: tuple[int, ...]) -> bool:
+        """Whether images of this size lie in whole vectors, with shifted copies."""
+        near = self.pads[shape] == 1 and shape not in self.far
+        return self.lanes == 1 and near and fills(shape[1])
+
+    def _shift(self, value: Value) -> int:
+        """Floats between a value and its shifted copies; 0 where it has none."""
+        if value not in self.beside or not self._whole(self.shape[value]):
+            return 0
+        return value.channels * self._of(value).plane
 
     def _of(self, value: Value) -> Geometry:
         return self._geometry(self.shape[value])
@@ -186,7 +208,7 @@ class _Builder:
         if key not in self.buffers:
             self.buffers[key] = len(self.floats)
             if isinstance(key, Value):
-                floats = key.channels * self._of(key).plane
+                floats = key.channels * self._of(key).plane + 2 * self._shift(key)
             self.floats.append(floats)
             self.lives.append([now, now])
         at = self.buffers[key]
@@ -209,6 +231,12 @@ class _Builder:
     def _emit(self, op: Op) -> None:
         emit = getattr(self, "_" + type(op).__name__.lower())
         emit(op)
+        shift = 0 if isinstance(op, Store | Product) else self._shift(op.out)
+        if shift:
+            self._add(
+                _SHIFT, shift // 8, out=self._buffer(op.out), to=self._of(op.out),
+                channels=op.out.channels, shift=shift,
+            )  # fmt: skip
 
     def _load(self, op: Load) -> None:
         g = self._of(op.out)
@@ -239,17 +267,22 @@ class _Builder:
         source, stride = self._buffer(op.x), op.stride
         if self._phased(op):
             given, source, stride = self._phase(op, source)
-        taps = _taps(op, given, stride if not self._phased(op) else 0)
+        whole = self._whole((given.height, given.width)) if op.x.kind == "image" else False
+        taps = _taps(op, given, stride if not self._phased(op) else 0, whole)
         fields: dict[str, Any] = {"in": source, "from": given}
         if op.residual is not None:
             fields["other"] = self._buffer(op.residual)
         if op.bias is not None:
             fields["bias"] = op.bias.float().contiguous()
         flat = made.lanes == 1 and made.pitch == given.pitch and stride == 1
-        if made.lanes == 1 and len(self.shape[op.out]) == 2:
+        if made.lanes == 1 and len(self.shape[op.out]) == 2 and made.pitch != made.width:
             fields["live"] = _live(made, flat)
-        if op.residual is not None and taps["blocks"] == 1 and self.last[op.residual] is op:
-            self.buffers[op.out] = self.buffers[op.residual]  # each sum is read before it is made
+        other = None if op.residual is op.x or taps["blocks"] > 1 else op.residual
+        if other is not None and self.last[other] is op:
+            at = self.buffers[other]  # each sum is read before it is made
+            self.buffers[op.out] = at
+            size = op.out.channels * made.plane + 2 * self._shift(op.out)
+            self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
         self.products[len(self.native)] = (op, work * 16)
@@ -257,7 +290,8 @@ class _Builder:
         self.inputs[len(self.native)] = self.shape[op.x]
         self._add(
             _PRODUCT, work, out=self._buffer(op.out), to=made, channels=op.out.channels,
-            stride=stride, flat=int(flat), activation=int(op.activation), **taps, **fields,
+            stride=stride, flat=int(flat), activation=int(op.activation),
+            shift=self._shift(op.out), **taps, **fields,
         )  # fmt: skip
 
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
@@ -265,11 +299,12 @@ class _Builder:
         planes = op.x.channels * op.stride**2
         key = ("phases", op.x, op.stride)
         done = key in self.buffers
-        buffer = self._buffer(key, planes * g.plane)
+        shift = planes * g.plane if self._whole(self._phase_size(op)) else 0
+        buffer = self._buffer(key, planes * g.plane + 2 * shift)
         if not done:
             self._add(
-                _PHASES, planes * g.plane // 16, **{"in": source, "from": self._of(op.x)},
-                out=buffer, to=g, channels=op.x.channels, stride=op.stride,
+                _PHASES, planes * g.plane // 4, **{"in": source, "from": self._of(op.x)},
+                out=buffer, to=g, channels=op.x.channels, stride=op.stride, shift=shift,
             )  # fmt: skip
             self._buffer(key)
         return g, buffer, 1
@@ -347,7 +382,13 @@ def _live(g: Geometry, flat: bool) -> Tensor:
     return bits.to(torch.int32).to(torch.uint16)
 
 
-def _taps(op: Product, given: Geometry, stride: int) -> dict[str, Any]:
+def _distances(op: Product) -> Tensor:
+    """Of the columns of a kernel from the pixel itself."""
+    width = op.weight.shape[3] if op.weight.ndim == 4 else 1
+    return torch.arange(width) * op.dilation - op.padding
+
+
+def _taps(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
     """The kept weights, as distances from the position itself.
 
     They are in blocks of input channels that fit into the first cache, in each by rows; rows that
@@ -355,24 +396,29 @@ def _taps(op: Product, given: Geometry, stride: int) -> dict[str, Any]:
 
     Args:
         stride: of the pixels that are read; 0: the input is cut into phases.
+        whole: pixels to the side are read from shifted copies.
     """
     weight = op.weight.detach().float()
     if weight.ndim == 2:
         weight = weight[:, :, None, None]
     rows, per_group, kh, kw = weight.shape
     y = torch.arange(kh) * op.dilation - op.padding
-    x = torch.arange(kw) * op.dilation - op.padding
+    x = _distances(op)
     channel = torch.arange(per_group)
     if stride == 0:
         s = op.stride
         phase = (y % s)[:, None] * s + (x % s)[None, :]
         channels = channel[:, None, None] * s * s + phase
-        shift = (y // s)[:, None] * given.pitch + (x // s)[None, :] * given.lanes
+        y, x = y // s, x // s
         step = per_group * s * s
     else:
         channels = channel[:, None, None].expand(per_group, kh, kw)
-        shift = y[:, None] * given.pitch + x[None, :] * given.lanes
         step = per_group
+    if whole:  # the copy moved to the right has the pixel to the left
+        side = torch.tensor([2, 0, 1])[1 - x] * (step * op.groups * given.plane)
+    else:
+        side = x * given.lanes
+    shift = y[:, None] * given.pitch + side[None, :]
     local = (channels * given.plane + shift).reshape(-1)
     flat = weight.reshape(rows, -1)
     first = torch.arange(rows) // (rows // op.groups) * step * given.plane
