@@ -197,14 +197,20 @@ void block_of(int vectors, const Taps& w, int begin, int end, const float* in, i
   if constexpr (P > 1) block_of<G, P - 1, S>(vectors, w, begin, end, in, at, index, to);
 }
 
-// Copies of vectors [first, last) of rows of pixels, moved by one pixel to the right and to the left.
+// Copies of vectors [first, last) of rows of pixels, moved by one pixel to the right and to the left;
+// `first` begins a row. Beyond the ends of a row there are zeros.
 inline void shift_run(float* p, int64_t shift, int first, int last, int columns, int width) {
-  for (int v = first; v < last; ++v) {
-    const int column = v % columns;
-    const Vec before = load(p + v * kLanes - 1), after = load(p + v * kLanes + 1);
-    const int inside = width - 1 - column * kLanes;  // pixels with a neighbour to their right
-    store(p + shift + v * kLanes, column == 0 ? kept(before, 0xfffe) : before);
-    store(p + 2 * shift + v * kLanes, inside < kLanes ? kept(after, (1 << inside) - 1) : after);
+  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int inside = width - 1 - (columns - 1) * kLanes;  // of the last vector: with a neighbour
+  float *right = p + shift, *left = p + 2 * shift;
+  for (int v = first; v < last; v += columns) {
+    for (int64_t i = v * kLanes; i < (v + columns) * kLanes; i += kLanes) {
+      store(right + i, load(p + i - 1));
+      store(left + i, load(p + i + 1));
+    }
+    right[v * kLanes] = 0.0f;
+    const int64_t end = (v + columns - 1) * kLanes;
+    store(left + end, lane < inside ? load(p + end + 1) : Vec{});
   }
 }
 
@@ -221,7 +227,7 @@ void run_of(const Taps& w, int begin, int end, const float* in, int first, int l
                             at + done * kLanes, done, to);
     done += size;
     if (to.shift == 0) continue;
-    const int whole = done % to.columns == 0 ? done : done - 1;  // the last needs what comes next
+    const int whole = done / to.columns * to.columns;  // complete rows of pixels
     for (int row = begin * G; row < std::min(end * G, w.rows); ++row)
       shift_run(to.out + row * to.plane + at, to.shift, shifted, whole, to.columns, to.width);
     shifted = whole;
