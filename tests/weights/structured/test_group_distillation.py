@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,12 @@ from sparseworks.weights.structured.group_distillation import (
     attention,
     attention_loss,
 )
-from sparseworks.weights.structured.percentiles import group_keep, percentiles_for
+from sparseworks.weights.structured.percentiles import (
+    group_keep,
+    loss_curves,
+    percentiles_by_loss,
+    percentiles_for,
+)
 from sparseworks.weights.structured.recovery import finetune
 from sparseworks.weights.structured.scales import find_scales
 
@@ -128,6 +134,58 @@ def test_percentiles_meet_a_budget_with_the_least_cut() -> None:
     assert coupled().flops(choose(less)) > goal - 0.1 * coupled().flops()
     with pytest.raises(InvalidArgument, match="not reached"):
         percentiles_for((1.0, 1.0, 1.0), choose, coupled().flops, 1.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.1, 0.9))
+def test_percentiles_by_loss_bear_alike(seed: int, share: float) -> None:
+    """Against a scan of d in small steps; sizes stand for what a cut leaves."""
+    g = torch.Generator().manual_seed(seed)
+    grid, sizes = (0.0, 0.2, 0.5, 0.9), (100.0, 300.0, 50.0)
+    curves = [
+        [(0.0, 0.0), *zip(grid[1:], (10 * torch.rand(3, generator=g) - 1).tolist())] for _ in sizes
+    ]
+    left = lambda p: sum(n * (1 - x) for n, x in zip(sizes, p))  # noqa: E731
+    goal = left((0.9,) * 3) + share * (450 - left((0.9,) * 3))
+    found = percentiles_by_loss(curves, lambda p: p, left, goal)  # type: ignore[arg-type]
+
+    def loss(curve: list[tuple[float, float]], p: float) -> float:
+        """The largest loss on the way to p."""
+        return float(max(np.interp([p, *(q for q in grid if q < p)], *zip(*curve))))
+
+    assert left(found) <= goal + 1e-6
+    worst = max(loss(c, p) for c, p in zip(curves, found))
+    for curve, p in zip(curves, found):
+        assert p == pytest.approx(0.9) or loss(curve, min(0.9, p + 0.02)) > worst - 1e-3
+    if worst > 1e-3:  # a little less loss does not meet the goal
+        less = [
+            max((q / 1000 for q in range(901) if loss(c, q / 1000) <= worst - 1e-3), default=0.0)
+            for c in curves
+        ]
+        assert left(less) > goal - 1.0
+
+
+def test_loss_curves_cut_one_group_at_a_time() -> None:
+    model = resnet()
+    before = copy.deepcopy(model.state_dict())
+    scales = find_scales(model, coupled(), INNER)
+    quality = lambda m: -float(sum(p.numel() for p in m.parameters()))  # noqa: E731
+    curves = loss_curves(model, X, coupled(), scales, STAGES, quality, (0.25, 0.5))
+    for curve, width, inputs in zip(curves, (16, 32, 64), (16, 16, 32)):
+        one = 9 * (inputs + width) + 2  # two kernels and the scale and bias of a channel
+        expected = [(0.0, 0), (0.25, -width // 4 * one), (0.5, -width // 2 * one)]
+        assert [(p, loss) for p, loss in curve] == expected
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
+def test_a_budget_beyond_the_curves_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="last point"):
+        percentiles_by_loss(
+            [[(0.0, 0.0), (0.5, 1.0)]],
+            lambda p: p,
+            lambda p: 1 - p[0],
+            0.4,  # type: ignore[arg-type]
+        )
 
 
 @pytest.mark.parametrize("schedule", ["half", "linear", "constant"])

@@ -1,17 +1,32 @@
-"""Which channels stay when every group of layers has its own percentile of batch-norm scales."""
+"""Which channels stay when every group of layers has its own percentile of batch-norm scales.
+
+Percentiles from sensitivity: with L_g(p) the loss of quality when g alone is cut at p,
+
+    p_g(d) = the largest p with L_g(q) <= d for all q <= p,
+
+and the least d that meets the budget: every group bears as much as the others.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
+from torch import nn
 
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling
-from sparseworks.weights.structured.scales import Keep, Scales, under
+from sparseworks.weights.structured.scales import Keep, Scales, cut_folded, under
 
-__all__ = ["group_keep", "percentiles_for"]
+__all__ = ["group_keep", "loss_curves", "percentiles_by_loss", "percentiles_for"]
+
+Choose = Callable[[Sequence[float]], Keep]
+Curve = Sequence[tuple[float, float]]
+"""Points (p, loss), p rising."""
 
 
 def group_keep(
@@ -65,7 +80,7 @@ def group_keep(
 
 def percentiles_for(
     weights: Sequence[float],
-    choose: Callable[[Sequence[float]], Keep],
+    choose: Choose,
     measure: Callable[[Keep], float],
     goal: float,
     most: float = 0.95,
@@ -82,6 +97,84 @@ def percentiles_for(
     high = most / min((w for w in weights if w > 0), default=1.0)
     if measure(choose(at(high))) > goal:
         raise InvalidArgument(f"{goal:.4g} is not reached with {most:.0%} of every group cut")
+    return _least(at, high, choose, measure, goal)
+
+
+def loss_curves(
+    model: nn.Module,
+    example: Batch,
+    coupling: Coupling,
+    scales: Sequence[Scales],
+    groups: Sequence[str],
+    quality: Callable[[nn.Module], float],
+    grid: Sequence[float],
+    data: Sequence[Batch] = (),
+) -> list[Curve]:
+    """What the quality of the model loses when one group alone is cut, for every group.
+
+    Args:
+        model: stays as it is; copies are cut.
+        example: one batch, for the tracing.
+        coupling: of the model.
+        scales: its families with batch-norm scales.
+        groups: see `group_keep`.
+        quality: higher is better, on data that is neither trained nor tested on.
+        grid: percentiles to try, rising, in (0, 1).
+        data: batches whose means the next layers take over from cut channels.
+    """
+    whole, curves = quality(model), list[Curve]()
+    for i in range(len(groups)):
+        curve = [(0.0, 0.0)]
+        for p in grid:
+            alone = [p if j == i else 0.0 for j in range(len(groups))]
+            twin = copy.deepcopy(model)
+            cut_folded(twin, example, coupling, group_keep(coupling, scales, groups, alone), data)
+            curve.append((p, whole - quality(twin)))
+        curves.append(curve)
+    return curves
+
+
+def percentiles_by_loss(
+    curves: Sequence[Curve],
+    choose: Choose,
+    measure: Callable[[Keep], float],
+    goal: float,
+) -> tuple[float, ...]:
+    """The percentiles p_g(d) with the least d at which `measure(choose(p)) <= goal`.
+
+    Losses are interpolated between the points of a curve; a group goes no further than its last.
+
+    Raises:
+        InvalidArgument: not reached with every group at the last point of its curve.
+    """
+
+    def at(d: float) -> tuple[float, ...]:
+        return tuple(_bearable(c, d) for c in curves)
+
+    high = max((loss for c in curves for _, loss in c), default=0.0)
+    if measure(choose(at(high))) > goal:
+        raise InvalidArgument(f"{goal:.4g} is not reached at the last point of every curve")
+    return _least(at, high, choose, measure, goal)
+
+
+def _bearable(curve: Curve, d: float) -> float:
+    """The largest p up to which the loss, linear between points, stays at most d."""
+    best = curve[0][0]
+    for (p, a), (q, b) in pairwise(curve):
+        if b > d:
+            return max(best, p + (q - p) * (d - a) / (b - a)) if a <= d else best
+        best = q
+    return best
+
+
+def _least(
+    at: Callable[[float], tuple[float, ...]],
+    high: float,
+    choose: Choose,
+    measure: Callable[[Keep], float],
+    goal: float,
+) -> tuple[float, ...]:
+    """at(t) of the least t in [0, high] that meets the goal, which `high` does."""
     low = 0.0
     for _ in range(24):
         middle = (low + high) / 2
