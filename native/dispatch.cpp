@@ -3,57 +3,88 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace sparseworks {
 namespace {
 
-bool has(const std::string& name) {
+enum Level { kBase, kAvx2, kAvx512f, kAvx512Vbmi2, kAvx512 };
+
+constexpr const char* kNames[] = {"base", "avx2", "avx512f", "avx512vbmi2", "avx512"};
+
+bool has(Level level) {
+  if (level == kBase) return true;
 #if defined(__x86_64__)
-  if (name == "avx512")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool plain = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (level != kAvx512Vbmi2) return plain;  // "avx512" takes what there is beyond
+  return plain && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
 #endif
-  return name == "base";
+}
+
+Level level() {
+  if (const char* forced = std::getenv("SPARSEWORKS_ISA"); forced != nullptr && *forced) {
+    const std::string name = forced;
+    for (const Level l : {kBase, kAvx2, kAvx512f, kAvx512Vbmi2, kAvx512})
+      if (name == kNames[l]) {
+        if (has(l)) return l;
+        throw std::runtime_error("SPARSEWORKS_ISA=" + name + ": this processor does not have it");
+      }
+    throw std::runtime_error("SPARSEWORKS_ISA=" + name +
+                             ": use avx512, avx512vbmi2, avx512f, avx2 or base");
+  }
+  return has(kAvx512) ? kAvx512 : has(kAvx2) ? kAvx2 : kBase;
+}
+
+bool has_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// The one for the level, of kernels that need no more than AVX-512 F, BW, VL and DQ.
+template <typename T>
+T choose(T base, T avx2, T avx512) {
+  const Level l = level();
+  return l >= kAvx512f ? avx512 : l == kAvx2 ? avx2 : base;
 }
 
 }  // namespace
 
-std::string instruction_set() {
-  if (const char* forced = std::getenv("SPARSEWORKS_ISA"); forced != nullptr && *forced) {
-    const std::string name = forced;
-    if (name != "avx512" && name != "avx2" && name != "base")
-      throw std::runtime_error("SPARSEWORKS_ISA=" + name + ": use avx512, avx2 or base");
-    if (!has(name))
-      throw std::runtime_error("SPARSEWORKS_ISA=" + name + ": this processor does not have it");
-    return name;
-  }
-  return has("avx512") ? "avx512" : has("avx2") ? "avx2" : "base";
-}
+std::string instruction_set() { return kNames[level()]; }
 
-Spmm spmm() {
-  const std::string name = instruction_set();
-  return name == "avx512" ? spmm_avx512 : name == "avx2" ? spmm_avx2 : spmm_base;
-}
+Spmm spmm() { return choose(spmm_base, spmm_avx2, spmm_avx512); }
 
-RunOp run_op() {
-  const std::string name = instruction_set();
-  return name == "avx512" ? run_op_avx512 : name == "avx2" ? run_op_avx2 : run_op_base;
-}
+RunOp run_op() { return choose(run_op_base, run_op_avx2, run_op_avx512); }
 
 const Spmv& spmv() {
-  const std::string name = instruction_set();
-#if defined(__x86_64__)
-  if (name == "avx512" && __builtin_cpu_supports("avx512vbmi2") &&
-      __builtin_cpu_supports("avx512vnni"))
-    return __builtin_cpu_supports("avx512bf16") ? spmv_bf16 : spmv_vbmi2;
-  if (name != "base") return spmv_avx2;
-#endif
-  return spmv_base;
+  const Level l = level();
+  if (l >= kAvx512Vbmi2 && has(kAvx512Vbmi2))
+    return l == kAvx512 && has_bf16() ? spmv_bf16 : spmv_vbmi2;
+  return l == kBase ? spmv_base : spmv_avx2;
 }
 
-const Gathered& gathered() {
-  const std::string name = instruction_set();
-  return name == "avx512" ? gathered_avx512 : name == "avx2" ? gathered_avx2 : gathered_base;
+const Gathered& gathered() { return *choose(&gathered_base, &gathered_avx2, &gathered_avx512); }
+
+BlockProduct block_product() {
+  if (level() == kAvx512 && has_bf16()) return block_bf16;
+  return choose(block_base, block_avx2, block_avx512);
+}
+
+bool has_amx() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace sparseworks

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "block.h"
 #include "gathered.h"
 #include "program.h"
 #include "spmm.h"
@@ -10,7 +11,8 @@
 
 namespace sparseworks {
 
-// The instruction set in use: "avx512", "avx2" or "base"; SPARSEWORKS_ISA may force a lower one.
+// The instruction set in use: "avx512" with all its extensions that are there, "avx512vbmi2" (without
+// BF16), "avx512f" (F, BW, VL and DQ alone), "avx2" or "base"; SPARSEWORKS_ISA may force a lower one.
 // Throws std::runtime_error when a forced one is unknown or not there.
 std::string instruction_set();
 
@@ -22,5 +24,10 @@ RunOp run_op();
 const Spmv& spmv();
 
 const Gathered& gathered();
+
+BlockProduct block_product();
+
+// Whether the processor has AMX tiles for bf16. No kernel uses them.
+bool has_amx();
 
 }  // namespace sparseworks

@@ -5,10 +5,10 @@
 // whatever the number of threads, so results do not depend on it.
 #include <algorithm>
 
+#include "bf16.h"
 #include "gathered.h"
 #include "pool.h"
 #include "scratch.h"
-#include "vec.h"
 
 namespace sparseworks {
 namespace {
@@ -17,15 +17,6 @@ constexpr int kTokens = 4;      // that share one pass over the weights
 constexpr int kColumns = 4;     // that share one pass over the sums
 constexpr int kLongest = 4096;  // rows of a run: sums of a token stay below half of the first cache
 
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-
-inline Vec weights(const float* p) { return load(p); }
-inline Vec weights(const uint16_t* p) {
-  const Bits wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits);
-  return reinterpret_cast<Vec>(wide << 16);
-}
-
 // sum[t][r] += sum over C columns of w[c][r] x[t][c]; `next` are the columns to fetch ahead.
 template <int C, int N, typename T>
 void add_columns(const T* const* w, const T* const* next, const float* x, float* sum,
@@ -33,7 +24,7 @@ void add_columns(const T* const* w, const T* const* next, const float* x, float*
   for (int64_t r = 0; r < length; r += kLanes) {
     Vec column[C];
     for (int c = 0; c < C; ++c) {
-      column[c] = weights(w[c] + r);
+      column[c] = load(w[c] + r);
       __builtin_prefetch(next[c] + r);
     }
     for (int t = 0; t < N; ++t) {

@@ -10,13 +10,16 @@ using namespace sparseworks;
 void define_program(nb::module_& m);   // program_module.cpp
 void define_spmv(nb::module_& m);      // spmv_module.cpp
 void define_gathered(nb::module_& m);  // gathered_module.cpp
+void define_block(nb::module_& m);     // block_module.cpp
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of sparseworks.";
   m.def("instruction_set", &instruction_set);
+  m.def("has_amx", &has_amx);
   define_program(m);
   define_spmv(m);
   define_gathered(m);
+  define_block(m);
   m.def(
       "spmm",
       [](Array<const int64_t, 1> start, Array<const uint16_t, 1> column,

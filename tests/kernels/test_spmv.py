@@ -29,7 +29,7 @@ PACKERS = {"masked": pack_mask, "indexed": pack_index, "integer": pack_integer}
 
 
 @pytest.mark.parametrize("layout", PACKERS)
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512f", "avx512vbmi2", "avx512"])
 @LAWS
 @given(
     rows=st.sampled_from([1, 2, 7, 61, 200]),

@@ -1,5 +1,12 @@
 """Kernels that skip zeros: one op per file, the torch reference beside the native fast path."""
 
+from sparseworks.kernels.block import (
+    BlockRows,
+    block_product,
+    block_product_reference,
+    pack_blocks,
+    unpack_blocks,
+)
 from sparseworks.kernels.gathered import (
     DenseColumns,
     gathered,
@@ -7,7 +14,7 @@ from sparseworks.kernels.gathered import (
     pack_columns,
     unpack_columns,
 )
-from sparseworks.kernels.native import available, instruction_set
+from sparseworks.kernels.native import available, has_amx, instruction_set
 from sparseworks.kernels.spmm import SparseRows, pack_rows, spmm, spmm_reference, unpack_rows
 from sparseworks.kernels.spmv import (
     IndexedRows,
@@ -22,15 +29,20 @@ from sparseworks.kernels.spmv import (
 )
 
 __all__ = [
+    "BlockRows",
     "DenseColumns",
     "IndexedRows",
     "IntegerRows",
     "MaskedRows",
     "SparseRows",
     "available",
+    "block_product",
+    "block_product_reference",
     "gathered",
     "gathered_reference",
+    "has_amx",
     "instruction_set",
+    "pack_blocks",
     "pack_columns",
     "pack_index",
     "pack_integer",
@@ -41,6 +53,7 @@ __all__ = [
     "spmv",
     "spmv_reference",
     "unpack",
+    "unpack_blocks",
     "unpack_columns",
     "unpack_rows",
 ]

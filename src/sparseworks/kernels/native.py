@@ -7,7 +7,7 @@ from types import ModuleType
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["available", "instruction_set", "module"]
+__all__ = ["available", "has_amx", "instruction_set", "module"]
 
 
 def module() -> ModuleType | None:
@@ -26,7 +26,8 @@ def available() -> bool:
 def instruction_set() -> str:
     """The one in use: "avx512", "avx2", "base", or "none" without native kernels.
 
-    The environment variable SPARSEWORKS_ISA forces a lower one.
+    The environment variable SPARSEWORKS_ISA forces a lower one; "avx512f" and "avx512vbmi2" take
+    AVX-512 without its later extensions.
 
     Raises:
         InvalidArgument: the forced one is unknown or not on this processor.
@@ -39,3 +40,9 @@ def instruction_set() -> str:
     except RuntimeError as error:
         raise InvalidArgument(str(error)) from None
     return name
+
+
+def has_amx() -> bool:
+    """Whether the processor has AMX tiles for bf16. No kernel uses them."""
+    native = module()
+    return native is not None and bool(native.has_amx())

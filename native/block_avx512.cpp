@@ -1,0 +1,2 @@
+#define BLOCK_NAME block_avx512
+#include "block_impl.h"

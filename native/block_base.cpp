@@ -1,0 +1,2 @@
+#define BLOCK_NAME block_base
+#include "block_impl.h"

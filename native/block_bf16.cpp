@@ -1,0 +1,2 @@
+#define BLOCK_NAME block_bf16
+#include "block_impl.h"
