@@ -22,6 +22,7 @@ from sparseworks.training.checkpointing import random_state, restore_random
 from sparseworks.training.hooked import Run
 from sparseworks.training.planning import HALVES, Plan, Sparse
 from sparseworks.training.transforming import Transformed
+from sparseworks.training.watching import Trace
 
 __all__ = ["Batches", "Training"]
 
@@ -51,6 +52,7 @@ class Training:
         steps: of the whole training.
         run: the sparse run.
         history: a row of numbers per finished epoch.
+        trace: about a hundred looks at the masks and the loss.
 
     Raises:
         DataError: too few data for one step.
@@ -100,6 +102,7 @@ class Training:
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.trace = Trace(self.run, max(1, self.steps // 100))
 
     @property
     def epoch(self) -> int:
@@ -143,6 +146,7 @@ class Training:
     def _advance(self, batches: Iterator[Batch]) -> None:
         """One optimizer step."""
         self.optimizer.zero_grad()
+        before = self._loss.clone()
         for batch in batches:
             with self._precision():
                 loss = self._loss_of(move(batch, self.device)) / self.plan.accumulate
@@ -157,6 +161,7 @@ class Training:
         self.scaler.update()
         self.schedule.step()
         self.step += 1
+        self.trace.look(self.step, self._loss - before)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.plan.amp is None:
@@ -197,6 +202,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "run": None if self.run is None else self.run.state_dict(),
+            "trace": self.trace.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,6 +226,8 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.run is not None:
             self.run.load_state_dict(state["run"])
+        if "trace" in state:  # states of older versions have none
+            self.trace.load_state_dict(state["trace"])
         self.step = state["step"]
         self.history = state["history"]
         self._loss.copy_(state["loss"])
