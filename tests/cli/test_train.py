@@ -151,6 +151,7 @@ def test_stopped_anywhere_and_resumed_equals_uninterrupted(method, work, tmp_pat
     assert equal(whole, parts)
     assert len(history(out)) == 3
     assert history(out) == history(tmp_path / "whole")
+    assert (out / "trace.json").read_text() == (tmp_path / "whole/trace.json").read_text()
 
 
 def test_kill_9_and_resume_equals_uninterrupted(work, tmp_path):
@@ -162,6 +163,7 @@ def test_kill_9_and_resume_equals_uninterrupted(work, tmp_path):
     assert load_state(out / "state.safetensors")["step"] == 10  # in the middle of an epoch
     assert main(["train", "--resume", "--out", str(out)]) == 0
     assert equal(tensors(tmp_path / "whole/model.safetensors"), tensors(out / "model.safetensors"))
+    assert (out / "trace.json").read_text() == (tmp_path / "whole/trace.json").read_text()
     assert not (out / "state.safetensors").exists()
 
 
@@ -189,6 +191,26 @@ def test_sparsity_zero_and_dense_are_the_same_training(work, tmp_path):
     assert main(arguments(work, tmp_path / "b", "--option", "every=3", sparsity=0)) == 0
     dense, sparse = (tensors(tmp_path / f"{n}/model.safetensors") for n in "ab")
     assert all(torch.equal(dense[k], sparse[k]) for k in dense)
+
+
+def test_the_page_shows_masks_and_the_loss_of_the_twin(work, tmp_path, capsys):
+    pytest.importorskip("plotly")
+    dense, out = tmp_path / "dense", tmp_path / "sparse"
+    assert main(arguments(work, dense, method="dense", sparsity=None)) == 0
+    assert "plot-layers" not in (dense / "report.html").read_text()
+    more = ["--option", "every=3", "--twin", dense, "--eval-data", "digits"]
+    assert main(arguments(work, out, *more)) == 0
+    page = (out / "report.html").read_text()
+    for part in ("plot-loss", "plot-metric", "plot-layers", "plot-churn", "twin", "5.weight"):
+        assert part in page
+    trace = json.loads((out / "trace.json").read_text())
+    assert [row["step"] for row in trace["rows"]] == list(range(1, 25))
+    moved = [row["step"] for row in trace["rows"] if row["churn"] > 0]
+    assert moved and all(step % 3 == 0 and step < 0.75 * 24 for step in moved)
+    assert all(row["sparsity"] == pytest.approx(0.8, abs=0.01) for row in trace["rows"])
+    capsys.readouterr()
+    error = fails(capsys, *arguments(work, tmp_path / "no", "--twin", tmp_path / "nowhere"))
+    assert "holds no finished training" in error and not (tmp_path / "no").exists()
 
 
 def test_fixed_masks_start_from_a_file(work, tmp_path):

@@ -1,7 +1,9 @@
 """Train a model sparse: a classifier on images, or a causal language model on text.
 
-The output folder holds the trained model, result.json and options.json; while the training runs it
-also holds state.safetensors, from which --resume goes on bit for bit after any interruption.
+The output folder holds the trained model, result.json, options.json, trace.json (the masks and the
+loss over the training) and its pictures, report.html (where plotly is installed). While the
+training runs it holds state.safetensors, from which --resume goes on bit for bit after any
+interruption.
 """
 
 from __future__ import annotations
@@ -84,6 +86,8 @@ class Options:
     """Of initialisation, data order, masks."""
     save_every: int | None = None
     """Also checkpoint every so many steps; default: after every epoch only."""
+    twin: Path | None = None
+    """Folder of another finished training, say a dense one: its loss goes into report.html too."""
     tensorboard: bool = True
     """Write TensorBoard events into --out, where the tensorboard package is installed."""
     force: bool = False
@@ -107,6 +111,7 @@ def run(options: Options) -> dict[str, Any]:
         return finished
     if options.save_every is not None and options.save_every < 1:
         raise InvalidArgument(f"save_every={options.save_every} must be at least 1")
+    twin = trained.twin_of(options)
     job = training.prepare(options)
     state = out / "state.safetensors"
     if resumed and state.is_file():
@@ -122,6 +127,8 @@ def run(options: Options) -> dict[str, Any]:
                 progress(now.step, now.steps, f"epoch {now.epoch + 1}")
                 if writer is not None and now.step % 10 == 0 and now.step % now.per_epoch:
                     writer.add_scalar("loss/step", now.loss, now.step)
+                if writer is not None and now.step % now.trace.every == 0:
+                    trained.write_masks(writer, now)
                 every = options.save_every
                 if every and now.step % every == 0 and now.step % now.per_epoch:
                     save_state(state, now.state_dict())
@@ -145,6 +152,6 @@ def run(options: Options) -> dict[str, Any]:
     finally:
         if writer is not None:
             writer.close()
-    summary = trained.finish(job, options)
+    summary = trained.finish(job, options, twin)
     trained.show(summary, options, "")
     return summary

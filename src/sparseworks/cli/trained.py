@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseworks.cli.training import Job
+from sparseworks.core.errors import DataError
 
 
 def fresh_folder(out: Path) -> None:
@@ -40,7 +41,37 @@ def say_epoch(row: dict[str, float], training: Any, options: Any) -> None:
     print("  ".join([*words, f"{row['seconds']:.1f} s"]), file=sys.stderr)
 
 
-def finish(job: Job, options: Any) -> dict[str, Any]:
+def write_masks(writer: Any, training: Any) -> None:
+    """The last look at the masks, as TensorBoard events."""
+    row = training.trace.rows[-1]
+    for name in ("sparsity", "churn", "explored"):
+        if name in row:
+            writer.add_scalar(f"masks/{name}", row[name], row["step"])
+    for name, zeros in zip(training.trace.names, row.get("tensors", ())):
+        writer.add_scalar(f"sparsity/{name}", zeros, row["step"])
+
+
+def twin_of(options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Result and trace of the training to draw beside this one.
+
+    Raises:
+        DataError: the folder holds no finished training.
+    """
+    if options.twin is None:
+        return None
+    found = []
+    for name in ("result.json", "trace.json"):
+        try:
+            found.append(json.loads((options.twin / name).read_text()))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"--twin {options.twin}: holds no finished training of sparseworks train "
+                f"({name}: {error})"
+            ) from None
+    return found[0], found[1]
+
+
+def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
     """Zeros exact, model saved, result written; then the state is no longer needed."""
     from sparseworks.cli.running import plain_options, write_json
     from sparseworks.diagnostics.claims import machine
@@ -68,6 +99,12 @@ def finish(job: Job, options: Any) -> dict[str, Any]:
         metric = job.metric
         summary["metric"] = {"name": metric.name, "unit": metric.unit,
                              "before": job.before, "after": metric(model)}  # fmt: skip
+    trace = training.trace.report()
+    write_json(out / "trace.json", trace)
+    if importlib.util.find_spec("plotly") is not None:
+        from sparseworks.report.training import write_training
+
+        write_training(out / "report.html", summary, trace, twin)
     write_json(out / "result.json", summary)
     (out / "state.safetensors").unlink(missing_ok=True)
     return summary

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
 
-_FREE = {"out", "resume", "force", "json", "tensorboard", "save_every"}  # may differ when resumed
+_FREE = {"out", "resume", "force", "json", "tensorboard", "save_every", "twin"}  # of a resumed run
 _ZOO = ("resnet20", "resnet56")
 
 
@@ -59,6 +59,8 @@ def _as_stored(options: Any, path: Path) -> Any:
     for option in dataclasses.fields(options):
         given, old = getattr(options, option.name), stored.get(option.name, option.default)
         old = tuple(old) if isinstance(old, list) else old
+        if option.name == "twin" and given is None and old is not None:
+            kept["twin"] = Path(old)
         if option.name in _FREE:
             continue
         if given not in (option.default, old):
