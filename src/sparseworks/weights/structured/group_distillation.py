@@ -5,7 +5,8 @@ Regions of a network bear different cuts, so each group g of layers has its own 
 1. Sparse training: loss + s(t) sum |gamma|, with s(t) falling ("half": s, then s / 10; "linear").
 2. The |gamma| of all batch norms of g are sorted together; a norm wants to keep the channels above
    the percentile p_g. Norms that feed one residual stream vote: a channel stays when at least
-   `votes` of them want it (1: any of them).
+   `votes` of them want it (1: any of them). `percentiles.loss_curves` and `percentiles_by_loss`
+   find p_g from what every group bears.
 3. After the cut, fine-tuning, and then distillation from the dense model by where it looks,
        A(F) = sum_c |F_c|,  loss + w_f sum over places T^2 KL(softmax(A_t / T) || softmax(A_s / T))
    with a softmax over the positions, plus w_c T^2 KL of the logits.
