@@ -21,6 +21,8 @@ constexpr int kRun = 6, kPair = 3, kQuad = 1;
 constexpr int kRun = 2, kPair = 1, kQuad = 1;
 #endif
 
+constexpr int kWorth = 8;  // vectors a piece, below which reading a tap costs more than its products
+
 // What piece `part` of `parts` has of `count` things: [first, last).
 inline std::pair<int, int> share(int count, int part, int parts) {
   return {static_cast<int>(static_cast<int64_t>(count) * part / parts),
@@ -282,7 +284,10 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
   const int vectors = static_cast<int>((length + kLanes - 1) / kLanes);
   const int columns = op.shift == 0 ? 1 : static_cast<int>(to.pitch / kLanes);
   const int units = runs > 1 ? runs : (vectors + columns - 1) / columns;
-  const bool few = 10 * ((units + parts - 1) / parts * parts - units) > units;  // badly divided
+  const bool uneven = 10 * ((units + parts - 1) / parts * parts - units) > units;
+  // the last vector of a row of pixels may reach into the next row, which has to come later
+  const bool reaches = runs > 1 && lanes == 1 && vectors * kLanes > to.pitch;
+  const bool few = uneven || reaches || runs * vectors < kWorth * parts;
   const int begin = few ? cut(op.taps, part, parts) : 0;
   const int end = few ? cut(op.taps, part + 1, parts) : cut(op.taps, 1, 1);
   int first_run = 0, last_run = runs, first = 0, last = vectors;
