@@ -129,6 +129,8 @@ def _ours(name: str, model: Any, example: Any, notes: list[str]) -> dict[str, Ca
     if compiled.kind == "torch":
         notes.append(f"{name}: torch is fastest ({'; '.join(compiled.notes) or 'measured'})")
         return {}
+    if compiled.kind != "program":
+        notes.append(f"{name}: runs by {compiled.kind} ({'; '.join(compiled.notes) or 'measured'})")
     args, kwargs = arguments(split(example)[0])
     return {name: lambda: compiled(*args, **kwargs)}
 
