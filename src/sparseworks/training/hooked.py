@@ -25,6 +25,7 @@ from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
 from sparseworks.training.sharding import local_mask, local_part
+from sparseworks.training.zeroing import keep_only
 
 __all__ = ["Hooked", "Run", "plain_name", "unwrapped"]
 
@@ -160,7 +161,7 @@ class Run:
             mask = local_mask(self.masks[name], parameter)
             if self.method.wants_dense_gradients(self):
                 self._keep_dense(name, parameter.grad.detach(), mask)
-            local_part(parameter.grad).masked_fill_(~mask, 0.0)
+            keep_only(mask, local_part(parameter.grad))
 
         return mask_gradient
 
@@ -200,9 +201,8 @@ class Run:
         return [parameter, *alike]
 
     def _zero(self, name: str) -> None:
-        dropped = ~local_mask(self.masks[name], self._bound[name])
-        for tensor in self._tensors(name):
-            local_part(tensor).masked_fill_(dropped, 0.0)
+        mask = local_mask(self.masks[name], self._bound[name])
+        keep_only(mask, *map(local_part, self._tensors(name)))
 
     def record(self) -> Masks:
         """The masks as they are now."""
