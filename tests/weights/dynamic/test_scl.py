@@ -180,6 +180,28 @@ def test_a_stronger_penalty_keeps_fewer_connections():
     assert kept[0] > kept[1] > kept[2]
 
 
+def test_costs_are_factors_of_the_penalty_on_one_tensor():
+    costs = {"0.weight": 3.0, "4.weight": 0.0}
+    _, made, job = start(costs=costs, normalize=False)
+    before = {n: job.part(n).logits.clone() for n in job.views}
+    rate = 0.1 * 0.5 * (1 + math.cos(math.pi / 18))
+    made.zero_grad()
+    made.step()  # no backward pass: the penalty alone
+    for name, logits in before.items():
+        moved = logits - job.part(name).logits
+        expected = torch.full_like(moved, rate * 0.3 * costs.get(name, 1.0))
+        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+
+    def kept(costs):
+        model, made, job = start(costs=costs)
+        train(model, made)
+        record = job.finish()
+        return {n: 1 - record.sparsity(n) for n in record}
+
+    plain, dear = kept({}), kept({"0.weight": 10.0})
+    assert dear["0.weight"] < plain["0.weight"]
+
+
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 def test_masked_weights_hold_their_value_while_connections_are_learned(optimizer):
     model, made, job = start(optimizer)
@@ -263,6 +285,8 @@ def test_a_step_with_overflow_moves_no_logit_by_the_loss():
         ({"end": 0.0}, "before the first step"),
         ({"steps": None}, "give `steps`"),
         ({"pattern": "rows"}, "single connections"),
+        ({"costs": {"9.weight": 1.0}}, "costs="),
+        ({"costs": {"0.weight": -1.0}}, "costs="),
     ],
 )
 def test_misuse_changes_nothing(options, message):

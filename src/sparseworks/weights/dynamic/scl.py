@@ -21,7 +21,7 @@ normalisation and penalty (the loss first, here).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +98,8 @@ class SCL(Transform):
         end: fraction of the training at which the masks freeze.
         proxy: h: "identity", "leaky" (0.1 below 0), "softplus"; "relu" and "clipped" never revive.
         normalize: divide each output's loss gradient by its root mean square.
+        costs: factor on lambda by parameter name, 1 where none is given: with the number of output
+            positions of every convolution the penalty counts multiplications, not weights.
     """
 
     strength: float = 1.0
@@ -106,6 +108,7 @@ class SCL(Transform):
     end: float = 0.75
     proxy: str = "identity"
     normalize: bool = True
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     budget: str | Mapping[str, float] | Budget = "global"
     needs_sparsity: ClassVar[bool] = False
@@ -142,6 +145,12 @@ class SCL(Transform):
             raise InvalidArgument(
                 f"scl: end={self.end} of steps={job.steps} is before the first step"
             )
+        unknown = [n for n in self.costs if n not in job.views]
+        if unknown or min(self.costs.values(), default=0.0) < 0:
+            raise InvalidArgument(
+                f"scl: costs={dict(self.costs)} must have factors from 0, for some of the masked "
+                f"parameters {', '.join(job.views)}"
+            )
         for name, view in job.views.items():
             if not view.parameter.requires_grad:
                 raise ModelError(
@@ -160,7 +169,10 @@ class SCL(Transform):
             theta.copy_(torch.where(part.mask, theta, part.held))
             part.held.copy_(theta)
             part.logits -= rate * self.logit_gradient(
-                view, part.logits, summed_over_ranks(part.gradient), pull
+                view,
+                part.logits,
+                summed_over_ranks(part.gradient),
+                pull * self.costs.get(name, 1.0),
             )
             part.gradient.zero_()
         self._choose(job, final=job.step == last)
@@ -172,7 +184,7 @@ class SCL(Transform):
             view: of the parameter, whose matrix rows are outputs.
             logits: m.
             heard: dL/dw * theta; a step with NaN or Inf in it (a skipped one) counts as 0.
-            pull: lambda, or 0.
+            pull: lambda times the cost, or 0.
         """
         slope = PROXIES[self.proxy](logits)
         g = heard * slope
