@@ -71,6 +71,7 @@ class Run:
         masks: parameter name -> bool mask on the parameter's device.
         views: parameter name -> its matrix view.
         dense_gradients: of the last step, where the method asked for them.
+        dense_steps: steps whose gradients were computed for masked weights too.
         memory: tensors that the method keeps from step to step; part of the saved state.
     """
 
@@ -97,6 +98,7 @@ class Run:
             for n, v in self.views.items()
         }
         self.dense_gradients: dict[str, Tensor] = {}
+        self.dense_steps = 0
         self.memory: dict[str, Tensor] = {}
         self.finished = False
         self._bound: dict[str, nn.Parameter] = {}
@@ -177,6 +179,7 @@ class Run:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._bind()
         self.step += 1
+        self.dense_steps += bool(self.dense_gradients)
         self.apply()
         self.method.update(self)
         self.dense_gradients.clear()
@@ -230,6 +233,7 @@ class Run:
             "method": self.method.info.name,
             "options": registry.options_of(self.method),
             "step": self.step,
+            "dense_steps": self.dense_steps,
             "masks": self.record().state_dict(),
             "memory": {n: t.clone() for n, t in self.memory.items()},
         }
@@ -253,7 +257,7 @@ class Run:
         if set(record) != set(self.masks):
             odd = sorted(set(record) ^ set(self.masks))[0]
             raise InvalidArgument(f"the state and this run do not mask the same tensors: {odd!r}")
-        self.step = int(state["step"])
+        self.step, self.dense_steps = int(state["step"]), int(state.get("dense_steps", 0))
         for tensor, version, old in self._overwritten:
             if tensor._version == version:  # nobody has loaded anything since
                 tensor.copy_(old)
