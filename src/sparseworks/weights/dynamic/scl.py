@@ -16,6 +16,10 @@ away, and weight decay would pull them to 0. A theta that is masked keeps its va
 silence its gradient. With `sparsity` the pull stops once that share is masked, no more than it ever
 is, and exactly it when the masks freeze. The paper gives neither that nor the order of
 normalisation and penalty (the loss first, here).
+
+In our quick setting (claim 140: a perceptron on digits, 95 % sparse) identity is 0.6 points above
+the better of the closed proxies (0.0 to 1.2) and as accurate as global magnitude with as many steps
+(0.0, -0.6 to 0.5); normalising the gradients per output gains nothing there (-0.0, -0.7 to 0.6).
 """
 
 from __future__ import annotations
