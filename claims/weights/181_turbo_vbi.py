@@ -182,4 +182,5 @@ CLAIM = Claim(
         Promise("more empty units", "more empty hidden units than independent supports"),
     ),
     measure=measure,
+    seeds=tuple(range(10)),
 )
