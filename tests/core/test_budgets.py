@@ -86,6 +86,17 @@ def test_global_blocks_of_different_sizes_do_not_exceed():
     assert 48 <= kept <= 64 and shortfall(specs, keep, 0.5) == 64 - kept
 
 
+def test_global_over_units_of_different_sizes_goes_on_from_masks():
+    specs = [
+        TensorSpec("a", (4, 6), (4, 6), Block(2, 1)),
+        TensorSpec("b", (4, 6), (4, 6), Unstructured()),
+    ]
+    scores = {n: torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) for n in "ab"}
+    scores["b"][:, :5] = -torch.inf  # masked before
+    keep = global_(specs, 0.5, scores)
+    assert keep["b"] <= 4 and 23 <= 2 * keep["a"] + keep["b"] <= 24
+
+
 @given(SHAPES, SPARSITY)
 @settings(max_examples=50, deadline=None)
 def test_uniform_is_the_same_everywhere(shapes, sparsity):

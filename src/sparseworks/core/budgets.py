@@ -24,7 +24,7 @@ from sparseworks.core.densities import (
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import check_sparsity, count_dropped
-from sparseworks.core.selection import joint_keep_counts
+from sparseworks.core.selection import check_scores, joint_keep_counts
 
 __all__ = [
     "Budget",
@@ -107,7 +107,7 @@ def global_(specs: Sequence[TensorSpec], sparsity: float, scores: Scores = None)
     if len(set(sizes)) == 1:
         counts = joint_keep_counts(pooled, int(allowed / sizes[0]))
     else:  # units of different sizes: the largest common threshold that fits
-        low, high = 0, sum(p.numel() for p in pooled)
+        low, high = 0, sum(check_scores(p) for p in pooled)  # masked units cannot be kept
         while low < high:
             middle = (low + high + 1) // 2
             counts = joint_keep_counts(pooled, middle)
