@@ -27,6 +27,7 @@ registry.register(
         "turbo-vbi": f"{_ROOM}.dynamic.turbo_vbi:TurboVBI",
         "random": f"{_ROOM}.oneshot.random:Random",
         "bip": f"{_ROOM}.dynamic.bip:BiP",
+        "sparse-byte-nn": f"{_ROOM}.semistructured.sparse_byte_nn:SparseByteNN",
         "sparse-ift": f"{_ROOM}.dynamic.sparse_ift:SparseIFT",
         "jackpots": f"{_ROOM}.dynamic.jackpots:Jackpots",
         "magnitude": f"{_ROOM}.oneshot.magnitude:Magnitude",

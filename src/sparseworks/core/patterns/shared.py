@@ -21,7 +21,8 @@ class SharedInputs(Pattern):
     """Groups of `size` consecutive rows keep the same columns; a unit is one column of a group.
 
     Unlike `Block(size, 1)` the last group may be short, and every group can be made to keep equally
-    many columns (equal work for threads that share the groups).
+    many columns (equal work for threads that share the groups). A unit of a short group counts as
+    one like any other: it takes as long to run, and its smaller sum lets it go first.
 
     Args:
         size: rows in a group; the last group has what is left.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
+
+if TYPE_CHECKING:
+    from sparseworks.weights.oneshot.job import Job
 
 __all__ = ["OneShot", "Solution", "Target"]
 
@@ -78,6 +81,14 @@ class OneShot(ABC):
     def select(self, target: Target, scores: Tensor) -> Tensor:
         """The mask `[groups * out, in]`; a method with its own comparison group overrides this."""
         return target.pattern.select(scores, target.keep)
+
+    def prepare(self, job: Job, views: Sequence[View], sparsity: float) -> Callable[[], None]:
+        """Change the model, function unchanged, before anything is scored; returns what undoes it.
+
+        Args:
+            sparsity: that is reached in the end.
+        """
+        return lambda: None
 
     def gather(
         self,

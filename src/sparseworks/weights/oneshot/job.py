@@ -85,6 +85,7 @@ class Job:
         progress: Progress | None,
     ) -> None:
         before = masks(self.model)
+        undo = self.method.prepare(self, views, ladder[-1])
         size = sum(v.parameter.numel() * v.parameter.element_size() for v in views)
         backup = (
             {v.name: v.parameter.detach().clone() for v in views}
@@ -103,6 +104,7 @@ class Job:
                 with torch.no_grad():
                     for view in views:
                         view.parameter.copy_(backup[view.name])
+                undo()
                 attach(self.model, before)
             else:
                 attach(self.model, self.record if len(self.record) else before)
