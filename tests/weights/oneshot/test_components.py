@@ -70,10 +70,11 @@ def test_the_choice_is_the_best_of_the_grid_below_the_cliffs() -> None:
     method = Components(step=0.15, most=0.9, below=3)
     found = method.search(copy.deepcopy(model), PARTS, quality, least=-0.02)
     best = 0.0
-    for a, b in itertools.product(range(4), range(4)):
+    steps = (0, 1, 2, 3, None)  # below the cliff; None: dense
+    for a, b in itertools.product(steps, steps):
         pair = {
-            "reader": found.curves["reader"].cliff - a * 0.15,
-            "writer": found.curves["writer"].cliff - b * 0.15,
+            "reader": 0.0 if a is None else found.curves["reader"].cliff - a * 0.15,
+            "writer": 0.0 if b is None else found.curves["writer"].cliff - b * 0.15,
         }
         if min(pair.values()) < -1e-9:
             continue
@@ -82,6 +83,19 @@ def test_the_choice_is_the_best_of_the_grid_below_the_cliffs() -> None:
         if quality(trial) >= -0.02:
             best = max(best, (100 * pair["reader"] + 200 * pair["writer"]) / 300)
     assert found.overall == pytest.approx(best) and best > 0.3
+
+
+def test_parts_that_do_not_go_together_are_pruned_alone() -> None:
+    """Either part may go; both together may not. The larger one goes."""
+    model = Pipe()
+
+    def quality(m: nn.Module) -> float:
+        gone = [bool((p.weight == 0).any()) for p in (m.reader, m.writer)]  # type: ignore[union-attr]
+        return 0.0 if all(gone) else 1.0
+
+    found = Components(step=0.3, most=0.9).search(model, PARTS, quality, least=0.5)
+    assert found.sparsity == {"reader": 0.0, "writer": pytest.approx(0.9)}
+    assert found.quality == 1.0 and found.overall == pytest.approx(0.9 * 200 / 300)
 
 
 def test_bad_calls_are_refused_and_change_nothing() -> None:

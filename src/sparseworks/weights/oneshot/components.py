@@ -4,7 +4,7 @@ For components c with n_c prunable weights, Q_c(s) is the quality with c alone p
 cliff is the largest s before the first s at which Q falls below the wanted quality t, or falls by
 more than kappa times the median change so far and by a tenth of Q(0) - t at least (a curve that
 begins flat has no cliff where it first stirs). From the cliffs (s_1, .., s_C), a small grid at and
-just below them is tried together, and the pipeline gets
+just below them, and with components left dense, is tried together, and the pipeline gets
 
     argmax sum_c n_c s_c   subject to   Q(s_1, .., s_C) >= t.
 
@@ -192,13 +192,16 @@ class Components:
             dict(zip(curves, choice))
             for choice in itertools.product(
                 *(
-                    [s for s in grid if c.cliff - self.below * self.step - 1e-9 <= s <= c.cliff]
+                    [
+                        s
+                        for s in grid
+                        if s == 0 or c.cliff - self.below * self.step - 1e-9 <= s <= c.cliff
+                    ]
                     for c in curves.values()
                 )
             )
         ]
-        options.sort(key=lambda o: -sum(sizes[n] * s for n, s in o.items()))
-        options.append(dict.fromkeys(curves, 0.0))
+        options.sort(key=lambda o: -sum(sizes[n] * s for n, s in o.items()))  # the last: nothing
         trials: list[tuple[Mapping[str, float], float]] = []
         for chosen in options:
             found = measured(chosen) if any(chosen.values()) else dense
