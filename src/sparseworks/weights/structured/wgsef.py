@@ -15,6 +15,10 @@ makes a channel (filter, bias, batch-norm scale and shift), so a zero group can 
 
 Source: Refael, Arbel, Huleihel 2024, Learning k-Level Structured Sparse Neural Networks Using Group
 Envelope Regularization. The closed form of the proximal map is derived here from the definition.
+
+In our quick setting (claim 130) the method does not do what its paper promises: on a group-sparse
+regression its relative error on the true groups is 0.77 above group lasso's, and support and
+accuracy are not better (F1 -0.06, -0.3 to 0.2; -1.7 points, -6.4 to 3.0).
 """
 
 from __future__ import annotations
