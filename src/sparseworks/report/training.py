@@ -52,9 +52,8 @@ def write_training(
             "<h2>Sparsity of each tensor over the training</h2>",
             plot(_layers(trace), "layers"),
             "<h2>Mask churn</h2>",
-            "<p class=muted>Of the weights kept at a step, the share that was masked "
-            f"{trace['every']} steps earlier; and the share of all weights that has been kept at "
-            "any time so far.</p>",
+            f"<p class=muted>Of the weights kept at a step, the share that was masked {_ago(trace)}"
+            "; and the share of all weights that has been kept at any time so far.</p>",
             plot(_churn(rows), "churn"),
         ]
     if summary["tensors"]:
@@ -165,6 +164,10 @@ def _churn(rows: list[Any]) -> Any:
     figure = _figure(lines, "share of weights")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return figure
+
+
+def _ago(trace: Mapping[str, Any]) -> str:
+    return "one step earlier" if trace["every"] == 1 else f"{trace['every']} steps earlier"
 
 
 def _table(tensors: Mapping[str, float]) -> str:
