@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "program.h"
+#include "batch.h"
 
 namespace sparseworks {
 
@@ -22,23 +22,11 @@ struct BlockRows {
   const uint16_t* value;
 };
 
-// x [tokens, columns], y and residual [tokens, rows]: fp32, or bf16 where half_in (x) or half_out
-// (the other two) says so. bias and residual may be null.
-struct BlockCall {
-  const void* x;
-  int64_t tokens;
-  const float* bias;
-  const void* residual;
-  void* y;
-  bool half_in, half_out;
-  Activation activation;
-};
+using BlockProduct = void (*)(const BlockRows& w, const Batch& call, int threads);
 
-using BlockProduct = void (*)(const BlockRows& w, const BlockCall& call, int threads);
-
-void block_base(const BlockRows&, const BlockCall&, int);
-void block_avx2(const BlockRows&, const BlockCall&, int);
-void block_avx512(const BlockRows&, const BlockCall&, int);
-void block_bf16(const BlockRows&, const BlockCall&, int);
+void block_base(const BlockRows&, const Batch&, int);
+void block_avx2(const BlockRows&, const Batch&, int);
+void block_avx512(const BlockRows&, const Batch&, int);
+void block_bf16(const BlockRows&, const Batch&, int);
 
 }  // namespace sparseworks

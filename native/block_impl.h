@@ -11,9 +11,8 @@
 #include <immintrin.h>
 #endif
 
-#include "bf16.h"
 #include "block.h"
-#include "math.h"
+#include "finish.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -100,15 +99,6 @@ void pack(const T* x, int64_t columns, int64_t readable, int count, float* packe
     std::memset(in, 0, sizeof in);
   }
 }
-
-// What is fetched into the second cache meanwhile: `lines` cache lines a block, from `at`.
-struct Ahead {
-  const char* at;
-  int lines;
-  void fetch() {
-    for (int i = 0; i < lines; ++i, at += 64) __builtin_prefetch(at, 0, 2);
-  }
-};
 
 // out[token][row] for R vectors of rows and T tokens: the sum over the blocks of one strip.
 template <int R, int T>
@@ -204,26 +194,9 @@ void pack_tile(const T* x, int64_t columns, int64_t t, int64_t tokens, int here,
   });
 }
 
-// y = activation(sum + bias + residual) for up to 16 rows of one token.
-template <Activation A, typename T>
-inline void finish(const float* sum, const float* bias, const T* residual, T* y, int rows) {
-  Vec v = load(sum);
-  if (rows == kLanes) {
-    if (bias != nullptr) v += load(bias);
-    if (residual != nullptr) v += load(residual);
-    return store(y, activate<A>(v));
-  }
-  alignas(64) float part[kLanes] = {};
-  alignas(64) T other[kLanes] = {};
-  if (bias != nullptr) std::memcpy(part, bias, rows * sizeof *bias);
-  if (residual != nullptr) std::memcpy(other, residual, rows * sizeof *residual);
-  store(other, activate<A>(v + load(part) + load(other)));
-  std::memcpy(y, other, rows * sizeof *y);
-}
-
 // Strips [begin, end) on the tokens [token, last), packed tile by tile.
 template <Activation A, typename T>
-void strips_on_tiles(const BlockRows& w, const BlockCall& call, int begin, int end, int64_t token,
+void strips_on_tiles(const BlockRows& w, const Batch& call, int begin, int end, int64_t token,
                      int64_t last, const float* packed) {
   const int vectors = w.height / kLanes;
   const int64_t token_floats = static_cast<int64_t>(w.columns + kUnit - 1) / kUnit * kPairs * kWords;
@@ -274,7 +247,7 @@ int cut(const BlockRows& w, int strips, int piece, int pieces) {
 
 }  // namespace
 
-void BLOCK_NAME(const BlockRows& w, const BlockCall& call, int threads) {
+void BLOCK_NAME(const BlockRows& w, const Batch& call, int threads) {
   if (call.tokens == 0 || w.rows == 0) return;
   const int strips = (w.rows + w.height - 1) / w.height;
   const int64_t widest = tile_size(kWidest, w.height);

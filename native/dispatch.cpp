@@ -78,6 +78,11 @@ BlockProduct block_product() {
   return choose(block_base, block_avx2, block_avx512);
 }
 
+GroupedProduct grouped_product() {
+  if (level() == kAvx512 && has_bf16()) return grouped_bf16;
+  return choose(grouped_base, grouped_avx2, grouped_avx512);
+}
+
 bool has_amx() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;

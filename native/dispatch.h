@@ -5,6 +5,7 @@
 
 #include "block.h"
 #include "gathered.h"
+#include "nm.h"
 #include "program.h"
 #include "spmm.h"
 #include "spmv.h"
@@ -26,6 +27,8 @@ const Spmv& spmv();
 const Gathered& gathered();
 
 BlockProduct block_product();
+
+GroupedProduct grouped_product();
 
 // Whether the processor has AMX tiles for bf16. No kernel uses them.
 bool has_amx();

@@ -11,6 +11,7 @@ void define_program(nb::module_& m);   // program_module.cpp
 void define_spmv(nb::module_& m);      // spmv_module.cpp
 void define_gathered(nb::module_& m);  // gathered_module.cpp
 void define_block(nb::module_& m);     // block_module.cpp
+void define_nm(nb::module_& m);        // nm_module.cpp
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of sparseworks.";
@@ -20,6 +21,7 @@ NB_MODULE(_native, m) {
   define_spmv(m);
   define_gathered(m);
   define_block(m);
+  define_nm(m);
   m.def(
       "spmm",
       [](Array<const int64_t, 1> start, Array<const uint16_t, 1> column,

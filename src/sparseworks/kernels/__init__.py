@@ -15,6 +15,13 @@ from sparseworks.kernels.gathered import (
     unpack_columns,
 )
 from sparseworks.kernels.native import available, has_amx, instruction_set
+from sparseworks.kernels.nm import (
+    GroupedRows,
+    nm_product,
+    nm_product_reference,
+    pack_nm,
+    unpack_nm,
+)
 from sparseworks.kernels.spmm import SparseRows, pack_rows, spmm, spmm_reference, unpack_rows
 from sparseworks.kernels.spmv import (
     IndexedRows,
@@ -31,6 +38,7 @@ from sparseworks.kernels.spmv import (
 __all__ = [
     "BlockRows",
     "DenseColumns",
+    "GroupedRows",
     "IndexedRows",
     "IntegerRows",
     "MaskedRows",
@@ -42,11 +50,14 @@ __all__ = [
     "gathered_reference",
     "has_amx",
     "instruction_set",
+    "nm_product",
+    "nm_product_reference",
     "pack_blocks",
     "pack_columns",
     "pack_index",
     "pack_integer",
     "pack_mask",
+    "pack_nm",
     "pack_rows",
     "spmm",
     "spmm_reference",
@@ -55,5 +66,6 @@ __all__ = [
     "unpack",
     "unpack_blocks",
     "unpack_columns",
+    "unpack_nm",
     "unpack_rows",
 ]

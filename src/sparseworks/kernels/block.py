@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument, PatternError
-from sparseworks.kernels.epilogue import activation_number, apply_activation
+from sparseworks.kernels.epilogue import apply_activation, check_inputs
 from sparseworks.kernels.native import instruction_set, module
 
 __all__ = ["BlockRows", "block_product", "block_product_reference", "pack_blocks", "unpack_blocks"]
@@ -146,47 +146,20 @@ def block_product(
     Raises:
         InvalidArgument: shapes, dtypes or activations that do not fit.
     """
-    kinds = (torch.float32, torch.bfloat16)
-    out = dtype or x.dtype
-    if x.ndim == 0 or x.shape[-1] != packed.columns or x.dtype not in kinds or out not in kinds:
-        raise InvalidArgument(
-            f"block_product: x is {x.dtype} {list(x.shape)} and the result {out}; the matrix takes "
-            f"fp32 or bf16 [..., {packed.columns}]"
-        )
-    shape = (*x.shape[:-1], packed.rows)
-    if residual is not None and (residual.shape != shape or residual.dtype != out):
-        raise InvalidArgument(
-            f"block_product: the residual is {residual.dtype} {list(residual.shape)}, "
-            f"not {out} {list(shape)}"
-        )
-    if bias is not None and (bias.shape != (packed.rows,) or bias.dtype != torch.float32):
-        raise InvalidArgument(
-            f"block_product: the bias is {bias.dtype} {list(bias.shape)}, not fp32 [{packed.rows}]"
-        )
-    number = activation_number(activation)
+    shape = packed.rows, packed.columns
+    inputs = check_inputs("block_product", shape, x, bias, activation, residual, dtype)
     native = module()
     if native is None or x.device.type != "cpu":
-        return block_product_reference(packed, x, bias, activation, residual, out)
+        return block_product_reference(packed, x, bias, activation, residual, dtype)
     instruction_set()  # refuses a forced set that is not there
-    y = torch.empty(shape, dtype=out)
     native.block(
         packed.start,
         packed.column,
         packed.value.view(torch.uint16),
-        _plain(x.detach().reshape(-1, packed.columns)),
-        None if bias is None else bias.detach().contiguous(),
-        None if residual is None else _plain(residual.detach().reshape(-1, packed.rows)),
-        number,
-        _plain(y.view(-1, packed.rows)),
+        *inputs.given,
         torch.get_num_threads() if threads is None else threads,
     )
-    return y
-
-
-def _plain(t: Tensor) -> Tensor:
-    """Contiguous, and bf16 seen as 16-bit integers."""
-    t = t.contiguous()
-    return t.view(torch.uint16) if t.dtype == torch.bfloat16 else t
+    return inputs.y
 
 
 def _filled(matrix: Tensor, height: int, width: int) -> Tensor:

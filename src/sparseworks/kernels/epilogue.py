@@ -1,8 +1,10 @@
-"""What a kernel may do to its sums before it stores them."""
+"""What products of a packed matrix with a batch have in common: their inputs, and what they may do
+to their sums before they store them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.nn import functional
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["activation_number", "apply_activation"]
+__all__ = ["Inputs", "activation_number", "apply_activation", "check_inputs"]
 
 # in the order of the native enumeration
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,3 +44,65 @@ def apply_activation(x: Tensor, name: str) -> Tensor:
     """The activation in torch."""
     activation_number(name)
     return _ACTIVATIONS[name](x)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the native call takes, and the result `y` that it fills.
+
+    Args:
+        given: x, bias, residual, number of the activation, y: contiguous matrices, bf16 seen as
+            16-bit integers.
+        y: `[..., rows]`.
+    """
+
+    given: tuple[object, ...]
+    y: Tensor
+
+
+def check_inputs(
+    op: str,
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Inputs:
+    """The inputs of y = activation(x W^T + bias + residual) with W of `shape` rows, columns.
+
+    Raises:
+        InvalidArgument: shapes, dtypes or activations that do not fit.
+    """
+    rows, columns = shape
+    kinds = (torch.float32, torch.bfloat16)
+    out = dtype or x.dtype
+    if x.ndim == 0 or x.shape[-1] != columns or x.dtype not in kinds or out not in kinds:
+        raise InvalidArgument(
+            f"{op}: x is {x.dtype} {list(x.shape)} and the result {out}; the matrix takes fp32 or "
+            f"bf16 [..., {columns}]"
+        )
+    made = (*x.shape[:-1], rows)
+    if residual is not None and (residual.shape != made or residual.dtype != out):
+        raise InvalidArgument(
+            f"{op}: the residual is {residual.dtype} {list(residual.shape)}, not {out} {list(made)}"
+        )
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != torch.float32):
+        raise InvalidArgument(
+            f"{op}: the bias is {bias.dtype} {list(bias.shape)}, not fp32 [{rows}]"
+        )
+    number = activation_number(activation)
+    y = torch.empty(made, dtype=out)
+    given = (
+        _plain(x, columns),
+        None if bias is None else bias.detach().contiguous(),
+        None if residual is None else _plain(residual, rows),
+        number,
+        _plain(y, rows),
+    )
+    return Inputs(given, y)
+
+
+def _plain(t: Tensor, columns: int) -> Tensor:
+    t = t.detach().reshape(-1, columns).contiguous()
+    return t.view(torch.uint16) if t.dtype == torch.bfloat16 else t

@@ -1,0 +1,2 @@
+#define NM_NAME grouped_avx2
+#include "nm_impl.h"

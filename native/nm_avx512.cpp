@@ -1,0 +1,2 @@
+#define NM_NAME grouped_avx512
+#include "nm_impl.h"

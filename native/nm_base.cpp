@@ -1,0 +1,2 @@
+#define NM_NAME grouped_base
+#include "nm_impl.h"
