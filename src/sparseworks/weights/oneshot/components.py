@@ -11,6 +11,11 @@ just below them, and with components left dense, is tried together, and the pipe
 Source: Ramesh, Zhao 2024, Efficient Pruning of Text-to-Image Models: Insights from Pruning Stable
 Diffusion (the study: components differ in what they bear, magnitude suffices, quality ends in a
 cliff). The rule for the cliff and the search are ours.
+
+In our quick setting (claim 189: a small text encoder and diffusion transformer on digits) the
+encoder bears 60 to 65 %, the denoiser 10 %, and a sparsity for each removes 26 % of the weights
+where one for both removes 10 %; but that magnitude beats Wanda is not confirmed (relative error
+0.011 higher at the same sparsities, -0.005 to 0.027).
 """
 
 from __future__ import annotations
