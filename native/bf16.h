@@ -28,6 +28,17 @@ inline Bits rounded(Vec v) {
   return (bits & 0x7fffffff) > 0x7f800000 ? nan : even;
 }
 
+// Lanes (a, b) as pairs of bf16, a in the low half.
+inline Vec paired(Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  const Bits low = __builtin_convertvector(reinterpret_cast<Halves>(_mm512_cvtneps_pbh(a)), Bits);
+  const Bits high = __builtin_convertvector(reinterpret_cast<Halves>(_mm512_cvtneps_pbh(b)), Bits);
+#else
+  const Bits low = rounded(a), high = rounded(b);
+#endif
+  return reinterpret_cast<Vec>(low | high << 16);
+}
+
 inline void store(uint16_t* p, Vec v) {
 #if defined(__AVX512BF16__)
   // takes subnormal numbers as zero

@@ -62,7 +62,10 @@ std::string instruction_set() { return kNames[level()]; }
 
 Spmm spmm() { return choose(spmm_base, spmm_avx2, spmm_avx512); }
 
-RunOp run_op() { return choose(run_op_base, run_op_avx2, run_op_avx512); }
+RunOp run_op() {
+  if (level() == kAvx512 && has_bf16()) return run_op_bf16;
+  return choose(run_op_base, run_op_avx2, run_op_avx512);
+}
 
 const Spmv& spmv() {
   const Level l = level();

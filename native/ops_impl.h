@@ -16,6 +16,7 @@ void RUN_OP(const Op& op, const int64_t* where, float* arena, const Call& call, 
     case Kind::kPhases: return phases(op, where, arena, part, parts);
     case Kind::kNorm: return norm(op, where, arena, part, parts);
     case Kind::kShift: return shifted(op, where, arena, part, parts);
+    case Kind::kPairs: return pairs(op, where, arena, part, parts);
     case Kind::kAttention: return attention(op, where, arena, call, item, part, parts);
   }
 }

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
+#include "bf16.h"
 #include "math.h"
 
 namespace sparseworks {
@@ -84,19 +86,48 @@ inline void fetch_ahead(const Taps& w, int64_t begin, int64_t end) {
   }
 }
 
-template <int P, int S>
+// How a kept weight meets a vector of positions.
+struct Single {
+  using Weight = Vec;
+  static Weight weight(const float* value) { return all(*value); }
+  static Vec add(Vec sum, Weight w, Vec x) { return sum + w * x; }
+};
+
+// A pair of bf16 weights, for two channels, meets positions that are pairs as well.
+struct Paired {
+  using Weight = IntVec;
+  static Weight weight(const float* value) {
+    int bits;
+    std::memcpy(&bits, value, sizeof bits);
+    return bits - IntVec{};
+  }
+  static Vec add(Vec sum, Weight w, Vec x) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                  reinterpret_cast<__m512bh>(w),
+                                                  reinterpret_cast<__m512bh>(x)));
+#else
+    const IntVec pair = reinterpret_cast<IntVec>(x);
+    const IntVec high = IntVec{} + static_cast<int>(0xffff0000);
+    sum += reinterpret_cast<Vec>(w << 16) * reinterpret_cast<Vec>(pair << 16);
+    return sum + reinterpret_cast<Vec>(w & high) * reinterpret_cast<Vec>(pair & high);
+#endif
+  }
+};
+
+template <typename K, int P, int S>
 inline void accumulate(const float* in, const int32_t* offset, const float* value, int64_t n,
                        Vec (&acc)[P]) {
   for (int64_t t = 0; t < n; ++t) {
     const float* x = in + offset[t];
-    const Vec w = all(value[t]);
+    const auto w = K::weight(value + t);
 #pragma GCC unroll 32
-    for (int v = 0; v < P; ++v) acc[v] += w * load(x + v * S * kLanes);
+    for (int v = 0; v < P; ++v) acc[v] = K::add(acc[v], w, load(x + v * S * kLanes));
   }
 }
 
 // One row, P vectors.
-template <int P, int S>
+template <typename K, int P, int S>
 void one_row(const Taps& w, const Stage& stage, int row, const float* in, int64_t at, int index,
              const Target& target) {
   const Target to = target;  // a copy, which stores cannot change
@@ -105,13 +136,13 @@ void one_row(const Taps& w, const Stage& stage, int row, const float* in, int64_
   for (int v = 0; v < P; ++v) acc[v] = begin_sum(to, stage, row, at + v * kLanes);
   const int64_t begin = stage.start[row];
   fetch_ahead(w, begin, stage.start[row + 1]);
-  accumulate<P, S>(in, w.offset + begin, w.value + begin, stage.start[row + 1] - begin, acc);
+  accumulate<K, P, S>(in, w.offset + begin, w.value + begin, stage.start[row + 1] - begin, acc);
 #pragma GCC unroll 32
   for (int v = 0; v < P; ++v) finish(acc[v], to, stage, row, at + v * kLanes, index + v);
 }
 
 // Two rows at once, so that few positions still fill the pipeline.
-template <int P, int S>
+template <typename K, int P, int S>
 void two_rows(const Taps& w, const Stage& stage, int row, const float* in, int64_t at, int index,
               const Target& target) {
   const Target to = target;
@@ -128,14 +159,14 @@ void two_rows(const Taps& w, const Stage& stage, int row, const float* in, int64
   for (int64_t n = 0; n < both; ++n, ++i, ++j) {
     const float* x = in + w.offset[i];
     const float* y = in + w.offset[j];
-    const Vec s = all(w.value[i]), t = all(w.value[j]);
+    const auto s = K::weight(w.value + i), t = K::weight(w.value + j);
 #pragma GCC unroll 32
-    for (int v = 0; v < P; ++v) a[v] += s * load(x + v * S * kLanes);
+    for (int v = 0; v < P; ++v) a[v] = K::add(a[v], s, load(x + v * S * kLanes));
 #pragma GCC unroll 32
-    for (int v = 0; v < P; ++v) b[v] += t * load(y + v * S * kLanes);
+    for (int v = 0; v < P; ++v) b[v] = K::add(b[v], t, load(y + v * S * kLanes));
   }
-  accumulate<P, S>(in, w.offset + i, w.value + i, i_end - i, a);
-  accumulate<P, S>(in, w.offset + j, w.value + j, j_end - j, b);
+  accumulate<K, P, S>(in, w.offset + i, w.value + i, i_end - i, a);
+  accumulate<K, P, S>(in, w.offset + j, w.value + j, j_end - j, b);
 #pragma GCC unroll 32
   for (int v = 0; v < P; ++v) finish(a[v], to, stage, row, at + v * kLanes, index + v);
 #pragma GCC unroll 32
@@ -143,7 +174,7 @@ void two_rows(const Taps& w, const Stage& stage, int row, const float* in, int64
 }
 
 // G rows that share their taps: one load serves G products. For weights that are nearly dense.
-template <int G, int P, int S>
+template <typename K, int G, int P, int S>
 void shared_taps(const Taps& w, const Stage& stage, int group, const float* in, int64_t at,
                  int index, const Target& target) {
   const Target to = target;
@@ -162,7 +193,7 @@ void shared_taps(const Taps& w, const Stage& stage, int group, const float* in, 
     for (int v = 0; v < P; ++v) {
       const Vec run = load(x + v * S * kLanes);
 #pragma GCC unroll 32
-      for (int g = 0; g < G; ++g) acc[g][v] += value[g] * run;
+      for (int g = 0; g < G; ++g) acc[g][v] = K::add(acc[g][v], K::weight(value + g), run);
     }
   }
 #pragma GCC unroll 32
@@ -172,19 +203,19 @@ void shared_taps(const Taps& w, const Stage& stage, int group, const float* in, 
 }
 
 // All groups [begin, end) on one block of P vectors.
-template <int G, int P, int S>
+template <typename K, int G, int P, int S>
 void block(const Taps& w, int begin, int end, const float* in, int64_t at, int index,
            const Target& to) {
   const int groups = (w.rows + G - 1) / G;
   for (int b = 0; b < w.blocks; ++b) {
     const Stage stage{w.start + static_cast<int64_t>(b) * groups, b == 0, b + 1 == w.blocks};
     if constexpr (G > 1) {
-      for (int g = begin; g < end; ++g) shared_taps<G, P, S>(w, stage, g, in, at, index, to);
+      for (int g = begin; g < end; ++g) shared_taps<K, G, P, S>(w, stage, g, in, at, index, to);
     } else {
       int row = begin;
       if constexpr (P <= kPair)
-        for (; row + 2 <= end; row += 2) two_rows<P, S>(w, stage, row, in, at, index, to);
-      for (; row < end; ++row) one_row<P, S>(w, stage, row, in, at, index, to);
+        for (; row + 2 <= end; row += 2) two_rows<K, P, S>(w, stage, row, in, at, index, to);
+      for (; row < end; ++row) one_row<K, P, S>(w, stage, row, in, at, index, to);
     }
   }
   if (to.activation != Activation::kNone)
@@ -192,11 +223,11 @@ void block(const Taps& w, int begin, int end, const float* in, int64_t at, int i
       activate_stored(to, row, at, P);
 }
 
-template <int G, int P, int S>
+template <typename K, int G, int P, int S>
 void block_of(int vectors, const Taps& w, int begin, int end, const float* in, int64_t at,
               int index, const Target& to) {
-  if (vectors == P) return block<G, P, S>(w, begin, end, in, at, index, to);
-  if constexpr (P > 1) block_of<G, P - 1, S>(vectors, w, begin, end, in, at, index, to);
+  if (vectors == P) return block<K, G, P, S>(w, begin, end, in, at, index, to);
+  if constexpr (P > 1) block_of<K, G, P - 1, S>(vectors, w, begin, end, in, at, index, to);
 }
 
 // Copies of vectors [first, last) of rows of pixels, moved by one pixel to the right and to the left;
@@ -217,7 +248,7 @@ inline void shift_run(float* p, int64_t shift, int first, int last, int columns,
 }
 
 // Vectors [first, last) of a run, in blocks of nearly equal size.
-template <int G, int S>
+template <typename K, int G, int S>
 void run_of(const Taps& w, int begin, int end, const float* in, int first, int last, int64_t at,
             const Target& to) {
   constexpr int most = G == 1 ? kRun : kQuad;
@@ -225,7 +256,7 @@ void run_of(const Taps& w, int begin, int end, const float* in, int first, int l
   int shifted = first;
   for (int b = 0, done = first; b < blocks; ++b) {
     const int size = (last - done + blocks - b - 1) / (blocks - b);
-    block_of<G, most, S>(size, w, begin, end, in + static_cast<int64_t>(done) * S * kLanes,
+    block_of<K, G, most, S>(size, w, begin, end, in + static_cast<int64_t>(done) * S * kLanes,
                             at + done * kLanes, done, to);
     done += size;
     if (to.shift == 0) continue;
@@ -312,13 +343,19 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
   for (int y = first_run; y < last_run; ++y) {
     const float* row = in + y * from.pitch * op.stride;
     const int64_t at = to.origin + y * to.pitch;
-    if (op.taps.group == 4) {
-      if (op.stride == 2) run_of<4, 2>(op.taps, begin, end, row, first, last, at, target);
-      else run_of<4, 1>(op.taps, begin, end, row, first, last, at, target);
-    } else {
-      if (op.stride == 2) run_of<1, 2>(op.taps, begin, end, row, first, last, at, target);
-      else run_of<1, 1>(op.taps, begin, end, row, first, last, at, target);
-    }
+    const auto run = [&](auto kind) {
+      using K = decltype(kind);
+      const auto with = [&](auto g, auto stride) {
+        run_of<K, g(), stride()>(op.taps, begin, end, row, first, last, at, target);
+      };
+      const std::integral_constant<int, 1> one{};
+      const std::integral_constant<int, 2> two{};
+      const std::integral_constant<int, 4> four{};
+      if (op.taps.group == 4) op.stride == 2 ? with(four, two) : with(four, one);
+      else op.stride == 2 ? with(one, two) : with(one, one);
+    };
+    if (op.taps.pairs) run(Paired{});
+    else run(Single{});
   }
 }
 

@@ -32,6 +32,7 @@ enum class Kind : int {
   kNorm,       // layer norm over channels
   kAttention,  // softmax(q k^T scale + mask) v
   kShift,      // the shifted copies of what is in `out`
+  kPairs,      // channels two by two, as pairs of bf16
 };
 
 // All strides in floats.
@@ -44,6 +45,7 @@ struct Geometry {
 // fit into the first cache together.
 struct Taps {
   int rows = 0, group = 1, blocks = 1;
+  bool pairs = false;               // of bf16, for two channels each
   const int64_t* start = nullptr;   // [blocks * groups + 1], in taps
   const int32_t* offset = nullptr;  // from the position's own address, in floats
   const float* value = nullptr;     // [tap][group]
@@ -93,6 +95,7 @@ using RunOp = void (*)(const Op& op, const int64_t* where, float* arena, const C
 
 void run_op_base(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 void run_op_avx2(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
+void run_op_bf16(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 void run_op_avx512(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 
 class Program {

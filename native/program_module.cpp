@@ -87,6 +87,7 @@ Op parse(Held& held, const nb::dict& d) {
     op.taps.rows = op.channels;
     op.taps.group = number(d, "group", 1);
     op.taps.blocks = number(d, "blocks", 1);
+    op.taps.pairs = number(d, "pairs", 0) != 0;
     size_t starts = 0, offsets = 0, values = 0;
     op.taps.start = pointer<int64_t>(held, d, "start", &starts);
     op.taps.offset = pointer<int32_t>(held, d, "offset", &offsets);

@@ -133,3 +133,28 @@ def test_misuse_is_refused():
         model[0].weight[0, 0] = float("inf")
     with pytest.raises(ModelError, match=r"0\.weight"):
         sw.compile(model, torch.randn(2, 8))
+
+
+def test_bf16_is_a_choice_with_its_error(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).eval()
+    sw.prune(model, "magnitude", sparsity=0.75, pattern="block16x32")
+    x = torch.randn(4, 128, 256)
+    compiled = sw.compile(model, x, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = model(x)
+        found = compiled(x)
+    assert found.dtype == torch.float32
+    assert compiled.error == pytest.approx(
+        float((found - wanted).abs().max() / wanted.abs().max()), rel=0.05, abs=1e-6
+    )
+    assert compiled.error < 2e-2 and {"torch", "program", "program, bf16"} <= set(compiled.times)
+    if compiled.kind == "program":
+        compiled.save(tmp_path / "plan")
+        again = sw.load_compiled(tmp_path / "plan")
+        assert torch.equal(again(x), found)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(InvalidArgument, match=r"float32 or torch\.bfloat16"):
+        sw.compile(nn.Linear(4, 4), torch.randn(2, 4), dtype=torch.int8)

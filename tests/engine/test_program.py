@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -315,3 +316,46 @@ def test_sizes_that_belong_together_are_checked():
     plan(torch.randn(4, 5, 6), torch.randn(4, 5, 6))
     with pytest.raises(InvalidArgument, match="has shape"):
         plan(torch.randn(4, 5, 6), torch.randn(4, 2, 6))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), (3, 32, 32)),
+        (nn.Conv2d(5, 9, 3, 2, 1), (5, 17, 23)),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=2), (8, 16, 16)),
+        (nn.Linear(33, 20), (7, 33)),
+        (nn.Linear(64, 48), (128, 64)),
+    ],
+    ids=str,
+)
+def test_products_in_bf16_round_what_they_read_and_nothing_else(
+    on_each_set, layer, shape, sparsity
+):
+    model = thinned(copy.deepcopy(layer), sparsity).eval()
+    for batch in (1, 18):
+        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+        plan = make_plan(capture(model, (x,), {}), 2, half=True)
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad():
+            exact.weight.copy_(model.weight.bfloat16())
+            wanted = exact(x.bfloat16().double()).float()
+            torch.testing.assert_close(plan(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_stay_fp32_in_a_bf16_plan(on_each_set):
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3, 2, 1)
+
+        def forward(self, x):
+            side = nn.functional.pad(nn.functional.relu(x)[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+            return self.conv(x) * 0 + side
+
+    x = torch.randn(2, 4, 16, 16)
+    model = Shortcut().eval()
+    plan = make_plan(capture(model, (x,), {}), 1, half=True)
+    with torch.no_grad():
+        torch.testing.assert_close(plan(x), model(x), rtol=0, atol=1e-6)

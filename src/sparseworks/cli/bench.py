@@ -47,7 +47,7 @@ class Options:
     input_shape: tuple[int, ...] = ()
     """Shape of one sample (3 224 224) where the model does not tell."""
     dtype: str = "fp32"
-    """Of the peers: fp32 or bf16. Ours runs in fp32."""
+    """fp32 or bf16."""
     peers: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
     """What to compare with; also torch.compile, which takes a minute to build."""
     repeat: int = 15
@@ -96,9 +96,9 @@ def run(options: Options) -> dict[str, Any]:
                 loaded, batch, tokens=options.tokens, input_shape=options.input_shape
             )
             calls: dict[str, Callable[[], Any]] = {}
-            calls |= _ours("ours", model, example, notes)
+            calls |= _ours("ours", model, example, dtype, notes)
             if sparsity is not None:
-                calls |= _ours("ours, dense weights", loaded.model, example, notes)
+                calls |= _ours("ours, dense weights", loaded.model, example, dtype, notes)
             with tempfile.TemporaryDirectory() as place:
                 for name in options.peers:
                     made = peer(name, model, example, dtype, torch.get_num_threads(), Path(place))
@@ -119,13 +119,15 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
-def _ours(name: str, model: Any, example: Any, notes: list[str]) -> dict[str, Callable[[], Any]]:
+def _ours(
+    name: str, model: Any, example: Any, dtype: Any, notes: list[str]
+) -> dict[str, Callable[[], Any]]:
     """The compiled model, where it runs as more than torch."""
     import sparseworks as sw
     from sparseworks.engine.graph import arguments
     from sparseworks.models.calls import split
 
-    compiled = sw.compile(model, example)
+    compiled = sw.compile(model, example, dtype=dtype)
     if compiled.kind == "torch":
         notes.append(f"{name}: torch is fastest ({'; '.join(compiled.notes) or 'measured'})")
         return {}

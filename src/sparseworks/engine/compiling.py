@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.explaining import layer_lines, program_lines
@@ -27,7 +29,7 @@ from sparseworks.models.calls import call, split
 
 __all__ = ["Compiled", "compile"]
 
-_TOLERANCE = 1e-4  # of a program against the model
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 5e-2  # of a program in fp32 and bf16 against the model
 
 
 class Compiled:
@@ -90,22 +92,30 @@ class Compiled:
         save_plan(self.plan, path, self.error, self.times)
 
 
-def compile(model: nn.Module, example: Any, *, threads: int | None = None) -> Compiled:
+def compile(
+    model: nn.Module, example: Any, *, dtype: torch.dtype | None = None, threads: int | None = None
+) -> Compiled:
     """Make a sparse model skip its zeros, in the way that is measured to be fastest.
 
     Args:
         model: fp32 on the CPU; left as it is.
         example: one batch as the model takes it (Tensor, mapping, or (inputs, target)); candidates
             are measured on it. Other batch sizes, and other lengths of sequences, run too.
+        dtype: fp32, or bf16: products may round weights and inputs to bf16 where that is faster
+            (sums, norms, activations, residuals, inputs and outputs of the model stay fp32). None
+            is fp32.
         threads: of the native kernels; None: as many as torch uses.
 
     Returns:
-        A callable with `explain()` and `save(path)`.
+        A callable with `explain()`, `save(path)` and `error`.
 
     Raises:
         ModelError: not on the CPU, or weights that are not finite.
-        InvalidArgument: the example does not fit the model, or a forced instruction set is missing.
+        InvalidArgument: the example does not fit the model, another dtype, or a forced instruction
+            set is missing.
     """
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise InvalidArgument(f"dtype={dtype}: compile runs in torch.float32 or torch.bfloat16")
     for name, tensor in model.named_parameters():
         if tensor.device.type != "cpu":
             raise ModelError(f"{name} is not on the CPU; compile takes models on the CPU")
@@ -120,23 +130,55 @@ def compile(model: nn.Module, example: Any, *, threads: int | None = None) -> Co
     args, kwargs = arguments(inputs)
     expected = tensors_of(_checked(quiet, inputs))
     notes: list[str] = []
-    plan, error = _program(quiet, args, kwargs, threads, expected, notes)
-    ways: dict[str, Callable[[], Any]] = {"torch": lambda: call(quiet, inputs)}
-    if plan is not None:
-        ways["program"] = lambda: plan(*args, **kwargs)
-    times = dict(zip(ways, interleaved_ms(*ways.values()), strict=True))
-    if plan is not None and times["program"] < times["torch"]:
-        return Compiled(plan, "program", error, times, notes)
+    plain = quiet if dtype != torch.bfloat16 else _Autocast(quiet)
+    runs: dict[str, Callable[..., Any]] = {"torch": plain}
+    errors = {"torch": _error(plain, args, kwargs, expected)}
+    for half in (False, True) if dtype == torch.bfloat16 else (False,):
+        way = "program, bf16" if half else "program"
+        plan, error = _program(quiet, args, kwargs, threads, half, expected, notes)
+        if plan is not None:
+            runs[way], errors[way] = plan, error
+    times = _times(runs, args, kwargs)
+    best = min(times, key=lambda way: times[way])
+    if isinstance(runs[best], Plan):
+        return Compiled(runs[best], "program", errors[best], times, notes)
     twin, layers, found = by_layers(model, inputs, threads)
     if any(p.kernel != "dense" for p in layers):
-        ways["layers"] = lambda: call(twin, inputs)
-        times = dict(zip(ways, interleaved_ms(*ways.values()), strict=True))
-    best = min(times, key=lambda way: times[way])
-    if best == "layers":
-        return Compiled(twin, best, difference(expected, found), times, notes, tuple(layers))
-    if best == "program" and plan is not None:
-        return Compiled(plan, best, error, times, notes)
-    return Compiled(quiet, "torch", 0.0, times, notes, tuple(layers))
+        runs["layers"], errors["layers"] = twin, difference(expected, found)
+        times = _times(runs, args, kwargs)
+        best = min(times, key=lambda way: times[way])
+    kind = "program" if isinstance(runs[best], Plan) else best
+    kept = () if kind == "program" else tuple(layers)
+    return Compiled(runs[best], kind, errors[best], times, notes, kept)
+
+
+class _Autocast:
+    """A model whose products torch runs in bf16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = self.model(*args, **kwargs)
+        return tree_map(
+            lambda t: t.float() if isinstance(t, Tensor) and t.dtype == torch.bfloat16 else t, made
+        )
+
+
+def _times(
+    runs: dict[str, Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, float]:
+    calls = [partial(run, *args, **kwargs) for run in runs.values()]
+    return dict(zip(runs, interleaved_ms(*calls), strict=True))
+
+
+@torch.no_grad()
+def _error(
+    run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Tensor]
+) -> float:
+    found = tensors_of(run(*args, **kwargs))
+    return difference(expected, found) if len(found) == len(expected) else float("inf")
 
 
 @torch.no_grad()
@@ -152,29 +194,30 @@ def _program(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     threads: int,
+    half: bool,
     expected: list[Tensor],
     notes: list[str],
 ) -> tuple[Plan | None, float]:
     """The model as a program, where it can be captured and computes the same."""
+    name = "program in bf16" if half else "program"
     if not available():
-        notes.append("no program: the native kernels are not built")
+        notes.append(f"no {name}: the native kernels are not built")
         return None, 0.0
     try:
-        plan = make_plan(capture(model, args, kwargs), threads)
+        plan = make_plan(capture(model, args, kwargs), threads, half)
     except Exception as error:  # torch.export raises whatever the model makes it raise
         first = str(error).strip().splitlines() or [""]
-        notes.append(f"no program: {type(error).__name__}: {first[0][:160]}")
+        notes.append(f"no {name}: {type(error).__name__}: {first[0][:160]}")
         return None, 0.0
     if plan is None:
-        notes.append("no program: no layer that the native code takes")
+        notes.append(f"no {name}: no layer that the native code takes")
         return None, 0.0
     try:
-        found = tensors_of(plan(*args, **kwargs))
+        found = _error(plan, args, kwargs, expected)
     except (RuntimeError, TypeError, ValueError, ModelError) as error:
-        notes.append(f"no program: it failed on the example ({error})")
+        notes.append(f"no {name}: it failed on the example ({error})")
         return None, 0.0
-    error_found = difference(expected, found) if len(found) == len(expected) else float("inf")
-    if not error_found <= _TOLERANCE:
-        notes.append(f"no program: its relative error on the example is {error_found:.1e}")
+    if not found <= (_HALF_TOLERANCE if half else _TOLERANCE):
+        notes.append(f"no {name}: its relative error on the example is {found:.1e}")
         return None, 0.0
-    return plan, error_found
+    return plan, found

@@ -81,6 +81,7 @@ class Product(Op):
         weight: `[rows, columns / groups, kh, kw]`, zeros are skipped.
         bias: `[rows]` or None.
         name: of the parameter.
+        half: weight and x are rounded to bf16; sums, bias, residual and result stay fp32.
     """
 
     x: Value
@@ -93,6 +94,7 @@ class Product(Op):
     groups: int = 1
     residual: Value | None = None
     activation: Activation = Activation.NONE
+    half: bool = False
 
     def inputs(self) -> list[Value]:
         return [self.x, *([] if self.residual is None else [self.residual])]

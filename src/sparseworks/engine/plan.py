@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparseworks.engine.graph import Captured, Signature
-from sparseworks.engine.ir import Attention, Op
+from sparseworks.engine.ir import Attention, Op, Product
 from sparseworks.engine.lowering import Piece, lower
 from sparseworks.engine.measuring import one_thread
 from sparseworks.engine.programs import Instance, build
@@ -255,11 +255,18 @@ def _frees(steps: Sequence[Call | Part], signature: Signature) -> list[list[str]
     return frees[::-1]
 
 
-def make_plan(captured: Captured, threads: int) -> Plan | None:
-    """A plan of a captured model, or None where there is nothing that a program could take."""
+def make_plan(captured: Captured, threads: int, half: bool = False) -> Plan | None:
+    """A plan of a captured model, or None where there is nothing that a program could take.
+
+    Args:
+        half: products round weights and inputs to bf16; all else stays fp32.
+    """
     pieces = lower(captured.graph, captured.constants)
     if not pieces:
         return None
+    for op in (op for piece in pieces for op in piece.ops if isinstance(op, Product)):
+        copies = op.name == ""
+        op.half = half and not copies and (op.groups == 1 or op.weight.shape[1] % 2 == 0)
     made: dict[str, tuple[Piece, Part]] = {}
     for piece in pieces:
         part = Part.of(piece, threads)

@@ -29,7 +29,9 @@ from sparseworks.kernels.native import module
 
 __all__ = ["Instance", "build"]
 
-_LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT = range(10)
+_LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS = range(
+    11
+)
 _SHARED = 4  # rows that share their taps where weights are nearly dense
 _FULL = 0.72  # share of non-zeros in the taps of four rows from which on sharing pays
 _CACHE = 40 << 10  # bytes of the first cache for the inputs of a block of taps
@@ -92,7 +94,9 @@ class _Builder:
     threads: int
     shape: dict[Value, tuple[int, ...]] = field(default_factory=dict)
     pads: dict[tuple[int, ...], int] = field(default_factory=dict)
-    far: set[tuple[int, ...]] = field(default_factory=set)  # sizes read further than one pixel away
+    far: set[tuple[int, ...]] = field(
+        default_factory=set
+    )  # sizes read beyond the pixels next to them
     beside: set[Value] = field(default_factory=set)  # read one pixel away
     buffers: dict[Any, int] = field(default_factory=dict)
     floats: list[int] = field(default_factory=list)
@@ -162,7 +166,7 @@ class _Builder:
             x = x // op.stride
         elif bool((x != 0).any()):
             self.beside.add(op.x)
-        if int(x.abs().max()) > 1:
+        if int(x.abs().max()) > 1 or made[1] > read[1]:
             self.far.add(read)
         for n, out, r in zip(read, made, reach, strict=True):
             step = 1 if self._phased(op) else op.stride
@@ -268,6 +272,8 @@ class _Builder:
         if self._phased(op):
             given, source, stride = self._phase(op, source)
         whole = self._whole((given.height, given.width)) if op.x.kind == "image" else False
+        if op.half:
+            source = self._pairs(op, source, given)
         taps = _taps(op, given, stride if not self._phased(op) else 0, whole)
         fields: dict[str, Any] = {"in": source, "from": given}
         if op.residual is not None:
@@ -285,7 +291,7 @@ class _Builder:
             self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
-        self.products[len(self.native)] = (op, work * 16)
+        self.products[len(self.native)] = (op, work * (32 if op.half else 16))
         self.groups[len(self.native)] = taps["group"]
         self.inputs[len(self.native)] = self.shape[op.x]
         self._add(
@@ -308,6 +314,24 @@ class _Builder:
             )  # fmt: skip
             self._buffer(key)
         return g, buffer, 1
+
+    def _pairs(self, op: Product, source: int, given: Geometry) -> int:
+        """The input of a product in bf16."""
+        inner = op.stride**2 if self._phased(op) else 1
+        key = ("pairs", op.x, inner)
+        done = key in self.buffers
+        shift = op.x.channels * inner * given.plane
+        copied = op.x.kind == "image" and self._whole((given.height, given.width))
+        copied = copied and (inner > 1 or op.x in self.beside)
+        floats = -(-op.x.channels // 2) * inner * given.plane * (3 if copied else 1)
+        buffer = self._buffer(key, floats)
+        if not done:
+            self._add(
+                _PAIRS, floats // 4, **{"in": source}, out=buffer, to=given, window=inner,
+                channels=op.x.channels, shift=shift if copied else 0,
+            )  # fmt: skip
+            self._buffer(key)
+        return buffer
 
     def _pool(self, op: Pool) -> None:
         given = self._of(op.x)
@@ -398,9 +422,11 @@ def _taps(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, A
         stride: of the pixels that are read; 0: the input is cut into phases.
         whole: pixels to the side are read from shifted copies.
     """
-    weight = op.weight.detach().float()
+    weight, kept = op.weight.detach().float(), op.weight.detach() != 0
     if weight.ndim == 2:
-        weight = weight[:, :, None, None]
+        weight, kept = weight[:, :, None, None], kept[:, :, None, None]
+    if op.half:
+        weight, kept = _in_pairs(weight), _in_pairs(kept.float()) != 0
     rows, per_group, kh, kw = weight.shape
     y = torch.arange(kh) * op.dilation - op.padding
     x = _distances(op)
@@ -420,9 +446,8 @@ def _taps(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, A
         side = x * given.lanes
     shift = y[:, None] * given.pitch + side[None, :]
     local = (channels * given.plane + shift).reshape(-1)
-    flat = weight.reshape(rows, -1)
+    flat, kept = weight.reshape(rows, -1), kept.reshape(rows, -1)
     first = torch.arange(rows) // (rows // op.groups) * step * given.plane
-    kept = flat != 0
     count = int(torch.count_nonzero(kept))
     share = count / max(1, kept.numel())
     group, united = 1, kept
@@ -444,10 +469,19 @@ def _taps(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, A
     return {
         "start": torch.cat(starts).cumsum(0),
         "offset": torch.cat(offsets),
-        "value": torch.cat(values).contiguous(),
+        "value": torch.cat(values).contiguous().view(torch.float32),
+        "pairs": int(op.half),
         "group": group,
         "blocks": blocks,
     }
+
+
+def _in_pairs(weight: Tensor) -> Tensor:
+    """Channels two by two: `[rows, channels, ...]` to `[rows, channels / 2, ...]` of int32."""
+    odd = weight.shape[1] % 2
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, odd))
+    bits = padded.bfloat16().view(torch.int16).int() & 0xFFFF
+    return bits[:, ::2] | bits[:, 1::2] << 16
 
 
 def _block(given: Geometry, channels: int, kh: int, kw: int, share: float) -> int:
