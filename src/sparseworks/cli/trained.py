@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,15 @@ def twin_of(options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
     """Zeros exact, model saved, result written; then the state is no longer needed."""
+    from sparseworks.cli.recording import train_record
     from sparseworks.cli.running import plain_options, write_json
     from sparseworks.diagnostics.claims import machine
     from sparseworks.io import save
 
     training, out = job.training, options.out
-    record = training.run.finish() if training.run is not None else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # `_shortfall` says more
+        record = training.run.finish() if training.run is not None else None
     model = training.model.eval()
     folder = hasattr(model, "config") and hasattr(model, "save_pretrained")
     target = out / ("checkpoint" if folder else "model.safetensors")
@@ -99,6 +103,8 @@ def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
         metric = job.metric
         summary["metric"] = {"name": metric.name, "unit": metric.unit,
                              "before": job.before, "after": metric(model)}  # fmt: skip
+    score = None if job.metric is None else summary["metric"]["after"]
+    summary["record"] = train_record(job, options, score, summary["machine"])
     trace = training.trace.report()
     write_json(out / "trace.json", trace)
     if importlib.util.find_spec("plotly") is not None:

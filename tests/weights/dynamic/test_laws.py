@@ -4,6 +4,7 @@ determinism, exact resumption, and that sparsity 0 is plain training."""
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -227,6 +228,19 @@ def test_misuse(options, message):
         with pytest.raises(InvalidArgument, match=message):
             sw.sparsify(model, OPTIMIZERS["sgd"](model.parameters()), method, **options)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_schedule_that_outlasts_the_training_is_named():
+    for steps, warns in ((2 * STEPS, True), (STEPS, False)):
+        model = net()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        run = sw.sparsify(model, optimizer, "gradual", sparsity=0.9, steps=steps, every=2)
+        train(model, optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.finish()
+        said = [str(w.message) for w in caught]
+        assert any(f"stopped at step {STEPS} of {2 * STEPS}" in m for m in said) == warns, said
 
 
 def test_resuming_with_another_method_is_refused():
