@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from sparseworks.engine.products import SparseLinear
 from sparseworks.kernels import (
     block_product,
     gathered,
@@ -32,8 +33,6 @@ from sparseworks.kernels import (
     pack_integer,
     pack_mask,
     pack_nm,
-    pack_rows,
-    spmm,
     spmv,
 )
 
@@ -93,13 +92,13 @@ def batched(repeats: int, threads: int) -> Iterator[Row]:
     right = x.t().contiguous()
     for sparsity in (0.8, 0.9, 0.95):
         kept = weight * (noise >= sparsity)
-        packed, csr = pack_rows(kept), kept.to_sparse_csr()
+        layer, csr = SparseLinear(kept, None, threads), kept.to_sparse_csr()
         calls: dict[str, Call] = {
             "torch CSR": lambda c=csr: c @ right,
-            "rows, fp32": lambda p=packed: spmm(p, x, threads=threads),
+            "taps, fp32": lambda f=layer: f(x),
         }
         for row in compared("4096 x 4096, batch 256", calls, repeats, sparsity=sparsity):
-            yield {**row, "useful_gflops": rate(2 * packed.nnz * 256, row)}
+            yield {**row, "useful_gflops": rate(2 * layer.kept * 256, row)}
 
 
 def columns(repeats: int, threads: int) -> Iterator[Row]:

@@ -60,8 +60,6 @@ T choose(T base, T avx2, T avx512) {
 
 std::string instruction_set() { return kNames[level()]; }
 
-Spmm spmm() { return choose(spmm_base, spmm_avx2, spmm_avx512); }
-
 RunOp run_op() {
   if (level() == kAvx512 && has_bf16()) return run_op_bf16;
   return choose(run_op_base, run_op_avx2, run_op_avx512);

@@ -7,7 +7,6 @@
 #include "gathered.h"
 #include "nm.h"
 #include "program.h"
-#include "spmm.h"
 #include "spmv.h"
 
 namespace sparseworks {
@@ -16,8 +15,6 @@ namespace sparseworks {
 // BF16), "avx512f" (F, BW, VL and DQ alone), "avx2" or "base"; SPARSEWORKS_ISA may force a lower one.
 // Throws std::runtime_error when a forced one is unknown or not there.
 std::string instruction_set();
-
-Spmm spmm();
 
 RunOp run_op();
 

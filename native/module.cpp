@@ -22,22 +22,4 @@ NB_MODULE(_native, m) {
   define_gathered(m);
   define_block(m);
   define_nm(m);
-  m.def(
-      "spmm",
-      [](Array<const int64_t, 1> start, Array<const uint16_t, 1> column,
-         Array<const float, 1> value, Array<const float, 2> x,
-         Bias bias, Array<float, 2> y, int threads) {
-        const int64_t rows = count(start) - 1;
-        check(rows >= 0 && count(y, 1) == rows && count(x) == count(y) &&
-                  count(column) == count(value) && start.data()[rows] == count(value) &&
-                  (!bias || count(*bias) == rows) && threads >= 1,
-              "spmm");
-        const SparseRows w{static_cast<int>(rows), static_cast<int>(count(x, 1)), start.data(),
-                           column.data(), value.data()};
-        const Spmm kernel = spmm();
-        nb::gil_scoped_release release;
-        kernel(w, x.data(), count(x), data_or_null(bias), y.data(), threads);
-      },
-      nb::arg("start"), nb::arg("column"), nb::arg("value"), nb::arg("x"),
-      nb::arg("bias").none(), nb::arg("y"), nb::arg("threads"));
 }

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.measuring import interleaved_ms, one_thread
-from sparseworks.kernels import pack_index, pack_integer, pack_mask, pack_rows, spmm, spmv
+from sparseworks.engine.products import SparseLinear
+from sparseworks.kernels import pack_index, pack_integer, pack_mask, spmv
 from sparseworks.kernels.native import available, instruction_set
 
 __all__ = ["DecodeLinear", "Decoder", "compile_decoder"]
@@ -52,7 +53,7 @@ class DecodeLinear(nn.Module):
         self.register_buffer("bias", bias)
         keep = packed is None or self.sparsity < _PROMPT
         self.register_buffer("dense", weight if keep else None)
-        self.rows = None if keep else pack_rows(weight)
+        self.many = None if keep else SparseLinear(weight.float(), self.bias, threads)
 
     @property
     def layout(self) -> str:
@@ -63,8 +64,8 @@ class DecodeLinear(nn.Module):
         if self.packed is not None and flat.shape[0] <= _FEW:
             found = [spmv(self.packed, v.float(), self.bias, self.threads) for v in flat]
             y = torch.stack(found)
-        elif self.rows is not None:
-            y = spmm(self.rows, flat.float(), self.bias, self.threads)
+        elif self.many is not None:
+            y = self.many(flat.float())
         else:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             assert self.dense is not None  # kept where nothing else runs long prompts

@@ -62,6 +62,8 @@ def image(height: int, width: int, pad: int, lanes: int) -> Geometry:
 def tokens(count: int) -> Geometry:
     """One row of positions; planes of a power of two would meet in the same cache sets."""
     plane = _round_up(count)
+    if plane > 64:  # few different planes, so that programs of other lengths share packed weights
+        plane = (plane + 63) // 64 * 64
     if plane > 256:
         plane += _VECTOR
     return Geometry(1, count, 0, 1, plane, plane, 0)

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from sparseworks.core.errors import ModelError
 from sparseworks.core.masks import masks
 from sparseworks.engine.measuring import interleaved_ms, median_ms, tensors_of
+from sparseworks.engine.products import SparseLinear
 from sparseworks.kernels.native import available
-from sparseworks.kernels.spmm import SparseRows, pack_rows, spmm
 from sparseworks.models.calls import call
 from sparseworks.models.views import find_prunable
 
-__all__ = ["LayerPlan", "SparseLinear", "by_layers"]
+__all__ = ["LayerPlan", "by_layers"]
 
 _MIN_SPARSITY = 0.4  # below this a dense product always wins; it is not even measured
 _ADVANTAGE = 0.97  # sparse must take less than this share of dense
@@ -38,41 +38,12 @@ class _WeightRead(Exception):
         self.layer = layer
 
 
-class SparseLinear(nn.Module):
-    """y = W x + b with W packed by rows; inference only.
-
-    Args:
-        packed: the weight.
-        bias: `[rows]` or None.
-        threads: of the native kernel; None: as many as torch uses.
-    """
-
-    start: Tensor
-    column: Tensor
-    value: Tensor
-    bias: Tensor | None
-
-    def __init__(self, packed: SparseRows, bias: Tensor | None, threads: int | None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = packed.columns, packed.rows
-        self.threads = threads
-        self.register_buffer("start", packed.start)
-        self.register_buffer("column", packed.column)
-        self.register_buffer("value", packed.value)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+class _Linear(SparseLinear):
+    """Tells when the model reads the weight by itself."""
 
     @property
     def weight(self) -> Tensor:
         raise _WeightRead(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = SparseRows(self.start, self.column, self.value, self.in_features)
-        return spmm(packed, x, self.bias, self.threads)
-
-    def extra_repr(self) -> str:
-        total = self.in_features * self.out_features
-        sparsity = 1 - self.value.numel() / max(1, total)
-        return f"{self.in_features}, {self.out_features}, sparsity={sparsity:.3f}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +52,7 @@ class LayerPlan:
 
     Args:
         name: of the module.
-        kernel: "sparse rows" or "dense".
+        kernel: "sparse" or "dense".
         sparsity: fraction of zeros.
         tokens: rows of input in the example.
         dense_ms: torch's dense product, median.
@@ -185,15 +156,13 @@ def _choose(
         reason = "the native kernels are not built"
     elif sparsity < _MIN_SPARSITY:
         reason = f"below {_MIN_SPARSITY:.0%} zeros"
-    elif weight.shape[1] > 1 << 16:
-        reason = "more than 65,536 inputs"
     dense = median_ms(lambda: F.linear(x, layer.weight, layer.bias))
     if reason:
         return LayerPlan(name, "dense", sparsity, tokens, dense, None, reason), None
-    sparse = SparseLinear(pack_rows(weight, mask), layer.bias, threads)
+    sparse = _Linear(weight, layer.bias, threads)
     dense, taken = interleaved_ms(lambda: F.linear(x, layer.weight, layer.bias), lambda: sparse(x))
     if taken < _ADVANTAGE * dense:
-        return LayerPlan(name, "sparse rows", sparsity, tokens, dense, taken), sparse
+        return LayerPlan(name, "sparse", sparsity, tokens, dense, taken), sparse
     return LayerPlan(name, "dense", sparsity, tokens, dense, taken, "dense is faster"), None
 
 

@@ -22,6 +22,7 @@ __all__ = ["Part", "Plan", "make_plan"]
 
 _LANES = 16
 _ALONE = 500_000  # multiply-adds below which waking a second thread takes longer than the work
+_KEPT = 64  # sizes whose programs are kept
 _TOKENS = 128  # rows of a program whose rows do not depend on each other
 
 
@@ -45,6 +46,7 @@ class Part:
     outputs: list[str]
     threads: int
     instances: dict[Any, Instance] = field(default_factory=dict)
+    packed: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, piece: Piece, threads: int) -> Part:
@@ -57,9 +59,13 @@ class Part:
 
     def instance(self, sizes: Mapping[str, tuple[int, ...]], lanes: int) -> Instance:
         key = (lanes, *sizes.values())
-        if key not in self.instances:
-            self.instances[key] = build(self.ops, sizes, lanes, self.threads)
-        return self.instances[key]
+        found = self.instances.get(key)
+        if found is None:
+            if len(self.instances) >= _KEPT:  # of many sizes: start anew
+                self.instances, self.packed = {}, {}
+            found = build(self.ops, sizes, lanes, self.threads, self.packed)
+            self.instances = {**self.instances, key: found}  # other calls may be reading
+        return found
 
     def run(self, given: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name."""

@@ -70,7 +70,11 @@ class Instance:
 
 
 def build(
-    ops: Sequence[Op], sizes: Mapping[str, tuple[int, ...]], lanes: int, threads: int
+    ops: Sequence[Op],
+    sizes: Mapping[str, tuple[int, ...]],
+    lanes: int,
+    threads: int,
+    packed: dict[Any, dict[str, Any]] | None = None,
 ) -> Instance:
     """Lay a program out.
 
@@ -79,11 +83,12 @@ def build(
         sizes: height and width, or the number of tokens, of each `Load` by its source.
         lanes: 1, or 16 images side by side.
         threads: among which an operation on one item may be divided.
+        packed: kept weights of programs of other sizes, which may be used again, and are added to.
 
     Raises:
         ModelError: sizes that do not fit the operations.
     """
-    return _Builder(ops, sizes, lanes, threads).instance()
+    return _Builder(ops, sizes, lanes, threads, {} if packed is None else packed).instance()
 
 
 @dataclass
@@ -92,6 +97,7 @@ class _Builder:
     sizes: Mapping[str, tuple[int, ...]]
     lanes: int
     threads: int
+    packed: dict[Any, dict[str, Any]]
     shape: dict[Value, tuple[int, ...]] = field(default_factory=dict)
     pads: dict[tuple[int, ...], int] = field(default_factory=dict)
     far: set[tuple[int, ...]] = field(
@@ -274,7 +280,7 @@ class _Builder:
         whole = self._whole((given.height, given.width)) if op.x.kind == "image" else False
         if op.half:
             source = self._pairs(op, source, given)
-        taps = _taps(op, given, stride if not self._phased(op) else 0, whole)
+        taps = self._packed(op, given, stride if not self._phased(op) else 0, whole)
         fields: dict[str, Any] = {"in": source, "from": given}
         if op.residual is not None:
             fields["other"] = self._buffer(op.residual)
@@ -299,6 +305,12 @@ class _Builder:
             stride=stride, flat=int(flat), activation=int(op.activation),
             shift=self._shift(op.out), **taps, **fields,
         )  # fmt: skip
+
+    def _packed(self, op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
+        key = (id(op), given.plane, given.pitch, given.lanes, _run(given), stride, whole)
+        if key not in self.packed:
+            self.packed[key] = _taps(op, given, stride, whole)
+        return self.packed[key]
 
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
         g = self._geometry(self._phase_size(op))
@@ -484,11 +496,15 @@ def _in_pairs(weight: Tensor) -> Tensor:
     return bits[:, ::2] | bits[:, 1::2] << 16
 
 
+def _run(given: Geometry) -> int:
+    """Vectors of one channel that are multiplied at once."""
+    return min(16, given.plane // 16)
+
+
 def _block(given: Geometry, channels: int, kh: int, kw: int, share: float) -> int:
     """Input channels in a block of taps: what a run of positions reads of them fits the cache."""
     if kh * kw > 1:  # neighbouring taps read the same pixels, that is enough
         return channels
-    run = min(16, -(-given.width * given.lanes // 16)) * 64
-    fits = max(1, _CACHE // run)
+    fits = max(1, _CACHE // (64 * _run(given)))
     worth = _TAPS / max(1e-6, share)  # fewer taps do not pay for storing the sums
     return int(min(channels, max(fits, worth)))

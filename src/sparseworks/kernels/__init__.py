@@ -22,7 +22,6 @@ from sparseworks.kernels.nm import (
     pack_nm,
     unpack_nm,
 )
-from sparseworks.kernels.spmm import SparseRows, pack_rows, spmm, spmm_reference, unpack_rows
 from sparseworks.kernels.spmv import (
     IndexedRows,
     IntegerRows,
@@ -42,7 +41,6 @@ __all__ = [
     "IndexedRows",
     "IntegerRows",
     "MaskedRows",
-    "SparseRows",
     "available",
     "block_product",
     "block_product_reference",
@@ -58,14 +56,10 @@ __all__ = [
     "pack_integer",
     "pack_mask",
     "pack_nm",
-    "pack_rows",
-    "spmm",
-    "spmm_reference",
     "spmv",
     "spmv_reference",
     "unpack",
     "unpack_blocks",
     "unpack_columns",
     "unpack_nm",
-    "unpack_rows",
 ]

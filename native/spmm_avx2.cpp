@@ -1,2 +1,0 @@
-#define SPMM_NAME spmm_avx2
-#include "spmm_impl.h"

@@ -1,2 +1,0 @@
-#define SPMM_NAME spmm_base
-#include "spmm_impl.h"
