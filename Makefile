@@ -1,10 +1,14 @@
 # Every target sets itself up: .venv, torch, the package.
 PY := .venv/bin/python
-.PHONY: demo test lint type imports docs native bench claims clean
+.PHONY: demo speed test lint type imports docs native bench claims clean
 
 demo:  ## prune a real sentence encoder and show the result
 	@scripts/setup.sh demo
 	@.venv/bin/sparseworks demo --out out/demo
+
+speed:  ## time that encoder, sparse and dense, beside the runtimes that are installed
+	@scripts/setup.sh demo
+	@.venv/bin/sparseworks bench minilm --sparsity 0.8 0.9 --batch 1 16 --out out/speed
 
 test:  ## all tests
 	@scripts/setup.sh test
@@ -38,7 +42,9 @@ native:  ## build the kernels again after a change, into the source tree
 bench:  ## speed and memory against peers, on demand
 	@scripts/setup.sh test
 	@$(PY) benchmarks/oneshot.py --out benchmarks/results/oneshot.json
-	@$(PY) benchmarks/compiled.py --out benchmarks/results/compiled.json
+	@$(PY) benchmarks/kernels.py --out benchmarks/results/kernels.json
+	@$(PY) benchmarks/decoding.py --out benchmarks/results/decoding.json
+	@$(PY) benchmarks/speed.py --out benchmarks/results
 	@$(PY) benchmarks/memory.py --out benchmarks/results/memory.json
 
 claims:  ## run every claim that has no result yet

@@ -50,7 +50,7 @@ CUTS: dict[str, tuple[str, int, int, int]] = {
 SCORES = tuple(CUTS)
 PEERS = ("global, all", "global, inner", "uniform, all", "uniform, inner")
 STREAM = ["bn1", "layer*.bn2"]  # the residual streams stay whole: fewer copies around every block
-BATCH, STEPS, PROBE, HELD = 128, 702, 60, 5000
+BATCH, PROBE, HELD = 128, 60, 5000
 RECIPE = {"lr": 0.03, "weight_decay": 5e-4, "temperature": 4.0, "weight": 0.9, "bf16": True}
 SHARE = 0.5
 
@@ -187,25 +187,23 @@ def best(found: dict[str, dict[str, Any]], names: tuple[str, ...]) -> str:
     return max(names, key=lambda n: float(found[n]["held-out"]))
 
 
-def paired(folder: Path, seed: int) -> dict[str, dict[str, Any]]:
+def paired(folder: Path, seeds: list[int], steps: int, sides: tuple[str, ...]) -> None:
+    """Both sides are cut once; the seeds are those of the fine-tuning."""
     chosen = probe(folder)
-    fit, _ = parts(folder)
-    test = images(folder, "test")
+    (fit, _), test = parts(folder), images(folder, "test")
+    for side in sides:
+        name = best(chosen, SCORES if side == "ours" else PEERS)
+        made: list[nn.Module] = []
 
-    def one(make: Callable[[], nn.Module], name: str) -> dict[str, Any]:
-        model = make()
-        cut = accuracy(model, test)
-        model, seconds = train(model, fit, seed, STEPS)
-        return {"name": name, "at the cut": cut, "accuracy": accuracy(model, test),
-                "cpu seconds": seconds, "steps": STEPS, **size(model)}  # fmt: skip
+        def one(seed: int, side: str = side, name: str = name, made: Any = made) -> dict[str, Any]:
+            if not made:
+                made.append(ours(name, fit, 0) if side == "ours" else theirs(name))
+            model, seconds = train(copy.deepcopy(made[0]), fit, seed, steps)
+            return {"name": name, "accuracy": accuracy(model, test), "cpu seconds": seconds,
+                    "steps": steps, **size(model)}  # fmt: skip
 
-    score, peer = best(chosen, SCORES), best(chosen, PEERS)
-    return {
-        "ours": keep(
-            folder / f"{seed} ours.json", lambda: one(lambda: ours(score, fit, seed), score)
-        ),
-        "peer": keep(folder / f"{seed} peer.json", lambda: one(lambda: theirs(peer), peer)),
-    }
+        for seed in seeds:
+            keep(folder / f"{steps} {seed} {side}.json", lambda s=seed, f=one: f(s))
 
 
 def latency(folder: Path, batch: int = 64, repeats: int = 25) -> dict[str, Any]:
@@ -268,14 +266,16 @@ def whole(folder: Path) -> dict[str, Any]:
     return {"accuracy": accuracy(model, images(folder, "test")), **size(model)}
 
 
-def report(folder: Path, seeds: list[int]) -> dict[str, Any]:
+def report(folder: Path, seeds: list[int], steps: int) -> dict[str, Any]:
     def recorded(name: str) -> dict[str, Any]:
         value: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         return value
 
     sides = ("ours", "peer")
-    done = [s for s in seeds if all((folder / f"{s} {side}.json").is_file() for side in sides)]
-    pairs = {s: {side: recorded(f"{s} {side}") for side in sides} for s in done}
+    done = [
+        s for s in seeds if all((folder / f"{steps} {s} {side}.json").is_file() for side in sides)
+    ]
+    pairs = {s: {side: recorded(f"{steps} {s} {side}") for side in sides} for s in done}
     if not pairs:
         raise SystemExit("no seed has both sides yet: run `train`")
     before = recorded("dense")
@@ -284,7 +284,7 @@ def report(folder: Path, seeds: list[int]) -> dict[str, Any]:
     interval = paired_interval(gains)
     return {
         "machine": machine(),
-        "recipe": {**RECIPE, "batch": BATCH, "steps": STEPS, "teacher": "the dense model",
+        "recipe": {**RECIPE, "batch": BATCH, "steps": steps, "teacher": "the dense model",
                    "residual streams": "whole (ours)", "flops share": SHARE},
         "dense": before,
         "probe on held-out training images": {n: recorded(f"probe {n}") for n in SCORES + PEERS},
@@ -305,6 +305,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/slim"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--side", nargs="+", choices=("ours", "peer"), default=["ours", "peer"])
     given = parser.parse_args()
     torch.set_num_threads(1)
     folder: Path = given.folder
@@ -312,13 +314,12 @@ def main() -> None:
     if given.part in ("probe", "all"):
         probe(folder)
     if given.part in ("train", "all"):
-        for seed in given.seed:
-            paired(folder, seed)
+        paired(folder, given.seed, given.steps, tuple(given.side))
     if given.part in ("latency", "all"):
         keep(folder / "dense.json", lambda: whole(folder))
         keep(folder / "latency.json", lambda: latency(folder))
     if given.part in ("report", "all"):
-        text = json.dumps(report(folder, given.seed), indent=1)
+        text = json.dumps(report(folder, given.seed, given.steps), indent=1)
         if given.out:
             given.out.write_text(text + "\n")
         print(text)

@@ -1,0 +1,45 @@
+"""The encoder and the ResNet of the README through `sparseworks bench`, fp32 and bf16.
+
+    python benchmarks/speed.py [--out FOLDER] [--repeat 25]
+
+Needs onnxruntime and openvino beside the package, and the trained ResNet-56 of SPARSEWORKS_DATA.
+Writes one JSON a case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sparseworks.cli.bench import Options, run
+from sparseworks.diagnostics.claims import data_root
+
+PEERS = ("torch", "onnxruntime", "openvino")
+
+
+def cases() -> dict[str, Options]:
+    resnet = str(data_root() / "models" / "resnet56-cifar10.safetensors")
+    return {
+        "resnet56": Options(resnet, sparsity=(0.8, 0.9), batch=(1, 64), peers=PEERS),
+        "minilm": Options("minilm", sparsity=(0.8, 0.9), batch=(1, 16), peers=PEERS),
+        "minilm-blocks-bf16": Options(
+            "minilm", sparsity=(0.75,), pattern="block16x32", batch=(16,), dtype="bf16", peers=PEERS
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--repeat", type=int, default=25)
+    parser.add_argument("--case", nargs="*", help="only these")
+    given = parser.parse_args()
+    for name, options in cases().items():
+        if not given.case or name in given.case:
+            result = run(Options(**{**vars(options), "repeat": given.repeat}))
+            (given.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
