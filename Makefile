@@ -29,6 +29,7 @@ imports:  ## who may import whom
 
 docs:  ## the generated pages, and the site where mkdocs is installed
 	@scripts/setup.sh test
+	@$(PY) scripts/speed_figure.py
 	@$(PY) scripts/make_docs.py
 
 native:  ## build the kernels again after a change, into the source tree
