@@ -1,14 +1,15 @@
 """ResNet-20 on CIFAR-10 made sparse in at most 15 epochs from a trained checkpoint.
 
-    python benchmarks/finetuned.py [--sparsity 0.8 0.9 0.95] [--seeds 1] [--out FILE]
+    python benchmarks/finetuned.py [--folder runs/finetuned] [--out FILE]    any number of times
 
 Gradual magnitude pruning with a global budget, in two rounds of one-cycle learning rates (0.1,
-batch 128, all 50,000 training images): 8 epochs to 80 %, then 7 from there to 90 % or 95 %. Half of
-the loss is what the dense checkpoint says (`--plain`: the labels alone). Products are in bfloat16,
-weights in fp32. Accuracy is of the full test set at the end of a round; nothing is chosen on it.
+batch 128, all 50,000 training images): 8 epochs to 80 %, then 7 from there to 80 %, 90 % or 95 %.
+Half of the loss is what the dense checkpoint says (`--plain`: the labels alone). Products are in
+bfloat16, weights in fp32. Accuracy is of the full test set at the end of a round; nothing is chosen
+on it. Finished rounds are files in the folder and are not trained again.
 
-The rounds of a seed that end at different sparsities see the same images, so the teacher's answers
-are computed once and kept; their cost is counted in every figure.
+The second rounds of a seed see the same images, so the teacher's answers are computed once and
+kept; their cost is counted in every figure.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,7 @@ def round_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/finetuned"))
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="without a teacher")
@@ -99,34 +102,50 @@ def main() -> None:
     measure = accuracy(read_images(root / "cifar10/test.parquet").batches(500))
     dense = load_resnet(root / "models/resnet20-cifar10.safetensors")
     dense = dense.to(memory_format=torch.channels_last)
+    options.folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = [{"method": "dense checkpoint", "accuracy": measure(dense)}]
 
-    def tell(model: nn.Module, seed: int, epochs: int, seconds: float) -> None:
-        record = sw.masks(model)
-        assert record is not None
-        rows.append({
-            "method": "gradual", "teacher": not options.plain, "sparsity": record.sparsity(),
-            "seed": seed, "accuracy": measure(model), "epochs": epochs, "cpu_minutes": seconds / 60,
-        })  # fmt: skip
+    def kept(path: Path, model: nn.Module, epochs: int, train: Callable[[], float]) -> float:
+        """Train, or take the row and the model of the run that is there; its CPU seconds."""
+        if path.is_file():
+            rows.append(json.loads(path.read_text()))
+            sw.load(path.with_suffix(".safetensors"), model)
+        else:
+            seconds = train()
+            record = sw.masks(model)
+            assert record is not None
+            rows.append({
+                "method": "gradual", "teacher": not options.plain, "sparsity": record.sparsity(),
+                "seed": seed, "accuracy": measure(model), "epochs": epochs,
+                "cpu_minutes": seconds / 60,
+            })  # fmt: skip
+            sw.save(model, path.with_suffix(".safetensors"))
+            with atomic_file(path) as part:
+                part.write_text(json.dumps(rows[-1], indent=1) + "\n")
         print(rows[-1], flush=True)
-        if options.out:
-            with atomic_file(options.out) as part:
-                result = {"machine": machine(), "images": len(images), "rows": rows}
-                part.write_text(json.dumps(result, indent=1) + "\n")
+        return 60.0 * float(rows[-1]["cpu_minutes"])
 
     for seed in range(options.seeds):
         teachers = [None if options.plain else Teacher(dense) for _ in range(2)]
+        name = f"{'plain-' if options.plain else ''}{seed}"
         first = copy.deepcopy(dense)
-        spent = round_of(first, images, FIRST, FIRST_EPOCHS, teachers[0], seed)
-        tell(first, seed, FIRST_EPOCHS, spent)
-        if options.out:
-            sw.save(first, options.out.with_suffix(f".{seed}.safetensors"))
+        spent = kept(
+            options.folder / f"{name}-first.json", first, FIRST_EPOCHS,
+            lambda: round_of(first, images, FIRST, FIRST_EPOCHS, teachers[0], seed),  # noqa: B023
+        )  # fmt: skip
         for sparsity in options.sparsity:
-            if sparsity != FIRST:
-                model = copy.deepcopy(first)
-                attach(model, None)  # its masks may change again
-                more = round_of(model, images, sparsity, SECOND_EPOCHS, teachers[1], seed + 1000)
-                tell(model, seed, FIRST_EPOCHS + SECOND_EPOCHS, spent + more)
+            model = copy.deepcopy(first)
+            attach(model, None)  # its masks may change again
+            kept(
+                options.folder / f"{name}-{sparsity:g}.json", model, FIRST_EPOCHS + SECOND_EPOCHS,
+                lambda: spent + round_of(  # noqa: B023
+                    model, images, sparsity, SECOND_EPOCHS, teachers[1], seed + 1000  # noqa: B023
+                ),
+            )  # fmt: skip
+    if options.out:
+        with atomic_file(options.out) as part:
+            result = {"machine": machine(), "images": len(images), "rows": rows}
+            part.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
