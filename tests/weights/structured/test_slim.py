@@ -141,10 +141,37 @@ def test_without_folding_the_same_cut_changes_the_output() -> None:
     assert float((model(IMAGES) - expected).abs().max()) > 1e-3
 
 
-def test_masks_are_cut_with_their_weights() -> None:
+class Echoes(ConstantChannels):
+    """Channels 4 to 7 are 0 to 3 at a third of their size, after relu too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.a.weight[4:] = self.a.weight[:4]
+            self.bn.weight[4:] = self.bn.weight[:4] / 3
+            self.bn.bias[4:] = self.bn.bias[:4] / 3
+            if self.a.bias is not None:
+                self.a.bias[4:] = self.a.bias[:4]
+
+
+def test_channels_that_others_tell_are_folded_into_the_weights() -> None:
+    errors = {}
+    for fold in ("none", "mean", "linear"):
+        torch.manual_seed(0)
+        model = Echoes().eval()
+        expected = model(IMAGES).detach()
+        sw.slim(
+            model, IMAGES, flops=0.55, method="group-bn", include="bn.*", data=[IMAGES], fold=fold
+        )
+        errors[fold] = float((model(IMAGES) - expected).norm() / expected.norm())
+    assert errors["linear"] < 1e-3 < 0.1 * errors["mean"] and errors["mean"] < errors["none"]
+
+
+@pytest.mark.parametrize("fold", ["none", "linear"])
+def test_masks_are_cut_with_their_weights(fold: str) -> None:
     model = small()
     sw.prune(model, "magnitude", sparsity=0.5)
-    sw.slim(model, IMAGES, flops=0.5)
+    sw.slim(model, IMAGES, flops=0.5, data=[IMAGES], fold=fold)
     record = masks(model)
     assert record is not None
     record.check(model)

@@ -14,6 +14,7 @@ from sparseworks.models.coupling import Coupling
 from sparseworks.weights.structured.configs import contradictions, describe, has_config
 from sparseworks.weights.structured.cutting import Backup, Change, cut, zero
 from sparseworks.weights.structured.folding import fold as fold_means
+from sparseworks.weights.structured.folding import fold_linear
 from sparseworks.weights.structured.planning import Keep, Plan, cut_shapes, shapes_of
 
 __all__ = ["apply_cut", "check", "output_of"]
@@ -35,7 +36,10 @@ def apply_cut(
         check(model, example, coupling, keep)
     if plan.fold != "none":
         data = plan.data if plan.data is not None else [example]
-        fold_means(model, coupling, keep, data, backup, plan.fold == "exact")
+        if plan.fold == "linear":
+            fold_linear(model, coupling, keep, data, backup)
+        else:
+            fold_means(model, coupling, keep, data, backup, plan.fold == "exact")
     changes, _ = cut(model, coupling, keep, backup)
     for path, value in (fields or {}).items():
         *parents, name = path.split(".")

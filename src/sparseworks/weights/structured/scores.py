@@ -7,7 +7,7 @@ Every score is a sum over all slices of a group g of an elementwise importance, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -277,18 +277,35 @@ def input_moments(model: nn.Module, batches: Iterable[Batch]) -> dict[str, tuple
     """Mean and mean square per input channel of every plain Linear and ungrouped convolution."""
     sums: dict[str, list[Tensor]] = {}
 
-    def hook(name: str, channel: int):  # type: ignore[no-untyped-def]
-        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().double().movedim(channel, -1)
-            x = x.reshape(-1, x.shape[-1])
-            new = [x.sum(0), x.square().sum(0), torch.tensor(float(len(x)))]
-            old = sums.get(name)
-            sums[name] = new if old is None else [a + b for a, b in zip(old, new)]
+    def see(name: str, x: Tensor) -> None:
+        new = [x.sum(0), x.square().sum(0), torch.tensor(float(len(x)))]
+        old = sums.get(name)
+        sums[name] = new if old is None else [a + b for a, b in zip(old, new)]
 
-        return see
+    watch_inputs(model, batches, see)
+    return {n: (a / c, b / c) for n, (a, b, c) in sums.items()}
+
+
+def watch_inputs(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    see: Callable[[str, Tensor], None],
+    names: Container[str] | None = None,
+) -> None:
+    """Run the model; `see(name, x)` gets the input `[positions, channels]` (fp64) of every plain
+    Linear and ungrouped convolution, or of those in `names`."""
+
+    def hook(name: str, channel: int):  # type: ignore[no-untyped-def]
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().double().movedim(channel, -1)
+            see(name, x.reshape(-1, x.shape[-1]))
+
+        return before
 
     handles = []
     for name, module in model.named_modules():
+        if names is not None and name not in names:
+            continue
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(hook(name, -1)))
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
@@ -306,4 +323,3 @@ def input_moments(model: nn.Module, batches: Iterable[Batch]) -> dict[str, tuple
             handle.remove()
         for m, was in training.items():
             m.training = was
-    return {n: (a / c, b / c) for n, (a, b, c) in sums.items()}

@@ -48,7 +48,7 @@ def slim(
     uniform: bool | None = None,
     streams: bool = False,
     blocks: bool = False,
-    fold: Literal["mean", "exact", "none"] | None = None,
+    fold: Literal["mean", "linear", "exact", "none"] | None = None,
     iterations: int = 1,
     recover: Callable[[nn.Module, int], Any] | None = None,
     verify: bool = True,
@@ -83,9 +83,9 @@ def slim(
             where cutting is not the same as zeroing.
         blocks: where widths at their floor leave more than the target, drop whole residual blocks,
             the one that the output misses least first.
-        fold: what cut channels say on average goes into the next bias or batch-norm mean: "mean"
-            (over `data`), "exact" (constant channels only), "none". None: "mean" with data, else
-            "none".
+        fold: what cut channels say goes into the next layer: "mean" (over `data`, into its bias or
+            batch-norm mean), "linear" (guessed from the channels that stay, into its weights too),
+            "exact" (constant channels only), "none". None: "mean" with data, else "none".
         iterations: rounds of equal relative size, scored anew.
         recover: called with (model, round) after each round but the last, to train in between.
         verify: check that the cut model computes what the model with zeroed groups computes.
