@@ -13,6 +13,11 @@ Regions of a network bear different cuts, so each group g of layers has its own 
 
 Source: Chu, Li, Xiang, Wang, Chen 2022, Group channel pruning and spatial attention distilling for
 object detection. Which s(t) the paper used is not known to us; both are readings of it.
+
+In our quick setting (claim 060: ResNet-20, 80 % of the parameters, 120 steps of each phase) none of
+the three gains is certain: percentiles per stage 1.1 points over one threshold right after the cut
+(-14.3 to 16.6), attention 1.1 over plain fine-tuning (-0.2 to 2.3), a falling strength 1.4 over a
+constant one (0.0 to 2.7).
 """
 
 from __future__ import annotations
