@@ -158,3 +158,21 @@ def test_bf16_is_a_choice_with_its_error(tmp_path):
 def test_other_dtypes_are_refused():
     with pytest.raises(InvalidArgument, match=r"float32 or torch\.bfloat16"):
         sw.compile(nn.Linear(4, 4), torch.randn(2, 4), dtype=torch.int8)
+
+
+def test_a_language_model_compiles_without_its_cache():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=128, vocab_size=200,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 200, (2, 19))
+    compiled = sw.compile(model, {"input_ids": ids})
+    assert not any("DynamicCache" in note for note in compiled.notes)
+    assert model.config.use_cache
+    with torch.no_grad():
+        wanted = model(ids).logits
+    torch.testing.assert_close(compiled(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-4)

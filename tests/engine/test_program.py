@@ -359,3 +359,26 @@ def test_copies_stay_fp32_in_a_bf16_plan(on_each_set):
     plan = make_plan(capture(model, (x,), {}), 1, half=True)
     with torch.no_grad():
         torch.testing.assert_close(plan(x), model(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pad", [(0, 1, 0, 1), (1, 1, 1, 1), (1, 2, 1, 2), (0, 3, 0, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_padding_before_a_convolution_is_part_of_it(pad, stride):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ZeroPad2d(pad), thinned(nn.Conv2d(8, 8, 3, stride), 0.7), nn.ReLU(),
+        nn.ZeroPad2d(pad), nn.Conv2d(8, 8, 3, stride, groups=8),
+    )  # fmt: skip
+    x = torch.randn(18, 3, 20, 23)
+    plan = agrees(model, x, x[:1])
+    assert len(plan.steps) == 1
+
+
+def test_other_paddings_stay_with_torch():
+    torch.manual_seed(0)
+    for pad in (nn.ZeroPad2d((0, 1, 2, 1)), nn.ConstantPad2d(1, 0.5), nn.ReflectionPad2d(1)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), pad, nn.Conv2d(8, 4, 3)).eval()
+        x = torch.randn(2, 3, 12, 12)
+        plan = make_plan(capture(model, (x,), {}), 1)
+        with torch.no_grad():
+            torch.testing.assert_close(plan(x), model(x), rtol=1e-4, atol=1e-5)

@@ -98,7 +98,8 @@ def compile(
     """Make a sparse model skip its zeros, in the way that is measured to be fastest.
 
     Args:
-        model: fp32 on the CPU; left as it is.
+        model: fp32 on the CPU; left as it is. Language models of transformers return no cache of
+            keys and values then; `compile_decoder` is for generating.
         example: one batch as the model takes it (Tensor, mapping, or (inputs, target)); candidates
             are measured on it. Other batch sizes, and other lengths of sequences, run too.
         dtype: fp32, or bf16: products may round weights and inputs to bf16 where that is faster
@@ -126,6 +127,8 @@ def compile(
     if threads < 1:
         raise InvalidArgument(f"threads={threads}: at least one is needed")
     quiet = copy.deepcopy(model).eval()
+    if getattr(getattr(quiet, "config", None), "use_cache", False):
+        quiet.config.use_cache = False  # type: ignore[union-attr]
     inputs, _ = split(example)
     args, kwargs = arguments(inputs)
     expected = tensors_of(_checked(quiet, inputs))

@@ -81,6 +81,8 @@ class Product(Op):
         weight: `[rows, columns / groups, kh, kw]`, zeros are skipped.
         bias: `[rows]` or None.
         name: of the parameter.
+        padding: zeros before the first row and column.
+        more: zeros behind the last row and column beyond as many.
         half: weight and x are rounded to bf16; sums, bias, residual and result stay fp32.
     """
 
@@ -90,6 +92,7 @@ class Product(Op):
     name: str
     stride: int = 1
     padding: int = 0
+    more: int = 0
     dilation: int = 1
     groups: int = 1
     residual: Value | None = None

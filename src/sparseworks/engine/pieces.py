@@ -69,6 +69,7 @@ class Lowering:
         self.pieces: dict[tuple[str, int, str], Piece] = {}
         self.loaded: dict[tuple[Piece, Node], Value] = {}
         self.made: dict[Value, Op] = {}
+        self.padded: dict[Node, tuple[Node, int, int]] = {}  # by a convolution that follows
 
     # what a rule needs
 
@@ -156,10 +157,17 @@ class Lowering:
             if known is None or known.piece not in pieces:
                 continue
             piece = known.piece
-            outside = [u for u in node.users if self._piece(u) is not piece]
+            outside = [u for u in self._readers(node) if self._piece(u) is not piece]
             if outside and known.heads is None:
                 self._store(piece, node, known.value)
         return sorted(pieces, key=lambda p: p.level)
+
+    def _readers(self, node: Node) -> list[Node]:
+        """Who reads a node; through paddings that become part of a convolution."""
+        found = []
+        for user in node.users:
+            found += list(user.users) if user in self.padded else [user]
+        return found
 
     def _piece(self, node: Node) -> Piece | None:
         known = self.native.get(node)

@@ -160,7 +160,8 @@ class _Builder:
         kernel = tuple(op.weight.shape[2:]) or (1, 1)
         reach = [op.dilation * (k - 1) for k in kernel]
         made = tuple(
-            (n + 2 * op.padding - r - 1) // op.stride + 1 for n, r in zip(given, reach, strict=True)
+            (n + 2 * op.padding + op.more - r - 1) // op.stride + 1
+            for n, r in zip(given, reach, strict=True)
         )
         if min(made) < 1:
             raise ModelError(f"{op.name}: an image of {given} pixels is smaller than the kernel")

@@ -25,6 +25,9 @@ def _conv(state: Lowering, node: Node) -> bool:
     if any(len(set(v)) != 1 for v in pairs):
         return False
     (s, _), (p, _), (d, _) = pairs
+    more = 0
+    if x in state.padded and p == 0:
+        x, p, more = state.padded[x]
     if s > 2 and s == w.shape[2]:  # patches: a dense product of torch
         return False
     found = state.inputs("image", x)
@@ -33,7 +36,7 @@ def _conv(state: Lowering, node: Node) -> bool:
     piece, (value,) = found
     op = Product(
         Value("image", w.shape[0]), value, w, state.constant(bias), weight.name,
-        stride=s, padding=p, dilation=d, groups=groups,
+        stride=s, padding=p, more=more, dilation=d, groups=groups,
     )  # fmt: skip
     return state.add(piece, node, op)
 
@@ -142,9 +145,11 @@ def _slice(state: Lowering, node: Node) -> bool:
 
 @rule(_aten.pad.default, _aten.constant_pad_nd.default)
 def _pad(state: Lowering, node: Node) -> bool:
-    """Zero channels before and after."""
+    """Zero channels before and after, or zero pixels that a convolution takes as its padding."""
     x, amounts, *rest = filled(node, ())
     shape = shape_of(x) or ()
+    if len(shape) == len(amounts) == 4:
+        return _pad_pixels(state, node, x, amounts, rest)
     if x not in state.native or len(shape) != 4 or len(amounts) != 6 or any(amounts[:4]):
         return False
     if (any(rest[:1]) and rest[0] not in ("constant", 0)) or any(rest[1:]) or min(amounts) < 0:
@@ -157,6 +162,17 @@ def _pad(state: Lowering, node: Node) -> bool:
         known.piece.ops.remove(before)
     op = _identity(source, source.channels, amounts[4], stride, amounts[5])
     return known.piece.kind == "image" and state.add(known.piece, node, op)
+
+
+def _pad_pixels(state: Lowering, node: Node, x: Node, amounts: Any, rest: list[Any]) -> bool:
+    left, right, top, bottom = amounts
+    zeros = not any(rest[1:]) and (not rest or rest[0] in ("constant", 0))
+    even = left == top and right == bottom and 0 <= left <= right
+    if not zeros or not even or any(u.target is not _aten.conv2d.default for u in node.users):
+        return False
+    state.padded[node] = (x, left, right - left)
+    state.levels[node] = state.level_of(node)  # torch pads where the convolution stays with torch
+    return True
 
 
 def _identity(x: Value, channels: int, before: int, stride: int, after: int = 0) -> Product:
