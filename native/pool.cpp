@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "placement.h"
+
 namespace sparseworks {
 namespace {
 
@@ -43,9 +45,11 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < count) {
-        workers_.emplace_back([this] { serve(); });
-        workers_.back().detach();
+        auto worker = std::make_unique<Worker>();
+        std::thread([this, self = worker.get()] { serve(*self); }).detach();
+        workers_.push_back(std::move(worker));
       }
+      if (busy_.load() == 0) keep_off_caller();
       for (int i = 0; i < count; ++i) queue_.push_back(loop);
       pending_.store(static_cast<int>(queue_.size()));
     }
@@ -53,7 +57,23 @@ class Pool {
   }
 
  private:
-  void serve() {
+  struct Worker {
+    std::atomic<int> thread{0};
+    int avoids = -1;  // a processor
+  };
+
+  // Only while no worker runs, so that callers on several processors do not chase each other's.
+  void keep_off_caller() {
+    const int here = processor();
+    for (const auto& worker : workers_) {
+      const int thread = worker->thread.load();
+      if (thread != 0 && here >= 0 && worker->avoids != here && keep_off(thread, here))
+        worker->avoids = here;
+    }
+  }
+
+  void serve(Worker& self) {
+    self.thread.store(thread_number());
     for (;;) {
       for (int spin = 0; spin < 2000 && pending_.load() == 0; ++spin) {
 #if defined(__x86_64__)
@@ -68,8 +88,10 @@ class Pool {
         queue_.pop_front();
         pending_.store(static_cast<int>(queue_.size()));
         loop->helpers.fetch_add(1);
+        busy_.fetch_add(1);
       }
       loop->run();
+      busy_.fetch_sub(1);
       loop->helpers.fetch_sub(1);
     }
   }
@@ -78,7 +100,8 @@ class Pool {
   std::condition_variable wake_;
   std::deque<std::shared_ptr<Loop>> queue_;
   std::atomic<int> pending_{0};
-  std::vector<std::thread> workers_;
+  std::atomic<int> busy_{0};
+  std::vector<std::unique_ptr<Worker>> workers_;
 };
 
 // Never destroyed, so that workers may outlive static destruction; made anew after a fork, which
