@@ -92,20 +92,21 @@ def _read_config(options: type, path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    temporary.replace(path)
+    """Write JSON, whole or not at all."""
+    from sparseworks.io.atomic import atomic_file
+
+    with atomic_file(path) as file:
+        file.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys to a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
+    """Write rows of equal keys, whole or not at all."""
+    from sparseworks.io.atomic import atomic_file
+
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
 
 
 def plain_options(options: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import torch
 
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.diagnostics.statistics import paired_interval
+from sparseworks.io.atomic import atomic_file
 
 __all__ = ["Claim", "Promise", "data_root", "find_claims", "load_claim", "results", "run", "table"]
 
@@ -221,9 +222,8 @@ def machine() -> dict[str, Any]:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        file.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def results(folder: str | os.PathLike[str] = "claims") -> list[dict[str, Any]]:

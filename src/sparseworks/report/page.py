@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import MissingDependency
 from sparseworks.core.masks import masks
+from sparseworks.io.atomic import atomic_file
 from sparseworks.models.views import View, find_prunable
 from sparseworks.report.text import megabytes
 
@@ -70,9 +71,8 @@ def document(path: Path, title: str, sections: list[str]) -> None:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<script>{_plotly()}</script></head><body>{''.join(sections)}</body></html>"
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        file.write_text(page, encoding="utf-8")
 
 
 def _plotly() -> str:
