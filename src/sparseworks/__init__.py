@@ -37,6 +37,7 @@ _LAZY = {
     "compile": "sparseworks.engine",
     "compile_decoder": "sparseworks.engine",
     "load_compiled": "sparseworks.engine",
+    "audit": "sparseworks.diagnostics.audit",
     "masks": "sparseworks.core.masks",
     "attach": "sparseworks.core.masks",
     "Masks": "sparseworks.core.masks",

@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
     "compare": "methods x sparsities on one model and metric: table, CSV, plot",
     "curve": "how much one-shot pruning removes for free: the metric over the sparsity",
+    "audit": "is a comparison of recorded runs fair: cost, schedule, seeds, layers, speed",
     "methods": "the catalogue of methods",
     "claims": "run, list and tabulate the papers' claims in miniature",
     "demo": "prune a real sentence encoder and show the result",

@@ -148,7 +148,7 @@ def run(options: Options) -> dict[str, Any]:
             file=sys.stderr,
         )
         raise SystemExit(130) from None
-    summary = _finish(options, done, subject.loaded.model, metric)
+    summary = _finish(options, done, subject, recipe, metric)
     _show(summary, options, str(done))
     return summary
 
@@ -196,13 +196,16 @@ def _subject(options: Options) -> _Subject:
     return _Subject(loaded, train, score, moved, h.hexdigest())
 
 
-def _finish(options: Options, done: Any, model: Any, metric: Any) -> dict[str, Any]:
+def _finish(
+    options: Options, done: Any, subject: _Subject, recipe: Any, metric: Any
+) -> dict[str, Any]:
     """Save the model, then the page, then the result that says all is there."""
+    from sparseworks.cli.recording import tickets_record
     from sparseworks.cli.running import plain_options, write_json
     from sparseworks.diagnostics.claims import machine
     from sparseworks.io import save
 
-    out = options.out
+    out, model = options.out, subject.loaded.model
     assert out is not None
     save(model, out / "model.safetensors")
     summary: dict[str, Any] = {
@@ -220,6 +223,10 @@ def _finish(options: Options, done: Any, model: Any, metric: Any) -> dict[str, A
         before = metric(dense.into(done.fresh())) if dense is not None else None
         summary["metric"] = {"name": metric.name, "unit": metric.unit, "before": before,
                              "after": metric(model)}  # fmt: skip
+    score = None if metric is None else summary["metric"]["after"]
+    summary["record"] = tickets_record(
+        options, done, subject, recipe, metric, score, summary["machine"]
+    )
     if importlib.util.find_spec("plotly") is not None:
         from sparseworks.report.tickets import write_tickets
 

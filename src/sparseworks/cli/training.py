@@ -10,7 +10,7 @@ from typing import Any
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
 
 _FREE = {"out", "resume", "force", "json", "tensorboard", "save_every", "twin"}  # of a resumed run
-_ZOO = ("resnet20", "resnet56")
+ZOO = ("resnet20", "resnet56")
 
 
 @dataclasses.dataclass
@@ -21,6 +21,7 @@ class Job:
     tokenizer: Any
     metric: Any
     before: float | None
+    start: str
 
 
 def settle(options: Any) -> tuple[Any, bool]:
@@ -57,7 +58,8 @@ def _as_stored(options: Any, path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     kept = {}
     for option in dataclasses.fields(options):
-        given, old = getattr(options, option.name), stored.get(option.name, option.default)
+        given = getattr(options, option.name)
+        old: Any = stored.get(option.name, option.default)
         old = tuple(old) if isinstance(old, list) else old
         if option.name == "twin" and given is None and old is not None:
             kept["twin"] = Path(old)
@@ -80,6 +82,7 @@ def prepare(options: Any) -> Job:
     from sparseworks.cli.preparing import make_metrics, parse_options
     from sparseworks.training.loop import Training
     from sparseworks.training.planning import Plan, Sparse
+    from sparseworks.training.runs import digest_of_model
 
     sparse = None
     if options.method == "dense":
@@ -126,9 +129,10 @@ def prepare(options: Any) -> Job:
     if options.eval_data is not None:
         names = ["perplexity" if text else "accuracy"]
         [metric] = make_metrics(names, loaded, options.eval_data, options.eval_samples)
-    before = metric(model) if metric is not None and options.model not in _ZOO else None
+    before = metric(model) if metric is not None and options.model not in ZOO else None
+    start = digest_of_model(model)
     training = Training(model, plan, batches, sparse=sparse, compile=options.compile)
-    return Job(training, loaded.tokenizer, metric, before)
+    return Job(training, loaded.tokenizer, metric, before, start)
 
 
 def model_and_data(options: Any) -> tuple[bool, Any, Any]:
@@ -142,7 +146,7 @@ def model_and_data(options: Any) -> tuple[bool, Any, Any]:
     torch.manual_seed(options.seed)
     images: Any = None
     loaded: Any = None
-    if options.model not in _ZOO:
+    if options.model not in ZOO:
         loaded = load_model(options.model)
         if loaded.kind == "encoder" or (loaded.kind == "classifier" and loaded.tokenizer):
             raise InvalidArgument(

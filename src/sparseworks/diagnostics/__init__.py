@@ -7,5 +7,6 @@ _ROOM = "sparseworks.diagnostics"
 registry.register(
     {
         "essential-sparsity": f"{_ROOM}.essential_sparsity:EssentialSparsity",
+        "fair-comparison": f"{_ROOM}.audit:FairComparison",
     }
 )

@@ -13,9 +13,8 @@ arithmetic, not of time: a masked weight saves time only where a kernel skips it
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from sparseworks.models.costs import Cost, multiply_adds
 from sparseworks.training.hooked import Run
 from sparseworks.training.loop import Training
 
-__all__ = ["digest", "model_facts", "step_cost", "training_facts", "training_macs"]
+__all__ = ["model_facts", "step_cost", "training_facts", "training_macs"]
 
 
 def step_cost(cost: Cost, densities: Mapping[str, float], *, dense_gradient: bool = False) -> float:
@@ -55,15 +54,6 @@ def training_macs(
     total = math.fsum(count * step_cost(cost, densities) for count, densities in looks)
     mean_sparse = total / 3 / max(1, steps)
     return samples * (total + dense_steps * (cost.dense - mean_sparse))
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """The hash of data, 16 hexadecimal digits."""
-    h = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        h.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
 
 
 def model_facts(model: nn.Module, example: Batch) -> tuple[Cost, dict[str, Any]]:

@@ -54,7 +54,7 @@ def _entry(info: MethodInfo) -> str:
         "hooked": f'sw.sparsify(model, optimizer, "{info.name}", ...)',
         "transform": f'sw.transform(model, "{info.name}", ...)',
         "structured": f'sw.slim(model, example, method="{info.name}", ...)',
-        "measurement": f"sw.methods.{cls.__name__}()(model, ...)",
+        "measurement": getattr(cls, "entry", f"sw.methods.{cls.__name__}()(model, ...)"),
     }.get(info.kind, f"sw.methods ({info.kind})")
 
 
