@@ -121,7 +121,7 @@ def test_a_model_that_cannot_be_followed_is_pruned_in_its_own_order():
 
 def test_gradual_training_keeps_the_groups():
     model = network()
-    rearrange(model, X, sparsity=0.5, pattern="shared4")
+    sw.rearrange(model, X, sparsity=0.5, pattern="shared4")
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     run = sw.sparsify(
         model, optimizer, "gradual", steps=12, sparsity=0.5, pattern="shared4", every=3

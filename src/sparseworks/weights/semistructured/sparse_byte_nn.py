@@ -44,7 +44,8 @@ class SparseByteNN(OneShot):
     its outputs as they are. Layers that cannot be permuted are pruned in their own order, and
     named in the result's warnings. A model that has masks already keeps its order.
 
-    For gradual pruning call `rearrange` first and train with "gradual" and the same pattern.
+    For gradual pruning call `sparseworks.rearrange` first, then train with "gradual" and the same
+    pattern.
 
     Args:
         pattern: "shared4" (groups of 4 outputs), "shared8", "shared4-balanced" (equally many units
