@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 
 import sparseworks as sw
-from sparseworks.data.images import ImageSet, read_images
-from sparseworks.diagnostics.claims import Claim, Promise, Setting, data_root
-from sparseworks.diagnostics.metrics import accuracy
+from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.diagnostics.subjects import image_subject
 from sparseworks.models.zoo import resnet20
 from sparseworks.training.fitting import Recipe, fit_classifier
 
@@ -22,13 +21,8 @@ CASES = {
 
 
 def measure(seed: int, setting: Setting) -> Mapping[str, float]:
-    root = data_root() / "cifar10"
     full = setting == "full"
-    images = read_images(root / "train.parquet")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    part = order[: 10_000 if full else 5_000]
-    train = ImageSet(images.pixels[part], images.labels[part])
-    held = accuracy(read_images(root / "test.parquet", limit=5_000).batches(500))
+    train, held = image_subject(seed, 10_000 if full else 5_000, size=32 if full else 16)
     recipe = Recipe(epochs=10 if full else 6, batch_size=128 if full else 64)
     found = {}
     for case, (method, budget) in CASES.items():
@@ -55,7 +49,8 @@ CLAIM = Claim(
     method="rigl",
     title="rewiring by gradient beats static masks; ERK beats uniform",
     model="ResNet-20 from scratch, 95 % sparse",
-    data="CIFAR-10: 5,000 training images for 6 epochs, 5,000 test images (full: 10,000 and 10)",
+    data="CIFAR-10 at 16 x 16: 5,000 training images for 6 epochs, 5,000 test images (full: 10,000 "
+    "at 32 x 32 for 10)",
     baseline="static ERK, static uniform, SET",
     metric="test accuracy, points",
     promises=(
