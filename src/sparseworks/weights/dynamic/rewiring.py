@@ -9,6 +9,11 @@ active |w| and grows as many inactive weights, zeta_t = zeta / 2 (1 + cos(pi t /
 - static (Liu et al. 2022, The Unreasonable Effectiveness of Random Pruning): never.
 
 The rewiring comes after the optimizer's step (RigL's own code leaves that step out).
+
+In our quick settings (claims a03 and 022: ResNet-20 from scratch on a few thousand 16 x 16 images
+for 5 or 6 epochs) static masks come nearer to dense training as the network grows wider and ERK is
+3.1 points above uniform at 95 %, but RigL is not above static ERK (-1.4 points, -3.3 to 0.4) or SET
+(-1.3, -2.9 to 0.3), and on 32 x 32 images it was below both (-2.0 and -2.2).
 """
 
 from __future__ import annotations
