@@ -92,12 +92,14 @@ class Captured:
         constants: parameters and buffers by the name of their node.
         outputs: nodes, or constants.
         signature: what the caller gives and gets.
+        names: of the constants in the model, by the name of their node.
     """
 
     graph: torch.fx.Graph
     constants: dict[str, Tensor]
     outputs: list[Any]
     signature: Signature
+    names: dict[str, str]
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,17 +125,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             model, args, kwargs, dynamic_shapes=_named(model, shapes), strict=False
         )
     signature = program.graph_signature
-    constants = {
-        node: program.state_dict[target]
-        if target in program.state_dict
-        else program.constants[target]
-        for table in (
-            signature.inputs_to_parameters,
-            signature.inputs_to_buffers,
-            signature.inputs_to_lifted_tensor_constants,
-        )
-        for node, target in table.items()
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
     }
+    held = {**program.constants, **program.state_dict}
+    constants = {node: held[target] for node, target in names.items()}
     output = next(n for n in program.graph.nodes if n.op == "output")
     kept = len(signature.user_outputs)
     outputs = list(output.args[0])[len(output.args[0]) - kept :]
@@ -150,6 +148,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             [_accepted(s.arg, program.graph) for s in signature.input_specs
              if s.kind.name == "USER_INPUT"],
         ),
+        names,
     )  # fmt: skip
 
 

@@ -271,6 +271,7 @@ def make_plan(captured: Captured, threads: int, half: bool = False) -> Plan | No
     if not pieces:
         return None
     for op in (op for piece in pieces for op in piece.ops if isinstance(op, Product)):
+        op.name = captured.names.get(op.name, op.name)
         copies = op.name == ""
         op.half = half and not copies and (op.groups == 1 or op.weight.shape[1] % 2 == 0)
     made: dict[str, tuple[Piece, Part]] = {}
