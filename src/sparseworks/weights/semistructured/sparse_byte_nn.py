@@ -44,6 +44,10 @@ class SparseByteNN(OneShot):
     its outputs as they are. Layers that cannot be permuted are pruned in their own order, and
     named in the result's warnings. A model that has masks already keeps its order.
 
+    Norms with running statistics no longer fit what half the weights give: estimate them anew
+    (`training.recalibration.reestimate`) or fine-tune. Before that the accuracy of a half-sparse
+    ResNet-20 was 15 to 55 % as the order fell out, permuted or not; after it 79 and 76 %.
+
     For gradual pruning call `sparseworks.rearrange` first, then train with "gradual" and the same
     pattern.
 
