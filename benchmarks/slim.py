@@ -1,16 +1,17 @@
 """ResNet-56 at half the operations: accuracy, latency, and Torch-Pruning in the same run.
 
     python benchmarks/slim.py probe           # choose score and peer variant on held-out images
-    python benchmarks/slim.py train --seed 0  # cut, fine-tune and test both sides, paired
+    python benchmarks/slim.py train           # cut, fine-tune and test both sides, paired
     python benchmarks/slim.py latency         # time dense and cut in torch and onnxruntime, in turn
     python benchmarks/slim.py all             # what is not on disk yet, of everything
     python benchmarks/slim.py report --out benchmarks/results/slim.json
 
 The cut models are fine-tuned on 45,000 of the 50,000 training images; the other 5,000 choose the
 cut of either side (the dense checkpoint has seen them). Both sides are cut from the same
-checkpoint, and trained with the same steps, batches, rates and teacher. Every finished part is kept
-under `--folder`, so that a run that was stopped goes on; `earlier *.json` there are results of cuts
-that were chosen before, and are reported too.
+checkpoint, and trained with the same steps, batches, rates and teacher; seeds are those of the
+fine-tuning. Every finished part is kept under `--folder`, the cut models too, so that a run that
+was stopped goes on; `earlier *.json` there are results of cuts that were chosen before, and are
+reported too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +41,13 @@ from sparseworks.models.zoo.resnet import CifarResNet, load_resnet
 from sparseworks.weights.structured.measure import export_onnx
 from sparseworks.weights.structured.recovery import finetune
 
-# name: score, rounds of scoring and cutting, multiple of the widths, images in a calibration batch
-CUTS: dict[str, tuple[str, int, int, int]] = {
-    **{n: (n, 1, 8, 128) for n in ("group-norm", "group-bn", "group-taylor", "group-fisher",
-                                   "group-energy")},
-    "group-norm, by 4": ("group-norm", 1, 4, 128),
-    "group-taylor, 4 rounds": ("group-taylor", 4, 8, 16),
-    "group-taylor, 4 rounds, by 4": ("group-taylor", 4, 4, 16),
+# name: score, rounds of scoring and cutting, multiple of the widths, images in a calibration batch,
+# where what is cut goes
+CUTS: dict[str, tuple[str, int, int, int, Literal["mean", "linear"]]] = {
+    **{n: (n, 1, 8, 128, "mean") for n in ("group-norm", "group-bn", "group-taylor", "group-fisher",
+                                           "group-energy")},
+    "group-taylor, 4 rounds": ("group-taylor", 4, 8, 16, "mean"),
+    "group-energy, 4 rounds, by 4, linear": ("group-energy", 4, 4, 128, "linear"),
 }  # fmt: skip
 SCORES = tuple(CUTS)
 PEERS = ("global, all", "global, inner", "uniform, all", "uniform, inner")
@@ -82,11 +84,11 @@ def parts(folder: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def ours(name: str, fit: ImageSet, seed: int) -> nn.Module:
-    score, rounds, multiple, size = CUTS[name]
+    score, rounds, multiple, size, fold = CUTS[name]
     data = fit.batches(size, samples=512, seed=seed)
     made = sw.slim(
         dense(), data[0][0][:2], flops=SHARE, method=score, data=data, round_to=multiple,
-        iterations=rounds, exclude=STREAM,
+        iterations=rounds, exclude=STREAM, fold=fold,
     )  # fmt: skip
     model: nn.Module = made.model
     return model
@@ -109,6 +111,17 @@ def theirs(variant: str) -> nn.Module:
     goal = SHARE * tp.utils.count_ops_and_params(model, example)[0]
     while tp.utils.count_ops_and_params(model, example)[0] > goal:
         pruner.step()
+    return model
+
+
+def cut(name: str, folder: Path, fit: ImageSet) -> nn.Module:
+    """The model of a variant of either side, from disk or cut now."""
+    path = folder / f"cut {name}.pt"
+    if not path.is_file():
+        part = path.with_suffix(".part")
+        torch.save(ours(name, fit, 0) if name in SCORES else theirs(name), part)
+        part.replace(path)
+    model: nn.Module = torch.load(path, weights_only=False)  # written above
     return model
 
 
@@ -166,21 +179,16 @@ def keep(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def probe(folder: Path) -> dict[str, dict[str, Any]]:
     fit, held = parts(folder)
 
-    def one(make: Callable[[], nn.Module]) -> dict[str, Any]:
-        model = make()
-        cut = accuracy(model, held)
+    def one(name: str) -> dict[str, Any]:
+        model = cut(name, folder, fit)
+        before = accuracy(model, held)
         model, seconds = train(model, fit, 0, PROBE)
-        return {"at the cut": cut, "held-out": accuracy(model, held), "cpu seconds": seconds,
+        return {"at the cut": before, "held-out": accuracy(model, held), "cpu seconds": seconds,
                 **size(model)}  # fmt: skip
 
-    found = {}
-    for score in SCORES:
-        found[score] = keep(
-            folder / f"probe {score}.json", lambda s=score: one(lambda: ours(s, fit, 0))
-        )
-    for peer in PEERS:
-        found[peer] = keep(folder / f"probe {peer}.json", lambda v=peer: one(lambda: theirs(v)))
-    return found
+    return {
+        name: keep(folder / f"probe {name}.json", partial(one, name)) for name in SCORES + PEERS
+    }
 
 
 def best(found: dict[str, dict[str, Any]], names: tuple[str, ...]) -> str:
@@ -191,19 +199,16 @@ def paired(folder: Path, seeds: list[int], steps: int, sides: tuple[str, ...]) -
     """Both sides are cut once; the seeds are those of the fine-tuning."""
     chosen = probe(folder)
     (fit, _), test = parts(folder), images(folder, "test")
-    for side in sides:
-        name = best(chosen, SCORES if side == "ours" else PEERS)
-        made: list[nn.Module] = []
 
-        def one(seed: int, side: str = side, name: str = name, made: Any = made) -> dict[str, Any]:
-            if not made:
-                made.append(ours(name, fit, 0) if side == "ours" else theirs(name))
-            model, seconds = train(copy.deepcopy(made[0]), fit, seed, steps)
-            return {"name": name, "accuracy": accuracy(model, test), "cpu seconds": seconds,
-                    "steps": steps, **size(model)}  # fmt: skip
+    def one(name: str, seed: int) -> dict[str, Any]:
+        model, seconds = train(cut(name, folder, fit), fit, seed, steps)
+        return {"name": name, "accuracy": accuracy(model, test), "cpu seconds": seconds,
+                "steps": steps, **size(model)}  # fmt: skip
 
-        for seed in seeds:
-            keep(folder / f"{steps} {seed} {side}.json", lambda s=seed, f=one: f(s))
+    for seed in seeds:
+        for side in sides:
+            name = best(chosen, SCORES if side == "ours" else PEERS)
+            keep(folder / f"{steps} {seed} {side}.json", partial(one, name, seed))
 
 
 def latency(folder: Path, batch: int = 64, repeats: int = 25) -> dict[str, Any]:
@@ -218,9 +223,10 @@ def latency(folder: Path, batch: int = 64, repeats: int = 25) -> dict[str, Any]:
     chosen, (fit, _) = probe(folder), parts(folder)
     x = fit.normalized(slice(0, batch))
     models = {
-        "dense": dense(), "ours": ours(best(chosen, SCORES), fit, 0),
-        "peer": theirs(best(chosen, PEERS)),
-    }  # fmt: skip
+        "dense": dense(),
+        "ours": cut(best(chosen, SCORES), folder, fit),
+        "peer": cut(best(chosen, PEERS), folder, fit),
+    }
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -287,7 +293,11 @@ def report(folder: Path, seeds: list[int], steps: int) -> dict[str, Any]:
         "recipe": {**RECIPE, "batch": BATCH, "steps": steps, "teacher": "the dense model",
                    "residual streams": "whole (ours)", "flops share": SHARE},
         "dense": before,
-        "probe on held-out training images": {n: recorded(f"probe {n}") for n in SCORES + PEERS},
+        "probe on held-out training images": {
+            n: recorded(f"probe {n}")
+            for n in SCORES + PEERS
+            if (folder / f"probe {n}.json").is_file()
+        },
         "seeds": pairs,
         "earlier choices": [json.loads(p.read_text()) for p in sorted(folder.glob("earlier *"))],
         "loss of ours, points": {"mean": statistics.mean(losses), "worst": max(losses)},
@@ -295,6 +305,11 @@ def report(folder: Path, seeds: list[int], steps: int) -> dict[str, Any]:
             "mean": interval.mean,
             "interval": [interval.low, interval.high] if len(gains) > 1 else None,
         },
+        "other numbers of steps": [
+            json.loads(p.read_text())
+            for p in sorted(folder.glob("[0-9]*.json"))
+            if not p.name.startswith(f"{steps} ")
+        ],
         "latency": recorded("latency"),
     }  # fmt: skip
 
