@@ -464,10 +464,13 @@ def _taps(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, A
     count = int(torch.count_nonzero(kept))
     share = count / max(1, kept.numel())
     group, united = 1, kept
-    if rows // op.groups % _SHARED == 0:
-        four = kept.view(rows // _SHARED, _SHARED, -1).any(1)
+    short = -rows % _SHARED  # rows that the last four lack
+    if rows // op.groups % _SHARED == 0 or op.groups == 1:
+        four = torch.nn.functional.pad(kept, (0, 0, 0, short)).view(-1, _SHARED, kept.shape[1])
+        four = four.any(1)
         if count >= _FULL * _SHARED * int(torch.count_nonzero(four)) > 0:
             group, united = _SHARED, four
+            flat = torch.nn.functional.pad(flat, (0, 0, 0, short))
     width = _block(given, per_group, kh, kw, share)
     blocks = -(-per_group // width)
     edges = [min(b * width, per_group) * kh * kw for b in range(blocks + 1)]
@@ -477,7 +480,7 @@ def _taps(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, A
         starts.append(part.sum(1))
         row, column = part.nonzero(as_tuple=True)
         offsets.append((first[row * group] + local[low + column]).to(torch.int32))
-        by_group = flat.view(rows // group, group, -1).transpose(1, 2)
+        by_group = flat.view(-1, group, flat.shape[1]).transpose(1, 2)
         values.append(by_group[row, low + column].reshape(-1))
     return {
         "start": torch.cat(starts).cumsum(0),
