@@ -103,39 +103,18 @@ def tickets_record(
 ) -> dict[str, Any]:
     """The facts of an experiment: all its trainings together made the model."""
     from sparseworks.cli.training import ZOO
-    from sparseworks.core.masks import masks
-    from sparseworks.diagnostics.costs import model_facts, training_macs
+    from sparseworks.diagnostics.costs import experiment_facts
 
     example = subject.train.normalized(slice(0, 1)).to(next(done.model.parameters()).device)
-    cost, facts = model_facts(done.model, example)
-    total, steps, seconds = 0.0, 0, 0.0
-    for run in done.finished.values():
-        seconds += run.figures.get("seconds", 0.0)
-        if run.description.get("run") != "train":
-            continue
-        end = run.description["stop_at"] or run.figures["steps"]
-        count = int(end - run.description["first_step"])
-        record = masks(run.into(done.fresh()))
-        kept = {} if record is None else {n: 1 - record.sparsity(n) for n in record}
-        total += training_macs(cost, [(count, kept)], samples=options.batch_size)
-        steps += count
     per_epoch = len(subject.train) // options.batch_size
     return {
         **_common(options, machine),
         **_scored(metric, score),
-        **facts,
+        **experiment_facts(done, example, batch_size=options.batch_size, per_epoch=per_epoch),
         "train_samples": per_epoch * options.batch_size,
         "chosen_on": "held-out training images",
         "start": done.to_dict()["model"],
         "start_macs": start_macs(options, options.model in ZOO),
-        "epochs": steps / per_epoch,
-        "steps": steps,
-        "batch_size": options.batch_size,
-        "samples": steps * options.batch_size,
-        "seconds": seconds,
-        "training_macs": total,
-        "counted": "by masks",
-        "peak_density": 1.0,
         "recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k not in _PLAN},
         "pattern": str(done.pattern),
         "budget": str(done.budget),

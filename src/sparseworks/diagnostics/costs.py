@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from sparseworks.core.masks import Masks, masks
 from sparseworks.models.calls import Batch
 from sparseworks.models.costs import Cost, multiply_adds
+from sparseworks.training.driving import Experiment
 from sparseworks.training.hooked import Run
 from sparseworks.training.loop import Training
 
-__all__ = ["model_facts", "step_cost", "training_facts", "training_macs"]
+__all__ = ["experiment_facts", "model_facts", "step_cost", "training_facts", "training_macs"]
 
 
 def step_cost(cost: Cost, densities: Mapping[str, float], *, dense_gradient: bool = False) -> float:
@@ -130,6 +131,41 @@ def training_facts(training: Training) -> dict[str, Any]:
         "peak_density": peak,
         "held_values": facts["parameters"]
         + sum(v.numel() for v in state if isinstance(v, Tensor) and v.numel() > 1),
+    }
+
+
+def experiment_facts(
+    experiment: Experiment, example: Batch, *, batch_size: int, per_epoch: int
+) -> dict[str, Any]:
+    """What an audit asks of a finished experiment: all its trainings together made the model.
+
+    Args:
+        experiment: whose model is the result.
+        example: one sample.
+        batch_size: samples of a step.
+        per_epoch: steps of an epoch.
+    """
+    cost, facts = model_facts(experiment.model, example)
+    total, steps, seconds = 0.0, 0, 0.0
+    for run in experiment.finished.values():
+        seconds += run.figures.get("seconds", 0.0)
+        if run.description.get("run") != "train":
+            continue
+        end = run.description["stop_at"] or run.figures["steps"]
+        count = int(end - run.description["first_step"])
+        kept = _densities(masks(run.into(experiment.fresh())))
+        total += training_macs(cost, [(count, kept)], samples=batch_size)
+        steps += count
+    return {
+        **facts,
+        "epochs": steps / per_epoch,
+        "steps": steps,
+        "batch_size": batch_size,
+        "samples": steps * batch_size,
+        "seconds": seconds,
+        "training_macs": total,
+        "counted": "by masks",
+        "peak_density": 1.0,
     }
 
 
