@@ -250,7 +250,10 @@ def latency(folder: Path, batch: int = 64, repeats: int = 25) -> dict[str, Any]:
                 if turn >= 2:
                     wall, cpu = time.perf_counter() - start, time.process_time() - spent
                     seen[key].append((1e3 * wall, 1e3 * cpu))
-    found: dict[str, Any] = {"batch": batch, "repeats": repeats, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "ours": best(chosen, SCORES), "peer": best(chosen, PEERS), "batch": batch,
+        "repeats": repeats, "threads": torch.get_num_threads(),
+    }  # fmt: skip
     for runtime in ("torch eager", "torch eager, channels_last", "onnxruntime"):
         rows = {}
         for n in models:
@@ -273,45 +276,44 @@ def whole(folder: Path) -> dict[str, Any]:
 
 
 def report(folder: Path, seeds: list[int], steps: int) -> dict[str, Any]:
-    def recorded(name: str) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-        return value
+    """What is on disk; differences only of the seeds that have both sides."""
 
-    sides = ("ours", "peer")
-    done = [
-        s for s in seeds if all((folder / f"{steps} {s} {side}.json").is_file() for side in sides)
-    ]
-    pairs = {s: {side: recorded(f"{steps} {s} {side}") for side in sides} for s in done}
-    if not pairs:
-        raise SystemExit("no seed has both sides yet: run `train`")
-    before = recorded("dense")
-    gains = [p["ours"]["accuracy"] - p["peer"]["accuracy"] for p in pairs.values()]
-    losses = [before["accuracy"] - p["ours"]["accuracy"] for p in pairs.values()]
-    interval = paired_interval(gains)
-    return {
+    def there(pattern: str) -> dict[str, Any]:
+        return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob(f"{pattern}.json"))}
+
+    runs = {
+        s: {
+            side: found
+            for side in ("ours", "peer")
+            for found in there(f"{steps} {s} {side}").values()
+        }
+        for s in seeds
+    }
+    found: dict[str, Any] = {
         "machine": machine(),
         "recipe": {**RECIPE, "batch": BATCH, "steps": steps, "teacher": "the dense model",
                    "residual streams": "whole (ours)", "flops share": SHARE},
-        "dense": before,
-        "probe on held-out training images": {
-            n: recorded(f"probe {n}")
-            for n in SCORES + PEERS
-            if (folder / f"probe {n}.json").is_file()
-        },
-        "seeds": pairs,
-        "earlier choices": [json.loads(p.read_text()) for p in sorted(folder.glob("earlier *"))],
-        "loss of ours, points": {"mean": statistics.mean(losses), "worst": max(losses)},
-        "ours minus peer, points": {
-            "mean": interval.mean,
-            "interval": [interval.low, interval.high] if len(gains) > 1 else None,
-        },
+        "dense": next(iter(there("dense").values()), None),
+        "probe on held-out training images": there("probe *"),
+        "seeds": runs,
+        "earlier choices": list(there("earlier *").values()),
         "other numbers of steps": [
-            json.loads(p.read_text())
-            for p in sorted(folder.glob("[0-9]*.json"))
-            if not p.name.startswith(f"{steps} ")
+            v for k, v in there("[0-9]*").items() if not k.startswith(f"{steps} ")
         ],
-        "latency": recorded("latency"),
+        "latency": next(iter(there("latency").values()), None),
     }  # fmt: skip
+    pairs = [r for r in runs.values() if len(r) == 2]
+    if found["dense"] and pairs:
+        losses = [found["dense"]["accuracy"] - p["ours"]["accuracy"] for p in pairs]
+        found["loss of ours, points"] = {"mean": statistics.mean(losses), "worst": max(losses)}
+    if pairs:
+        gains = paired_interval([p["ours"]["accuracy"] - p["peer"]["accuracy"] for p in pairs])
+        found["ours minus peer, points"] = {
+            "mean": gains.mean,
+            "pairs": len(pairs),
+            "interval": [gains.low, gains.high] if len(pairs) > 1 else None,
+        }
+    return found
 
 
 def main() -> None:
