@@ -162,7 +162,7 @@ template <int Width>
 inline Index positions(const uint32_t* q) {
   Index out;
   for (int r = 0; r < kLanes; ++r)
-    out.at[r] = Width == 4 ? *q >> (2 * r) & 3 : q[r % 2] >> (4 * (r / 2)) & (Width - 1);
+    out.at[r] = Width == 4 ? *q >> (2 * r) & 3 : q[r % 2] >> (4 * (r / 2)) & 15;
   return out;
 }
 
@@ -185,7 +185,7 @@ inline const float* group(const float* x) {
 template <int Width>
 inline Sum pick(const float* x, Index i) {
   Vec out;
-  for (int r = 0; r < kLanes; ++r) out[r] = x[i.at[r]];
+  for (int r = 0; r < kLanes; ++r) out[r] = x[i.at[r] & (Width - 1)];
   return out;
 }
 
