@@ -1,6 +1,6 @@
 # Every target sets itself up: .venv, torch, the package.
 PY := .venv/bin/python
-.PHONY: demo speed test lint type imports docs native bench claims clean
+.PHONY: demo speed test lint type imports docs native sanitize bench claims clean
 
 demo:  ## prune a real sentence encoder and show the result
 	@scripts/setup.sh demo
@@ -39,6 +39,11 @@ native:  ## build the kernels again after a change, into the source tree
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja >/dev/null
 	@.venv/bin/cmake --build build/native
 	@cp build/native/_native*.so src/sparseworks/kernels/
+
+sanitize:  ## the tests of the kernels with AddressSanitizer and UBSan (g++); some minutes
+	@scripts/setup.sh test
+	@$(PY) -m pip install --quiet nanobind cmake
+	@scripts/sanitize.sh
 
 bench:  ## speed and memory against peers, on demand
 	@scripts/setup.sh test
