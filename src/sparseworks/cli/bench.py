@@ -108,8 +108,10 @@ def run(options: Options) -> dict[str, Any]:
                         calls[name] = made
                 times = _in_turn(calls, options.repeat)
             rows += _rows(times, sparsity, batch)
-    result = {"machine": machine(), "model": Path(loaded.name).name, "dtype": options.dtype, "rows": rows,
-              "notes": sorted(set(notes))}  # fmt: skip
+    result = {
+        "machine": machine(), "model": Path(loaded.name).name, "dtype": options.dtype,
+        "rows": rows, "notes": sorted(set(notes)),
+    }  # fmt: skip
     if options.out is not None:
         _write(options.out, result)
     if options.json:
