@@ -48,6 +48,8 @@ CUTS: dict[str, tuple[str, int, int, int, Literal["mean", "linear"]]] = {
                                            "group-energy")},
     "group-taylor, 4 rounds": ("group-taylor", 4, 8, 16, "mean"),
     "group-energy, 4 rounds, by 4, linear": ("group-energy", 4, 4, 128, "linear"),
+    "squared group-norm, 12 rounds, by 1, linear": ("group-norm", 12, 1, 128, "linear"),
+    "squared group-norm, 12 rounds, by 2, linear": ("group-norm", 12, 2, 128, "linear"),
 }  # fmt: skip
 SCORES = tuple(CUTS)
 PEERS = ("global, all", "global, inner", "uniform, all", "uniform, inner")
@@ -86,9 +88,10 @@ def parts(folder: Path) -> tuple[ImageSet, ImageSet]:
 def ours(name: str, fit: ImageSet, seed: int) -> nn.Module:
     score, rounds, multiple, size, fold = CUTS[name]
     data = fit.batches(size, samples=512, seed=seed)
+    extra = {"root": False} if name.startswith("squared") else {}
     made = sw.slim(
         dense(), data[0][0][:2], flops=SHARE, method=score, data=data, round_to=multiple,
-        iterations=rounds, exclude=STREAM, fold=fold,
+        iterations=rounds, exclude=STREAM, fold=fold, **extra,
     )  # fmt: skip
     model: nn.Module = made.model
     return model

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 import sparseworks as sw
 from sparseworks.core.errors import DataError, InvalidArgument, ModelError
 from sparseworks.core.masks import Masks, attach, masks
+from sparseworks.models.coupling import trace
 from sparseworks.models.zoo import CifarResNet
 from sparseworks.weights.structured import export_onnx, latency, onnx_latency
 from sparseworks.weights.structured.recovery import finetune, reestimate
+from sparseworks.weights.structured.scores import GroupNorm
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 DATA = [(IMAGES, torch.tensor([0, 1, 2, 3]))]
@@ -222,3 +224,18 @@ def test_attaching_masks_of_other_shapes_is_never_done() -> None:
     with pytest.raises(InvalidArgument):
         sw.slim(model, IMAGES, flops=0.001)
     assert masks(model) is not None and masks(model)["linear.weight"].shape == (10, 64)
+
+
+def test_the_squared_norm_is_the_sum_of_squares_of_a_group() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    coupling = trace(model, torch.randn(2, 6))
+    squares = GroupNorm(root=False).score(model, coupling, None, None)
+    norms = GroupNorm().score(model, coupling, None, None)
+    labels = coupling.axes["0.weight", 0]
+    with torch.no_grad():
+        wanted = model[0].weight.square().sum(1) + model[2].weight.square().sum(0)
+    torch.testing.assert_close(
+        torch.from_numpy(squares)[labels].float(), wanted, rtol=1e-5, atol=1e-6
+    )
+    assert torch.allclose(torch.from_numpy(norms) ** 2, torch.from_numpy(squares))

@@ -56,9 +56,15 @@ class GroupNorm:
 
     Source: Li et al. 2017, Pruning Filters for Efficient ConvNets (norms of filters), summed over
     the group as in Fang et al. 2023, DepGraph: Towards Any Structural Pruning.
+
+    Args:
+        p: of the norm.
+        root: False ranks by ||W_g||_p^p, which spreads more within a family: layers are cut more
+            evenly.
     """
 
     p: float = 2.0
+    root: bool = True
 
     info: ClassVar[MethodInfo] = MethodInfo(
         name="group-norm",
@@ -78,7 +84,9 @@ class GroupNorm:
         self, model: nn.Module, coupling: Coupling, data: Iterable[Batch] | None, loss: Loss | None
     ) -> Scores:
         powers = {n: w.detach().abs().pow(self.p) for n, w in _weights(model).items()}
-        scores: Scores = gather(coupling, powers) ** (1 / self.p)
+        scores: Scores = gather(coupling, powers)
+        if self.root:
+            scores **= 1 / self.p
         return scores
 
 
