@@ -48,7 +48,6 @@ CUTS: dict[str, tuple[str, int, int, int, Literal["mean", "linear"]]] = {
                                            "group-energy")},
     "group-taylor, 4 rounds": ("group-taylor", 4, 8, 16, "mean"),
     "group-energy, 4 rounds, by 4, linear": ("group-energy", 4, 4, 128, "linear"),
-    "squared group-norm, 12 rounds, by 1, linear": ("group-norm", 12, 1, 128, "linear"),
     "squared group-norm, 12 rounds, by 2, linear": ("group-norm", 12, 2, 128, "linear"),
 }  # fmt: skip
 SCORES = tuple(CUTS)
