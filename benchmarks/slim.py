@@ -47,7 +47,6 @@ CUTS: dict[str, tuple[str, int, int, int, Literal["mean", "linear"]]] = {
     **{n: (n, 1, 8, 128, "mean") for n in ("group-norm", "group-bn", "group-taylor", "group-fisher",
                                            "group-energy")},
     "group-taylor, 4 rounds": ("group-taylor", 4, 8, 16, "mean"),
-    "group-energy, 4 rounds, by 4, linear": ("group-energy", 4, 4, 128, "linear"),
     "squared group-norm, 12 rounds, by 2, linear": ("group-norm", 12, 2, 128, "linear"),
 }  # fmt: skip
 SCORES = tuple(CUTS)
