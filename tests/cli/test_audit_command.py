@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from sparseworks.cli import main
 
@@ -33,7 +32,6 @@ def runs(tmp_path_factory):
         place = root / "test" / str(int(data.labels[i]))
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(data.pixels[i, 0].numpy()).save(place / f"{i}.png")
-    torch.set_num_threads(1)
     base = [f"{root}/net.py:make", "--data", "digits", "--samples", "1000", "--batch-size", "50",
             "--no-augment", "--json"]  # fmt: skip
     cases = {"dense": ["dense"], "static": ["static"], "rigl": ["rigl", "--option", "every=4"]}
