@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.explaining import layer_lines, program_lines
-from sparseworks.engine.graph import arguments, capture
+from sparseworks.engine.graph import Captured, arguments, capture
 from sparseworks.engine.layers import LayerPlan, by_layers
 from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
 from sparseworks.engine.plan import Plan, make_plan
@@ -133,14 +133,20 @@ def compile(
     args, kwargs = arguments(inputs)
     expected = tensors_of(_checked(quiet, inputs))
     notes: list[str] = []
-    plain = quiet if dtype != torch.bfloat16 else _Autocast(quiet)
-    runs: dict[str, Callable[..., Any]] = {"torch": plain}
-    errors = {"torch": _error(plain, args, kwargs, expected)}
-    for half in (False, True) if dtype == torch.bfloat16 else (False,):
-        way = "program, bf16" if half else "program"
-        plan, error = _program(quiet, args, kwargs, threads, half, expected, notes)
-        if plan is not None:
-            runs[way], errors[way] = plan, error
+    runs: dict[str, Callable[..., Any]] = {"torch": quiet}
+    errors = {"torch": 0.0}
+    precisions = [False]
+    if dtype == torch.bfloat16:
+        runs["torch"] = _Autocast(quiet)
+        errors["torch"] = _error(runs["torch"], args, kwargs, expected)
+        precisions.append(True)
+    captured = _captured(quiet, args, kwargs, notes)
+    if captured is not None:
+        for half in precisions:
+            way = "program, bf16" if half else "program"
+            plan, error = _program(captured, args, kwargs, threads, half, expected, notes)
+            if plan is not None:
+                runs[way], errors[way] = plan, error
     times = _times(runs, args, kwargs)
     best = min(times, key=lambda way: times[way])
     if isinstance(runs[best], Plan):
@@ -192,8 +198,27 @@ def _checked(model: nn.Module, inputs: Any) -> Any:
         raise InvalidArgument(f"the example does not fit the model: {error}") from error
 
 
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
+) -> Captured | None:
+    """The model as a graph, where native code could run it and it can be followed."""
+    if not available():
+        notes.append("no program: the native kernels are not built")
+        return None
+    try:
+        return capture(model, args, kwargs)
+    except Exception as error:  # torch.export raises whatever the model makes it raise
+        notes.append(_refusal("program", error))
+        return None
+
+
+def _refusal(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines() or [""]
+    return f"no {name}: {type(error).__name__}: {first[0][:160]}"
+
+
 def _program(
-    model: nn.Module,
+    captured: Captured,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     threads: int,
@@ -201,16 +226,12 @@ def _program(
     expected: list[Tensor],
     notes: list[str],
 ) -> tuple[Plan | None, float]:
-    """The model as a program, where it can be captured and computes the same."""
+    """The graph as a program, where that computes the same."""
     name = "program in bf16" if half else "program"
-    if not available():
-        notes.append(f"no {name}: the native kernels are not built")
-        return None, 0.0
     try:
-        plan = make_plan(capture(model, args, kwargs), threads, half)
-    except Exception as error:  # torch.export raises whatever the model makes it raise
-        first = str(error).strip().splitlines() or [""]
-        notes.append(f"no {name}: {type(error).__name__}: {first[0][:160]}")
+        plan = make_plan(captured, threads, half)
+    except Exception as error:  # whatever the rules meet in a graph that they were not made for
+        notes.append(_refusal(name, error))
         return None, 0.0
     if plan is None:
         notes.append(f"no {name}: no layer that the native code takes")
