@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseworks.core.errors import InvalidArgument, PatternError
-from sparseworks.kernels.epilogue import apply_activation, check_inputs
+from sparseworks.core.errors import PatternError
+from sparseworks.kernels.epilogue import check_inputs, dense_product
 from sparseworks.kernels.native import instruction_set, module
+from sparseworks.kernels.packing import offsets, to_pack
 
 __all__ = ["BlockRows", "block_product", "block_product_reference", "pack_blocks", "unpack_blocks"]
 
@@ -65,17 +66,10 @@ def pack_blocks(
     """
     if min(block) < 1 or block[0] % _UNIT or block[1] % _UNIT:
         raise PatternError(f"blocks are multiples of 16 x 16, not {block[0]} x {block[1]}")
-    if weight.ndim != 2:
-        raise InvalidArgument(f"pack_blocks takes a matrix, not shape {list(weight.shape)}")
-    if mask is not None and mask.shape != weight.shape:
-        raise InvalidArgument(f"the mask is {list(mask.shape)}, the matrix {list(weight.shape)}")
-    rows, columns = weight.shape
+    dense, kept = to_pack(weight, mask, torch.bfloat16, "pack_blocks takes a matrix")
+    rows, columns = dense.shape
     if columns > _UNIT << 16:
         raise PatternError(f"{columns} columns do not fit 16-bit indices of blocks")
-    dense = weight.detach().cpu().to(torch.bfloat16)
-    if not bool(torch.isfinite(dense).all()):
-        raise InvalidArgument("the weights are not finite in bfloat16")
-    kept = dense != 0 if mask is None else mask.cpu().bool()
     dense = torch.where(kept, dense, torch.zeros((), dtype=dense.dtype))
     high, wide = block[0] // _UNIT, block[1] // _UNIT
     blocks = _filled(kept, *block).view(-(-rows // block[0]), block[0], -1, block[1])
@@ -89,10 +83,8 @@ def pack_blocks(
     grid = grid[0::2] if tall else grid[:strips]
     full = _filled(dense, height, _UNIT).view(-1, height, units, _UNIT).transpose(1, 2)
     value = full[grid].view(-1, height, _UNIT // 2, 2).transpose(1, 2).contiguous()
-    start = torch.zeros(grid.shape[0] + 1, dtype=torch.int64)
-    start[1:] = grid.sum(1).cumsum(0)
     column = grid.nonzero()[:, 1].to(torch.uint16)
-    return BlockRows(start, column, value, rows, columns, block)
+    return BlockRows(offsets(grid.sum(1)), column, value, rows, columns, block)
 
 
 def unpack_blocks(packed: BlockRows) -> Tensor:
@@ -114,10 +106,7 @@ def block_product_reference(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The same product through a dense fp32 matrix in torch."""
-    y = torch.nn.functional.linear(x.bfloat16().float(), unpack_blocks(packed).float(), bias)
-    if residual is not None:
-        y = y + residual.float()
-    return apply_activation(y, activation).to(dtype or x.dtype)
+    return dense_product(unpack_blocks(packed), x, bias, activation, residual, dtype)
 
 
 def block_product(

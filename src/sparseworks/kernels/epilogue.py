@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["Inputs", "activation_number", "apply_activation", "check_inputs"]
+__all__ = ["Inputs", "activation_number", "apply_activation", "check_inputs",
+           "dense_product"]  # fmt: skip
 
 # in the order of the native enumeration
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,6 +45,21 @@ def apply_activation(x: Tensor, name: str) -> Tensor:
     """The activation in torch."""
     activation_number(name)
     return _ACTIVATIONS[name](x)
+
+
+def dense_product(
+    weight: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """activation(x W^T + b + residual) in torch: x is rounded to W's dtype, sums are fp32."""
+    y = functional.linear(x.to(weight.dtype).float(), weight.float(), bias)
+    if residual is not None:
+        y = y + residual.float()
+    return apply_activation(y, activation).to(dtype or x.dtype)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.kernels.native import instruction_set, module
+from sparseworks.kernels.packing import to_pack
 
 __all__ = ["DenseColumns", "gathered", "gathered_reference", "pack_columns", "unpack_columns"]
 
@@ -52,13 +53,9 @@ def pack_columns(weight: Tensor, mask: Tensor | None = None) -> DenseColumns:
         raise InvalidArgument(
             f"pack_columns takes a matrix in fp32 or bf16, not {weight.dtype} {list(weight.shape)}"
         )
-    if mask is not None and mask.shape != weight.shape:
-        raise InvalidArgument(f"the mask is {list(mask.shape)}, the matrix {list(weight.shape)}")
-    dense = weight.detach().cpu()
-    if not bool(torch.isfinite(dense).all()):
-        raise InvalidArgument("the weights are not finite")
+    dense, kept = to_pack(weight, mask, weight.dtype, "pack_columns takes a matrix")
     if mask is not None:
-        dense = torch.where(mask.cpu().bool(), dense, torch.zeros((), dtype=dense.dtype))
+        dense = torch.where(kept, dense, torch.zeros((), dtype=dense.dtype))
     rows, columns = dense.shape
     value = torch.zeros(columns, -(-rows // _LANES) * _LANES, dtype=dense.dtype)
     value[:, :rows] = dense.t()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument, PatternError
-from sparseworks.kernels.epilogue import apply_activation, check_inputs
+from sparseworks.kernels.epilogue import check_inputs, dense_product
 from sparseworks.kernels.native import instruction_set, module
+from sparseworks.kernels.packing import to_pack
 
 __all__ = ["GroupedRows", "nm_product", "nm_product_reference", "pack_nm", "unpack_nm"]
 
@@ -69,17 +70,10 @@ def pack_nm(
     n, m = pattern
     if m not in (2, 4, 8, 16) or not 1 <= n <= m:
         raise PatternError(f"N:M needs M = 2, 4, 8 or 16 and 1 <= N <= M, not {n}:{m}")
-    if weight.ndim != 2:
-        raise InvalidArgument(f"pack_nm takes a matrix, not shape {list(weight.shape)}")
-    if mask is not None and mask.shape != weight.shape:
-        raise InvalidArgument(f"the mask is {list(mask.shape)}, the matrix {list(weight.shape)}")
     if dtype not in (torch.float32, torch.bfloat16):
         raise InvalidArgument(f"values are fp32 or bf16, not {dtype}")
     half = dtype == torch.bfloat16
-    dense = weight.detach().cpu().to(dtype)
-    if not bool(torch.isfinite(dense).all()):
-        raise InvalidArgument(f"the weights are not finite in {str(dtype).split('.')[1]}")
-    kept = dense != 0 if mask is None else mask.cpu().bool()
+    dense, kept = to_pack(weight, mask, dtype, "pack_nm takes a matrix")
     rows, columns = dense.shape
     width = max(m, 8 if half else 4)
     fill = (0, -columns % width, 0, -rows % _LANES)
@@ -139,11 +133,7 @@ def nm_product_reference(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The same product through a dense fp32 matrix in torch."""
-    taken = x.to(packed.value.dtype).float()
-    y = torch.nn.functional.linear(taken, unpack_nm(packed).float(), bias)
-    if residual is not None:
-        y = y + residual.float()
-    return apply_activation(y, activation).to(dtype or x.dtype)
+    return dense_product(unpack_nm(packed), x, bias, activation, residual, dtype)
 
 
 def nm_product(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument, PatternError
 from sparseworks.kernels.native import instruction_set, module
+from sparseworks.kernels.packing import offsets, to_pack
 
 __all__ = ["IndexedRows", "IntegerRows", "MaskedRows", "pack_index", "pack_integer", "pack_mask",
            "spmv", "spmv_reference", "unpack"]  # fmt: skip
@@ -26,6 +27,7 @@ __all__ = ["IndexedRows", "IntegerRows", "MaskedRows", "pack_index", "pack_integ
 _WORD = 32
 _WIDE = 64
 _GROUP = 128  # columns that share a scale
+_MATRIX = "a matrix is packed"
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ def pack_mask(weight: Tensor, mask: Tensor | None = None) -> MaskedRows:
     Raises:
         InvalidArgument: not a matrix, a mask of another shape, or weights that are not finite.
     """
-    dense, kept = _checked(weight.to(torch.bfloat16), mask)
+    dense, kept = to_pack(weight, mask, torch.bfloat16, _MATRIX)
     bits = _words(kept, _WORD, _WORD).to(torch.uint32)
     value = torch.cat([dense[kept], torch.zeros(_WORD, dtype=torch.bfloat16)])
-    return MaskedRows(_starts(kept.sum(1)), bits, value, dense.shape[1])
+    return MaskedRows(offsets(kept.sum(1)), bits, value, dense.shape[1])
 
 
 def pack_index(weight: Tensor, mask: Tensor | None = None) -> IndexedRows:
@@ -115,13 +117,13 @@ def pack_index(weight: Tensor, mask: Tensor | None = None) -> IndexedRows:
         PatternError: more than 65,536 columns.
         InvalidArgument: as `pack_mask`.
     """
-    dense, kept = _checked(weight.to(torch.bfloat16), mask)
+    dense, kept = to_pack(weight, mask, torch.bfloat16, _MATRIX)
     if dense.shape[1] > 1 << 16:
         raise PatternError(f"{dense.shape[1]} columns do not fit 16-bit indices")
     counts = kept.sum(1)
-    start = _starts((counts + 15) // 16 * 16)
+    start = offsets((counts + 15) // 16 * 16)
     row, found = kept.nonzero(as_tuple=True)
-    first = _starts(counts)
+    first = offsets(counts)
     place = start[row] + torch.arange(row.numel()) - first[row]
     column = torch.zeros(int(start[-1]), dtype=torch.int32)
     value = torch.zeros(int(start[-1]), dtype=torch.bfloat16)
@@ -135,7 +137,7 @@ def pack_integer(weight: Tensor, mask: Tensor | None = None) -> IntegerRows:
     Raises:
         InvalidArgument: as `pack_mask`.
     """
-    dense, kept = _checked(weight.float(), mask)
+    dense, kept = to_pack(weight, mask, torch.float32, _MATRIX)
     rows, columns = dense.shape
     padded = torch.nn.functional.pad(dense, (0, -columns % _GROUP))
     grouped = padded.view(rows, -1, _GROUP)
@@ -144,7 +146,7 @@ def pack_integer(weight: Tensor, mask: Tensor | None = None) -> IntegerRows:
     value = integers.view(rows, -1)[:, :columns][kept]
     bits = _words(kept, _GROUP, _WIDE).view(torch.uint64)
     value = torch.cat([value, torch.zeros(_WIDE, dtype=torch.int8)])
-    return IntegerRows(_starts(kept.sum(1)), bits, value, scale.contiguous(), columns)
+    return IntegerRows(offsets(kept.sum(1)), bits, value, scale.contiguous(), columns)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -210,24 +212,6 @@ def spmv(
     else:
         native.spmv_integer(packed.start, packed.mask, packed.value, packed.scale, *given)
     return y
-
-
-def _checked(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The matrix on the CPU, and what is kept of it."""
-    if weight.ndim != 2:
-        raise InvalidArgument(f"a matrix is packed, not shape {list(weight.shape)}")
-    if mask is not None and mask.shape != weight.shape:
-        raise InvalidArgument(f"the mask is {list(mask.shape)}, the matrix {list(weight.shape)}")
-    dense = weight.detach().cpu()
-    if not bool(torch.isfinite(dense).all()):
-        raise InvalidArgument(f"the weights are not finite in {str(dense.dtype).split('.')[1]}")
-    return dense, dense != 0 if mask is None else mask.cpu().bool()
-
-
-def _starts(counts: Tensor) -> Tensor:
-    start = torch.zeros(counts.numel() + 1, dtype=torch.int64)
-    start[1:] = counts.cumsum(0)
-    return start
 
 
 def _words(kept: Tensor, group: int, word: int) -> Tensor:
