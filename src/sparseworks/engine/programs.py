@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +24,7 @@ from sparseworks.engine.ir import (
     Store,
     Value,
 )
+from sparseworks.engine.taps import distances, run_vectors, taps_of
 from sparseworks.kernels.native import module
 
 __all__ = ["Instance", "build"]
@@ -32,10 +32,6 @@ __all__ = ["Instance", "build"]
 _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS = range(
     11
 )
-_SHARED = 4  # rows that share their taps where weights are nearly dense
-_FULL = 0.72  # share of non-zeros in the taps of four rows from which on sharing pays
-_CACHE = 40 << 10  # bytes of the first cache for the inputs of a block of taps
-_TAPS = 20  # of a row in a block, at least
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
@@ -168,7 +164,7 @@ class _Builder:
         if op.residual is not None and self.shape[op.residual] != made:
             raise ModelError(f"{op.name}: sizes {made} and {self.shape[op.residual]} are added")
         read = self._phase_size(op) if self._phased(op) else given
-        x = _distances(op)
+        x = distances(op)
         if self._phased(op):
             x = x // op.stride
         elif bool((x != 0).any()):
@@ -308,9 +304,9 @@ class _Builder:
         )  # fmt: skip
 
     def _packed(self, op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
-        key = (id(op), given.plane, given.pitch, given.lanes, _run(given), stride, whole)
+        key = (id(op), given.plane, given.pitch, given.lanes, run_vectors(given), stride, whole)
         if key not in self.packed:
-            self.packed[key] = _taps(op, given, stride, whole)
+            self.packed[key] = taps_of(op, given, stride, whole)
         return self.packed[key]
 
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
@@ -417,98 +413,3 @@ def _live(g: Geometry, flat: bool) -> Tensor:
     inside = (position % g.pitch < g.width) & (position < length)
     bits = (inside.view(vectors, 16).long() << torch.arange(16)).sum(1)
     return bits.to(torch.int32).to(torch.uint16)
-
-
-def _distances(op: Product) -> Tensor:
-    """Of the columns of a kernel from the pixel itself."""
-    width = op.weight.shape[3] if op.weight.ndim == 4 else 1
-    return torch.arange(width) * op.dilation - op.padding
-
-
-def _taps(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
-    """The kept weights, as distances from the position itself.
-
-    They are in blocks of input channels that fit into the first cache, in each by rows; rows that
-    are nearly dense share their taps.
-
-    Args:
-        stride: of the pixels that are read; 0: the input is cut into phases.
-        whole: pixels to the side are read from shifted copies.
-    """
-    weight, kept = op.weight.detach().float(), op.weight.detach() != 0
-    if weight.ndim == 2:
-        weight, kept = weight[:, :, None, None], kept[:, :, None, None]
-    if op.half:
-        weight, kept = _in_pairs(weight), _in_pairs(kept.float()) != 0
-    rows, per_group, kh, kw = weight.shape
-    y = torch.arange(kh) * op.dilation - op.padding
-    x = _distances(op)
-    channel = torch.arange(per_group)
-    if stride == 0:
-        s = op.stride
-        phase = (y % s)[:, None] * s + (x % s)[None, :]
-        channels = channel[:, None, None] * s * s + phase
-        y, x = y // s, x // s
-        step = per_group * s * s
-    else:
-        channels = channel[:, None, None].expand(per_group, kh, kw)
-        step = per_group
-    if whole:  # the copy moved to the right has the pixel to the left
-        side = torch.tensor([2, 0, 1])[1 - x] * (step * op.groups * given.plane)
-    else:
-        side = x * given.lanes
-    shift = y[:, None] * given.pitch + side[None, :]
-    local = (channels * given.plane + shift).reshape(-1)
-    flat, kept = weight.reshape(rows, -1), kept.reshape(rows, -1)
-    first = torch.arange(rows) // (rows // op.groups) * step * given.plane
-    count = int(torch.count_nonzero(kept))
-    share = count / max(1, kept.numel())
-    group, united = 1, kept
-    short = -rows % _SHARED  # rows that the last four lack
-    if rows // op.groups % _SHARED == 0 or op.groups == 1:
-        four = torch.nn.functional.pad(kept, (0, 0, 0, short)).view(-1, _SHARED, kept.shape[1])
-        four = four.any(1)
-        if count >= _FULL * _SHARED * int(torch.count_nonzero(four)) > 0:
-            group, united = _SHARED, four
-            flat = torch.nn.functional.pad(flat, (0, 0, 0, short))
-    width = _block(given, per_group, kh, kw, share)
-    blocks = -(-per_group // width)
-    edges = [min(b * width, per_group) * kh * kw for b in range(blocks + 1)]
-    starts, offsets, values = [torch.zeros(1, dtype=torch.int64)], [], []
-    for low, high in itertools.pairwise(edges):
-        part = united[:, low:high]
-        starts.append(part.sum(1))
-        row, column = part.nonzero(as_tuple=True)
-        offsets.append((first[row * group] + local[low + column]).to(torch.int32))
-        by_group = flat.view(-1, group, flat.shape[1]).transpose(1, 2)
-        values.append(by_group[row, low + column].reshape(-1))
-    return {
-        "start": torch.cat(starts).cumsum(0),
-        "offset": torch.cat(offsets),
-        "value": torch.cat(values).contiguous().view(torch.float32),
-        "pairs": int(op.half),
-        "group": group,
-        "blocks": blocks,
-    }
-
-
-def _in_pairs(weight: Tensor) -> Tensor:
-    """Channels two by two: `[rows, channels, ...]` to `[rows, channels / 2, ...]` of int32."""
-    odd = weight.shape[1] % 2
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, odd))
-    bits = padded.bfloat16().view(torch.int16).int() & 0xFFFF
-    return bits[:, ::2] | bits[:, 1::2] << 16
-
-
-def _run(given: Geometry) -> int:
-    """Vectors of one channel that are multiplied at once."""
-    return min(16, given.plane // 16)
-
-
-def _block(given: Geometry, channels: int, kh: int, kw: int, share: float) -> int:
-    """Input channels in a block of taps: what a run of positions reads of them fits the cache."""
-    if kh * kw > 1:  # neighbouring taps read the same pixels, that is enough
-        return channels
-    fits = max(1, _CACHE // (64 * _run(given)))
-    worth = _TAPS / max(1e-6, share)  # fewer taps do not pay for storing the sums
-    return int(min(channels, max(fits, worth)))
