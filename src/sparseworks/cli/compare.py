@@ -53,12 +53,12 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Prune a copy for every cell of the table and measure it."""
     import sparseworks as sw
-    from sparseworks.cli.loading import default_metrics, load_model
+    from sparseworks.cli.loading import load_model
     from sparseworks.cli.preparing import (
         CalibrationOptions,
         calibration,
         check_output,
-        make_metrics,
+        one_metric,
     )
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.core import registry
@@ -71,10 +71,7 @@ def run(options: Options) -> dict[str, Any]:
         registry.resolve(method)
     check_output(options.out, force=False)
     loaded = load_model(options.model, options.dtype)
-    names = (options.metric,) if options.metric else default_metrics(loaded, options.eval_data)
-    if not names:
-        raise InvalidArgument("no metric fits this model by itself: give --metric and --eval-data")
-    (metric,) = make_metrics(names[:1], loaded, options.eval_data, options.eval_samples)
+    metric = one_metric(options, loaded)
     dense = metric(loaded.model)
     rows = []
     total = len(cells) * len(options.methods) * len(options.seeds)

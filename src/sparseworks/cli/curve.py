@@ -67,12 +67,12 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Measure the curves, say where they end to be free, write them."""
-    from sparseworks.cli.loading import default_metrics, load_model
+    from sparseworks.cli.loading import load_model
     from sparseworks.cli.preparing import (
         CalibrationOptions,
         calibration,
         check_output,
-        make_metrics,
+        one_metric,
     )
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.diagnostics.claims import machine
@@ -88,10 +88,7 @@ def run(options: Options) -> dict[str, Any]:
     }
     check_output(options.out, options.force)
     loaded = load_model(options.model, options.dtype)
-    names = (options.metric,) if options.metric else default_metrics(loaded, options.eval_data)
-    if not names:
-        raise InvalidArgument("no metric fits this model by itself: give --metric and --eval-data")
-    (metric,) = make_metrics(names[:1], loaded, options.eval_data, options.eval_samples)
+    metric = one_metric(options, loaded)
     curves: list[dict[str, Any]] = []
     points = 1 + len(options.sparsities)
     total = points * len(measures) * len(options.seeds)

@@ -10,7 +10,14 @@ from typing import Any
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["CalibrationOptions", "calibration", "check_output", "make_metrics", "parse_options"]
+__all__ = [
+    "CalibrationOptions",
+    "calibration",
+    "check_output",
+    "make_metrics",
+    "one_metric",
+    "parse_options",
+]
 
 
 def check_output(out: Path | None, force: bool) -> None:
@@ -108,3 +115,14 @@ def make_metrics(
             )
         )
     return made
+
+
+def one_metric(options: Any, loaded: Any) -> Any:
+    """The metric that `options` name, or the first that fits the model."""
+    from sparseworks.cli.loading import default_metrics
+
+    names = (options.metric,) if options.metric else default_metrics(loaded, options.eval_data)
+    if not names:
+        raise InvalidArgument("no metric fits this model by itself: give --metric and --eval-data")
+    (metric,) = make_metrics(names[:1], loaded, options.eval_data, options.eval_samples)
+    return metric
