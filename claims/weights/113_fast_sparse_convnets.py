@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,25 +14,14 @@ from torch.nn import functional as F
 import sparseworks as sw
 from sparseworks.diagnostics.claims import Claim, Promise, Setting
 from sparseworks.diagnostics.subjects import image_subject
-from sparseworks.engine.ir import Load, Product, Store, Value
-from sparseworks.engine.programs import build
+from sparseworks.engine.measuring import least_seconds
+from sparseworks.engine.programs import lone_product
 from sparseworks.training.fitting import Recipe, fit_classifier
 
 SHAPES = {
     "quick": ((256, 784), (512, 196)),
     "full": ((256, 3136), (256, 784), (512, 196), (1024, 49)),
 }
-
-
-def best_of(runs: dict[str, Callable[[], Any]], repeat: int) -> dict[str, float]:
-    """The least seconds of each, taken in turn: other work on the machine only adds."""
-    least = dict.fromkeys(runs, math.inf)
-    for _ in range(repeat):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            least[name] = min(least[name], time.perf_counter() - start)
-    return least
 
 
 def thinned(channels: int, sparsity: float, block: int, generator: torch.Generator) -> Tensor:
@@ -43,12 +31,7 @@ def thinned(channels: int, sparsity: float, block: int, generator: torch.Generat
 
 def ours(weight: Tensor, x: Tensor) -> tuple[Callable[[], Any], Tensor]:
     """One 1 x 1 convolution as a program, from and to torch's layout."""
-    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    a, b = Value("image", channels), Value("image", channels)
-    ops: list[Any] = [Load(a, "x"), Product(b, a, weight[:, :, None, None], None, "w"),
-                      Store(b, "y")]  # fmt: skip
-    side = (x.shape[2], pixels // x.shape[2])
-    made = build(ops, {"x": side}, 1, 1)
+    made = lone_product(weight[:, :, None, None], "image", tuple(x.shape[2:]))
     y = torch.empty_like(x)
     return lambda: made.native.run([x, y], 1, 1), y
 
@@ -69,7 +52,7 @@ def kernels(setting: Setting, seed: int) -> dict[str, float]:
             runs["block 4"], _ = ours(thinned(channels, sparsity, 4, generator), x)
             runs["dense"] = lambda w=weight, x=x: F.conv2d(x, w[:, :, None, None])
             runs["csr"] = lambda m=csr, flat=flat: torch.sparse.mm(m, flat)
-            seconds = best_of(runs, 40)
+            seconds = least_seconds(runs, 40)
             wanted = F.conv2d(x.double(), weight.double()[:, :, None, None])
             error = float((y - wanted).abs().max() / wanted.abs().max())
             found["error"] = max(found["error"], error)
@@ -119,7 +102,7 @@ def network(setting: Setting, seed: int) -> dict[str, float]:
     x = torch.randn(1, 3, 64, 64)
     runs = {n: sw.compile(m, x, threads=1) for n, m in models.items()}
     with torch.no_grad():
-        seconds = best_of(
+        seconds = least_seconds(
             {"sparse": lambda: runs["sparse"](x), "dense": lambda: runs["dense"](x),
              "torch": lambda: models["dense"](x)}, 60
         )  # fmt: skip

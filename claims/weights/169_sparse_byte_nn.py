@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch.nn import functional as F
 import sparseworks as sw
 from sparseworks.diagnostics.claims import Claim, Promise, Setting, data_root
 from sparseworks.diagnostics.subjects import image_subject
-from sparseworks.engine.ir import Load, Product, Store, Value
-from sparseworks.engine.programs import build
+from sparseworks.engine.measuring import least_seconds
+from sparseworks.engine.programs import lone_product
 from sparseworks.models.coupling import trace
 from sparseworks.models.views import find_prunable
 from sparseworks.models.zoo import load_resnet
@@ -34,23 +33,9 @@ SHAPES = ((256, 3136), (256, 784), (512, 196), (1024, 49))
 LEVELS = ((0.3, 1.1), (0.5, 1.1), (0.8, 2.0))  # sparsity, speed-up over dense that is promised
 
 
-def best_of(runs: dict[str, Callable[[], Any]], repeat: int) -> dict[str, float]:
-    """The least seconds of each, taken in turn: other work on the machine only adds."""
-    least = dict.fromkeys(runs, math.inf)
-    for _ in range(repeat):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            least[name] = min(least[name], time.perf_counter() - start)
-    return least
-
-
 def ours(weight: Tensor, x: Tensor) -> tuple[Callable[[], Any], Tensor, int]:
     """One 1 x 1 convolution as a program, from and to torch's layout; rows that share taps."""
-    a, b = Value("image", x.shape[1]), Value("image", len(weight))
-    ops: list[Any] = [Load(a, "x"), Product(b, a, weight[:, :, None, None], None, "w"),
-                      Store(b, "y")]  # fmt: skip
-    made = build(ops, {"x": tuple(x.shape[2:])}, 1, 1)
+    made = lone_product(weight[:, :, None, None], "image", tuple(x.shape[2:]))
     y = torch.empty_like(x)
     return lambda: made.native.run([x, y], 1, 1), y, next(iter(made.groups.values()))
 
@@ -77,7 +62,7 @@ def kernels(seed: int) -> dict[str, float]:
                 error = float((y - wanted).abs().max() / wanted.abs().max())
                 found["error"] = max(found["error"], error)
                 found["rows that share taps"] = min(found["rows that share taps"], shared)
-        seconds = best_of(runs, 40)
+        seconds = least_seconds(runs, 40)
         for size in (4, 8):
             for sparsity, promised in LEVELS:
                 for name in ("torch", "our dense"):

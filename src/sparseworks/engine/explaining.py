@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparseworks.engine.ir import Load, Product, Store, Value
+from sparseworks.engine.ir import Product
 from sparseworks.engine.measuring import median_ms, one_thread
-from sparseworks.engine.programs import Instance, build
+from sparseworks.engine.programs import Instance, lone_product
 from sparseworks.engine.steps import Call
 
 if TYPE_CHECKING:
@@ -127,10 +127,7 @@ def machine_limit(shared: bool, half: bool) -> float:
     weight = torch.randn(64, 112, generator=generator)
     if not shared:
         weight[torch.rand(64, 112, generator=generator) < 0.6] = 0.0
-    x, y = Value("tokens", 112), Value("tokens", 64)
-    product = Product(y, x, weight, None, "w", half=half)
-    ops: list[Any] = [Load(x, "x"), product, Store(y, "y")]
-    made = build(ops, {"x": (96,)}, 1, 1)
+    made = lone_product(weight, "tokens", (96,), half)
     tensors: list[Tensor] = [torch.zeros(1, 96, 112), torch.zeros(1, 96, 64)]
     seconds = made.native.profile(tensors, 1, 300)
     ((index, (_, work)),) = made.products.items()

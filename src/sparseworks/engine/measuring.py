@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["difference", "interleaved_ms", "median_ms", "one_thread", "tensors_of"]
+__all__ = [
+    "difference",
+    "interleaved_ms",
+    "least_seconds",
+    "median_ms",
+    "one_thread",
+    "tensors_of",
+]
 
 
 @contextmanager
@@ -31,6 +39,17 @@ def one_thread() -> Iterator[None]:
 def median_ms(run: Callable[[], Any]) -> float:
     """Median time of one candidate."""
     return interleaved_ms(run)[0]
+
+
+def least_seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The least time of each candidate, taken in turn: other work on the machine only adds."""
+    least = dict.fromkeys(runs, math.inf)
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            least[name] = min(least[name], time.perf_counter() - start)
+    return least
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from sparseworks.engine.ir import (
 from sparseworks.engine.taps import distances, run_vectors, taps_of
 from sparseworks.kernels.native import module
 
-__all__ = ["Instance", "build"]
+__all__ = ["Instance", "build", "lone_product"]
 
 _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS = range(
     11
@@ -85,6 +85,14 @@ def build(
         ModelError: sizes that do not fit the operations.
     """
     return _Builder(ops, sizes, lanes, threads, {} if packed is None else packed).instance()
+
+
+def lone_product(weight: Tensor, kind: str, size: tuple[int, ...], half: bool = False) -> Instance:
+    """One linear layer or convolution by itself, from tensor "x" to "y", on one thread."""
+    rows, columns = weight.shape[:2]
+    x, y = Value(kind, columns), Value(kind, rows)
+    product = Product(y, x, weight, None, "weight", half=half)
+    return build([Load(x, "x"), product, Store(y, "y")], {"x": size}, 1, 1)
 
 
 @dataclass
