@@ -48,8 +48,9 @@ class Options:
     """Name patterns; only groups that touch one of these parameters."""
     exclude: tuple[str, ...] = ()
     """Name patterns; no group that touches one of these parameters."""
-    round_to: int | Literal["auto"] | None = None
-    """Every width that changes becomes a multiple of this; auto: of 1, 8, 16 the fastest here."""
+    round_to: str | None = None
+    """Every width that changes becomes a multiple of this (8); auto: of 1, 8, 16 the fastest here;
+    for some layers: layer2=16,layer3=8."""
     floor: float = 0.1
     """Share of every width that stays at least."""
     per_layer: bool = False
@@ -93,6 +94,7 @@ def run(options: Options) -> dict[str, Any]:
     method = registry.resolve(options.method)
     check_output(options.out, options.force)
     extra = parse_options(options.option)
+    round_to = _multiples(options.round_to)
     loaded = load_model(options.model)
     example, batches = _example(loaded, options, bool(method.info.needs))
     if options.groups:
@@ -112,7 +114,7 @@ def run(options: Options) -> dict[str, Any]:
                 data=batches,
                 include=options.include or None,
                 exclude=options.exclude or None,
-                round_to=options.round_to,
+                round_to=round_to,
                 floor=options.floor,
                 uniform=False if options.per_layer else None,
                 streams=options.streams,
@@ -137,6 +139,23 @@ def run(options: Options) -> dict[str, Any]:
             _write(options, loaded, result, summary, Path(place))
     _show(summary, result, options)
     return summary
+
+
+def _multiples(text: str | None) -> int | Literal["auto"] | dict[str, int] | None:
+    """What `--round-to` says: a number, "auto", or pattern=number,..."""
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    try:
+        if "=" not in text:
+            return int(text)
+        pairs = (part.rpartition("=") for part in text.split(","))
+        return {pattern.strip(): int(number) for pattern, _, number in pairs}
+    except ValueError:
+        raise InvalidArgument(
+            f"--round-to {text}: a number, auto, or name patterns with numbers (layer2=16,layer3=8)"
+        ) from None
 
 
 def _example(loaded: Any, options: Options, needed: bool) -> tuple[Any, list[Any] | None]:

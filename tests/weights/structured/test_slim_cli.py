@@ -50,7 +50,27 @@ def test_groups_are_printed_and_nothing_is_cut(
     assert "layer1.0.conv1.weight axis 0: 1 each" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["--flops", "2"], ["--flops", "0.5", "--method", "nope"]])
+def test_multiples_of_widths_are_given_by_layer(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["slim", model, "--flops", "0.6", "--round-to", "layer2=8,layer3=16", "--json"]
+    assert main(words) == 0
+    widths = json.loads(capsys.readouterr().out)["result"]["widths"]
+    after = {w["name"]: w["after"] for w in widths}
+    assert all(w % 8 == 0 for n, w in after.items() if n.startswith("layer2"))
+    assert all(w % 16 == 0 for n, w in after.items() if n.startswith("layer3"))
+
+
+BAD = [
+    [],
+    ["--flops", "2"],
+    ["--flops", "0.5", "--method", "nope"],
+    ["--flops", "0.5", "--round-to", "eight"],
+    ["--flops", "0.5", "--round-to", "layer9=8"],
+]
+
+
+@pytest.mark.parametrize("words", BAD)
 def test_bad_options_are_one_line(
     model: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import sparseworks as sw
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.models.coupling import Coupling, trace
 from sparseworks.weights.structured import slimming, targets
+from sparseworks.weights.structured.selection import ladders, search
 
 X = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
 
@@ -101,3 +104,41 @@ def test_what_cannot_be_reached_with_any_multiple_is_refused(
     with pytest.raises(InvalidArgument, match="round_to="):
         sw.slim(model, X, flops=0.5, round_to=0)
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+
+
+def test_layers_have_multiples_of_their_own() -> None:
+    result = sw.slim(net(), X, flops=0.5, round_to={"0": 16, "*": 8}, floor=0.0)
+    after = {w.name: w.after for w in result.widths}
+    assert after and all(w % (16 if name.startswith("0.") else 8) == 0 for name, w in after.items())
+    free = sw.slim(net(), X, flops=0.5, round_to={"2": 16}, exclude="4")  # fits, and is not cut
+    same = sw.slim(net(), X, flops=0.5, exclude="4")
+    assert [w.after for w in free.widths] == [w.after for w in same.widths]
+
+
+def test_a_pattern_of_multiples_that_fits_nothing_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="'layer9' matches no parameter"):
+        sw.slim(net(), X, flops=0.5, round_to={"layer9": 8})
+    with pytest.raises(InvalidArgument, match="round_to="):
+        sw.slim(net(), X, flops=0.5, round_to={"0": 0})
+
+
+def test_what_goes_together_competes_by_its_mean() -> None:
+    """Two layers of two pairs: the least single score lies in a pair that is worth more."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    coupling = trace(model, torch.randn(3, 2))
+    first, second = coupling.families
+    scores = np.ones(coupling.keep_all().shape)
+    scores[first.roots] = [0.1, 1.3, 2.0, 2.0]
+    scores[second.roots] = [0.6, 0.6, 2.0, 2.0]
+    for multiple, least in ((1, first), (2, second)):
+        made = ladders(
+            coupling, coupling.families, scores, normalise=None, shared={}, round_to=multiple,
+            floor=0.0,
+        )  # fmt: skip
+        keep = search(coupling, made, lambda k: float(k.sum()), keep_all(coupling) - 1.0, "groups")
+        gone = np.flatnonzero(~keep)
+        assert set(gone) <= set(least.roots) and len(gone) == multiple
+
+
+def keep_all(coupling: Coupling) -> float:
+    return float(coupling.keep_all().sum())

@@ -20,7 +20,8 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling
-from sparseworks.weights.structured.scales import Keep, Scales, cut_folded, under
+from sparseworks.weights.structured.scales import Keep, Scales, cut_folded
+from sparseworks.weights.structured.selection import under
 
 __all__ = ["group_keep", "loss_curves", "percentiles_by_loss", "percentiles_for"]
 

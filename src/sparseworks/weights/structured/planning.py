@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.coupling import Coupling, Family
 from sparseworks.weights.structured.configs import describe, has_config
 from sparseworks.weights.structured.cutting import kept_indices
-from sparseworks.weights.structured.selection import kind, ladders, search
+from sparseworks.weights.structured.selection import Multiples, kind, ladders, search, under
 
 __all__ = ["Keep", "Plan", "choose", "cut_shapes", "shapes_of"]
 
@@ -32,7 +31,7 @@ class Plan:
     loss: Loss | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
-    round_to: int | None
+    round_to: Multiples
     floor: float
     uniform: bool
     streams: bool
@@ -75,26 +74,24 @@ def choose(
 
 
 def _allowed(coupling: Coupling, plan: Plan) -> list[Family]:
-    names = {n for f in coupling.families for n, _ in f.axes}
-    for pattern in (*plan.include, *plan.exclude):
-        if not any(_matches(n, pattern) for n in names):
-            raise InvalidArgument(
-                f"name pattern {pattern!r} matches no parameter that can be cut; they are named "
-                f"like {', '.join(sorted(names)[:3])}"
-            )
+    touched = {n for f in coupling.families for n, _ in f.axes}
+    widths = {f.axes[0][0] for f in coupling.families}
+    multiples = plan.round_to if isinstance(plan.round_to, Mapping) else ()
+    for patterns, names in (((*plan.include, *plan.exclude), touched), (multiples, widths)):
+        for pattern in patterns:
+            if not any(under(n, pattern) for n in names):
+                raise InvalidArgument(
+                    f"name pattern {pattern!r} matches no parameter that can be cut; they are "
+                    f"named like {', '.join(sorted(names)[:3])}"
+                )
     return [
         f
         for f in coupling.families
         if (f.exact or plan.streams)
-        and (not plan.include or any(_matches(n, p) for n, _ in f.axes for p in plan.include))
-        and not any(_matches(n, p) for n, _ in f.axes for p in plan.exclude)
+        and (not plan.include or any(under(n, p) for n, _ in f.axes for p in plan.include))
+        and not any(under(n, p) for n, _ in f.axes for p in plan.exclude)
         and len(f) > 1
     ]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
 def _described(model: nn.Module, coupling: Coupling, families: list[Family]) -> dict[int, object]:

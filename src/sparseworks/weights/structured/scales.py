@@ -6,7 +6,6 @@ ranking and cutting treat these as one.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,9 @@ from sparseworks.models.coupling import Coupling, Family
 from sparseworks.weights.structured.applying import check
 from sparseworks.weights.structured.cutting import Backup, cut
 from sparseworks.weights.structured.folding import fold
+from sparseworks.weights.structured.selection import under
 
-__all__ = ["Scales", "cut_folded", "find_scales", "press", "under"]
+__all__ = ["Scales", "cut_folded", "find_scales", "press"]
 
 Keep = NDArray[np.bool_]
 
@@ -90,12 +90,6 @@ def find_scales(
             f"{type(model).__name__}: no channels under a batch norm with scales that may be cut"
         )
     return tuple(found)
-
-
-def under(name: str, pattern: str) -> bool:
-    """The pattern matches the name or a module it lies in."""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ go from the bottom up; all ladders compete by value.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +21,10 @@ from numpy.typing import NDArray
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.models.coupling import Coupling, Family
 
-__all__ = ["Ladder", "OutOfReach", "kind", "ladders", "search"]
+__all__ = ["Ladder", "Multiples", "OutOfReach", "kind", "ladders", "search", "under"]
 
 Keep = NDArray[np.bool_]
+Multiples = int | Mapping[str, int] | None  # of all widths, or of those under a name pattern
 
 
 class OutOfReach(InvalidArgument):
@@ -35,7 +38,8 @@ class Ladder:
     Args:
         families: whose groups these are.
         bundles: what goes together.
-        values: importance of each bundle, never falling.
+        values: importance of each bundle, never falling; what can only go together has one value,
+            the mean.
         steps: numbers of removed bundles that are allowed.
     """
 
@@ -61,7 +65,7 @@ def ladders(
     *,
     normalise: bool | None,
     shared: Mapping[int, object],
-    round_to: int | None,
+    round_to: Multiples,
     floor: float,
 ) -> list[Ladder]:
     """Ladders of families from scores per group (index = group number; higher stays).
@@ -96,7 +100,9 @@ def ladders(
                 chunk = order[level * each : (level + 1) * each]
                 parts[level].append(family.roots[chunk])
                 totals[level] += float(s[chunk].mean()) / len(group)
-        steps = _steps(coupling, group, levels, round_to, floor)
+        steps = _steps(coupling, group, levels, [_multiple(f, round_to) for f in group], floor)
+        for low, high in pairwise(steps):
+            totals[low:high] = totals[low:high].mean()
         made.append(
             Ladder(
                 tuple(group),
@@ -115,10 +121,24 @@ def _saving(coupling: Coupling, family: Family) -> float:
     return coupling.flops() - coupling.flops(keep)
 
 
+def under(name: str, pattern: str) -> bool:
+    """The pattern matches the name or a module it lies in."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+def _multiple(family: Family, round_to: Multiples) -> int:
+    """What the width of a family is a multiple of; of several patterns the first counts."""
+    if not isinstance(round_to, Mapping):
+        return math.lcm(round_to or 1, family.multiple)
+    asked = (m for p, m in round_to.items() if under(family.axes[0][0], p))
+    return math.lcm(next(asked, 1), family.multiple)
+
+
 def _steps(
-    coupling: Coupling, group: Sequence[Family], levels: int, round_to: int | None, floor: float
+    coupling: Coupling, group: Sequence[Family], levels: int, multiples: list[int], floor: float
 ) -> tuple[int, ...]:
-    """Removable numbers of bundles: some must stay, and widths are multiples of `round_to`."""
+    """Removable numbers of bundles: some must stay, and widths are of these multiples."""
     least = max(1, math.ceil(floor * levels))
     steps = [0]
     for removed in range(1, levels - least + 1):
@@ -128,7 +148,6 @@ def _steps(
             labels = coupling.axes[name, axis]
             per = int((labels == family.roots[0]).sum())
             widths.append(len(labels) - removed * (len(family) // levels) * per)
-        multiples = [math.lcm(round_to or 1, f.multiple) for f in group]
         if all(w % m == 0 for w, m in zip(widths, multiples)):
             steps.append(removed)
     return tuple(steps)

@@ -73,8 +73,10 @@ def slim(
         loss: `(model, batch) -> scalar` for gradient scores; cross-entropy when None.
         include: name patterns; only groups that touch one of these parameters.
         exclude: name patterns; no group that touches one of these parameters.
-        round_to: every width that changes becomes a multiple of this. "auto": of 1, 8 and 16 the
-            one that is fastest on this machine. None: "auto" for `latency`, else 1.
+        round_to: every width that changes becomes a multiple of this; a mapping of name patterns to
+            multiples has one for the outputs of some layers (the first pattern that fits counts).
+            "auto": of 1, 8 and 16 the one that is fastest on this machine. None: "auto" for
+            `latency`, else 1.
         floor: share of every width that stays at least.
         uniform: equal layers of all blocks keep equal widths, and only widths that a Hugging Face
             config can tell are cut, so that plain from_pretrained loads the result. None: for

@@ -15,11 +15,11 @@ from sparseworks.models.coupling import Coupling
 from sparseworks.weights.structured.cutting import cut
 from sparseworks.weights.structured.measure import latency
 from sparseworks.weights.structured.planning import Keep, Plan, choose
-from sparseworks.weights.structured.selection import OutOfReach
+from sparseworks.weights.structured.selection import Multiples, OutOfReach
 
 __all__ = ["MULTIPLES", "RoundTo", "measured", "pick", "target"]
 
-RoundTo = int | Literal["auto"] | None
+RoundTo = Multiples | Literal["auto"]
 MULTIPLES = (1, 8, 16)  # any width; tensor cores and AVX2; AVX-512
 
 
@@ -35,7 +35,8 @@ def target(
         raise InvalidArgument(f"{what}={share}: the share to keep lies between 0 and 1")
     if not 0 <= floor < 1:
         raise InvalidArgument(f"floor={floor}: a share in [0, 1)")
-    whole = round_to is None or round_to == "auto" or round_to >= 1
+    multiples = [*round_to.values()] if isinstance(round_to, Mapping) else [round_to]
+    whole = all(m is None or m == "auto" or m >= 1 for m in multiples)
     if iterations < 1 or not whole:
         raise InvalidArgument('iterations= is at least 1, round_to= at least 1 or "auto"')
     return what, share
