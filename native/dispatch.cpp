@@ -84,6 +84,8 @@ GroupedProduct grouped_product() {
   return choose(grouped_base, grouped_avx2, grouped_avx512);
 }
 
+KeepOnly keep_only() { return choose(keep_only_base, keep_only_avx2, keep_only_avx512); }
+
 bool has_amx() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;

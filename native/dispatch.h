@@ -8,6 +8,7 @@
 #include "nm.h"
 #include "program.h"
 #include "spmv.h"
+#include "zeroing.h"
 
 namespace sparseworks {
 
@@ -26,6 +27,8 @@ const Gathered& gathered();
 BlockProduct block_product();
 
 GroupedProduct grouped_product();
+
+KeepOnly keep_only();
 
 // Whether the processor has AMX tiles for bf16. No kernel uses them.
 bool has_amx();

@@ -22,7 +22,7 @@ _CHUNK = 1 << 22  # elements converted at a time
 def _ordered_keys(scores: Tensor) -> Tensor:
     """int32 keys whose order is the order of the fp32 scores (-0.0 and 0.0 share a key)."""
     bits = (scores.float() + 0.0).view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # of negative ones: not
 
 
 def _chunks(flat: Tensor) -> Iterable[Tensor]:
@@ -78,7 +78,7 @@ def radix_threshold(
         return (1 << 16) - 1 - position, wanted - before
 
     high, rest = bucket_of(histogram(lambda k: (k >> 16) + (1 << 15)), keep)
-    low, ties = bucket_of(histogram(lambda k: k[((k >> 16) + (1 << 15)) == high] & 0xFFFF), rest)
+    low, ties = bucket_of(histogram(lambda k: k[(k >> 16) == high - (1 << 15)] & 0xFFFF), rest)
     return ((high - (1 << 15)) << 16) | low, ties
 
 

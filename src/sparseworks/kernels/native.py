@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 from sparseworks.core.errors import InvalidArgument
@@ -10,6 +11,7 @@ from sparseworks.core.errors import InvalidArgument
 __all__ = ["available", "has_amx", "instruction_set", "module"]
 
 
+@cache
 def module() -> ModuleType | None:
     """The native module, or None when this installation has none."""
     try:

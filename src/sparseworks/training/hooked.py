@@ -24,9 +24,9 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import MaskEntry, Masks, attach
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
+from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.views import View
 from sparseworks.training.sharding import local_mask, local_part
-from sparseworks.training.zeroing import keep_only
 
 __all__ = ["Hooked", "Run", "plain_name", "unwrapped"]
 
@@ -103,6 +103,7 @@ class Run:
         self.memory: dict[str, Tensor] = {}
         self.finished = False
         self._bound: dict[str, nn.Parameter] = {}
+        self._owners: list[tuple[Mapping[str, Any], str, nn.Parameter]] = []
         self._overwritten: list[tuple[Tensor, int, Tensor]] = []
         self._handles: list[Any] = []
 
@@ -133,9 +134,16 @@ class Run:
 
     def _bind(self) -> None:
         """Find the parameters by name (wrappers replace the objects) and hook their gradients."""
-        named = {plain_name(n): p for n, p in self.model.named_parameters(remove_duplicate=False)}
-        for name in self.views:
-            parameter = named[name]
+        if self._owners and all(held.get(leaf) is p for held, leaf, p in self._owners):
+            return
+        owners = {
+            plain_name(f"{path}.{leaf}" if path else leaf): (module._parameters, leaf, parameter)
+            for path, module in self.model.named_modules(remove_duplicate=False)
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        self._owners = [owners[name] for name in self.views]
+        for name, (_, _, parameter) in zip(self.views, self._owners):
             if self._bound.get(name) is parameter:
                 continue
             self._bound[name] = parameter
@@ -158,13 +166,14 @@ class Run:
 
     def _gradient_hook(self, name: str) -> Any:
         def mask_gradient(parameter: Tensor) -> None:
-            if parameter.grad is None or self.finished:
+            gradient = parameter.grad
+            if gradient is None or self.finished:
                 return
             self._overwritten.clear()
             mask = local_mask(self.masks[name], parameter)
             if self.method.wants_dense_gradients(self):
-                self._keep_dense(name, parameter.grad.detach(), mask)
-            keep_only(mask, local_part(parameter.grad))
+                self._keep_dense(name, gradient.detach(), mask)
+            keep_only(mask, local_part(gradient))
 
         return mask_gradient
 

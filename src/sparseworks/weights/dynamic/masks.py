@@ -93,14 +93,17 @@ def drop_and_grow(run: Run, name: str, count: int, grow: Tensor) -> None:
         grow: scores of the parameter's shape.
     """
     mask = run.masks[name]
-    active = int(torch.count_nonzero(mask))
-    count = min(count, active, mask.numel() - active)
+    active = mask.reshape(-1).nonzero().squeeze(1)  # few: only these are sorted to drop
+    count = min(count, len(active), mask.numel() - len(active))
     if count <= 0:
         return
-    weight = whole(run.parameters[name].detach()).float().abs()
-    kept = keep_top(weight.masked_fill(~mask, -torch.inf), active - count, name)
-    grown = keep_top(grow.float().masked_fill(kept, -torch.inf), count, name)
-    run.set_mask(name, kept | grown)
+    weights = whole(run.parameters[name].detach()).reshape(-1)[active].float().abs()
+    staying = active[keep_top(weights, len(active) - count, name)]
+    scores = grow.reshape(-1).to(torch.float32, copy=True)
+    scores[staying] = -torch.inf
+    changed = keep_top(scores, count, name)
+    changed[staying] = True
+    run.set_mask(name, changed.view(mask.shape))
 
 
 def summed_over_ranks(tensor: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseworks.training.zeroing import keep_only
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.kernels import instruction_set
+from sparseworks.kernels.zeroing import keep_only, keep_only_reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex128,
           torch.int8, torch.int64, torch.bool]  # fmt: skip
@@ -58,3 +60,25 @@ def test_a_leaf_that_trains_counts_the_change():
     with torch.no_grad():
         keep_only(torch.eye(3, dtype=torch.bool), weight)
     assert weight._version > version and int(torch.count_nonzero(weight)) == 3
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512f"])
+@pytest.mark.parametrize("size", [0, 1, 63, 1000, (1 << 20) + 77])
+def test_every_path_is_the_reference(isa: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEWORKS_ISA", isa)
+    try:
+        instruction_set()
+    except InvalidArgument as error:
+        pytest.skip(str(error))
+    mask = torch.rand(size) < 0.5
+    tensors = [torch.randn(size).to(d) for d in (torch.bfloat16, torch.float32, torch.float64)]
+    tensors.append(torch.ones(size, dtype=torch.int8))
+    wanted = [t.clone() for t in tensors]
+    keep_only_reference(mask, *wanted)
+    keep_only(mask, *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, wanted))
+
+
+def test_another_shape_is_refused() -> None:
+    with pytest.raises(RuntimeError):
+        keep_only(torch.ones(2, 3, dtype=torch.bool), torch.ones(3, 2))
