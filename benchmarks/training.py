@@ -215,13 +215,13 @@ def main() -> None:
         if options.out:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
 
+    if not options.no_memory:  # first: a child counts the peak of the process it was forked from
+        print("peak memory")
+        result["memory"] = memory()
+        write()
     for name in options.model:
         print(f"{name}: processor time, masks changing every {AMORTIZED} steps", flush=True)
         result["steps"] += measure(name, options.rounds, options.every)
-        write()
-    if not options.no_memory:
-        print("peak memory")
-        result["memory"] = memory()
         write()
 
 
