@@ -39,6 +39,7 @@ struct Target {
   const float* bias;
   int64_t plane, shift;
   int columns, width;  // vectors and pixels of a row of pixels
+  int most;            // vectors of a block
   Activation activation;
   float floor;  // of ReLU: 0; else -inf
 };
@@ -252,7 +253,7 @@ template <typename K, int G, int S>
 void run_of(const Taps& w, int begin, int end, const float* in, int first, int last, int64_t at,
             const Target& to) {
   constexpr int most = G == 1 ? kRun : kQuad;
-  const int blocks = (last - first + most - 1) / most;
+  const int each = std::min(most, to.most), blocks = (last - first + each - 1) / each;
   int shifted = first;
   for (int b = 0, done = first; b < blocks; ++b) {
     const int size = (last - done + blocks - b - 1) / (blocks - b);
@@ -282,15 +283,21 @@ inline int cut(const Taps& w, int part, int parts) {
   return low;
 }
 
-// Zeros round the pixels of one channel; between the rows only where they are not written anyway.
-inline void clear_padding(float* plane, const Geometry& g, bool between) {
+// Zeros round rows [first, last) of the pixels of one channel: above the first row and below the last
+// one of the image, and between the rows only where they are not written anyway.
+inline void clear_padding(float* plane, const Geometry& g, bool between, int first, int last) {
   if (g.pad == 0) return;
-  std::fill(plane, plane + g.origin, 0.0f);
+  if (first == 0) std::fill(plane, plane + g.origin, 0.0f);
   const int64_t width = static_cast<int64_t>(g.width) * g.lanes;
   if (between)
-    for (int y = 0; y < g.height; ++y)
+    for (int y = first; y < last; ++y)
       std::fill(plane + g.origin + y * g.pitch + width, plane + g.origin + (y + 1) * g.pitch, 0.0f);
-  std::fill(plane + g.origin + (g.height - 1) * g.pitch + width, plane + g.plane, 0.0f);
+  if (last == g.height)
+    std::fill(plane + g.origin + (g.height - 1) * g.pitch + width, plane + g.plane, 0.0f);
+}
+
+inline void clear_padding(float* plane, const Geometry& g, bool between) {
+  clear_padding(plane, g, between, 0, g.height);
 }
 
 // The shifted copies of a value that was not made by a product.
@@ -329,15 +336,20 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
     last = std::min(last * columns, vectors);
   }
   float* out = arena + where[op.out];
-  const auto [low, high] = share(op.taps.rows, part, parts);
-  for (int c = low; c < high; ++c)
+  // a piece clears round what it makes, so that a thread finds its lines in its own cache
+  const int top = runs > 1 ? first_run : first == 0 ? 0 : 1;
+  const int bottom = runs > 1 ? last_run : last == vectors ? to.height : 1;
+  for (int c = begin * op.taps.group; c < std::min(end * op.taps.group, op.taps.rows); ++c)
     for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
-      clear_padding(out + copy * op.shift + c * to.plane, to, !op.flat && op.shift == 0);
+      clear_padding(out + copy * op.shift + c * to.plane, to, !op.flat && op.shift == 0, top, bottom);
   const float* in = arena + where[op.in] + from.origin;
   const float* residual = op.other < 0 ? nullptr : arena + where[op.other];
   const bool relu = op.activation == Activation::kRelu;
+  // of an image, what the taps of two rows at once read in the first cache; of tokens all, because
+  // their many taps are read once for each block
+  const int most = to.height > 1 ? kPair : kRun;
   const Target target{out, residual, op.live.empty() ? nullptr : op.live.data(), op.bias, to.plane,
-                      op.shift, columns, to.width,
+                      op.shift, columns, to.width, most,
                       relu ? Activation::kNone : op.activation,
                       relu ? 0.0f : -std::numeric_limits<float>::infinity()};
   for (int y = first_run; y < last_run; ++y) {

@@ -23,7 +23,8 @@ from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
 
-_BLOCK = 10  # calls in a row
+_BLOCK = 4  # calls in a row, or as many as fit into
+_SPAN = 0.02  # seconds
 _REST = 0.1  # seconds; idle threads of other runtimes spin for up to tens of milliseconds
 _WARM = 0.03  # seconds of calls before a block; caches and clocks settle
 
@@ -51,7 +52,7 @@ class Options:
     peers: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
     """What to compare with; also torch.compile, which takes a minute to build."""
     repeat: int = 15
-    """Calls of each candidate."""
+    """Calls of each candidate, at least."""
     out: Path | None = None
     """Output folder."""
     json: bool = False
@@ -152,10 +153,12 @@ def _in_turn(calls: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list
                 begin = time.perf_counter()
                 while time.perf_counter() - begin < _WARM:
                     call()
-                for _ in range(min(_BLOCK, repeat - done)):
+                begin, taken = time.perf_counter(), 0
+                while taken < min(_BLOCK, repeat - done) or time.perf_counter() - begin < _SPAN:
                     start = time.perf_counter()
                     call()
                     times[name].append((time.perf_counter() - start) * 1e3)
+                    taken += 1
     return times
 
 
