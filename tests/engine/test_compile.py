@@ -121,6 +121,62 @@ def test_arguments_are_named_as_in_the_example(program_wins):
         compiled(*batches[0].values())
 
 
+def convolutions() -> nn.Module:
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers).eval()
+
+
+def rows() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 12)).eval()
+
+
+class Flipped(nn.Module):
+    """Its last step is torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = rows()
+
+    def forward(self, x):
+        return self.inner(x).flip(0)
+
+
+@needs_native
+@pytest.mark.parametrize("way", ["program", "torch"])
+@pytest.mark.parametrize("make_model", [convolutions, rows, Flipped])
+@pytest.mark.parametrize("batch", [1, 16, 20, 150])
+def test_a_result_goes_where_the_caller_says(make_model, batch, way, request):
+    if way == "program":
+        request.getfixturevalue("program_wins")
+    model = make_model().eval()
+    x = torch.randn(batch, 3, 12, 12) if make_model is convolutions else torch.randn(batch, 12)
+    compiled = sw.compile(model, x)
+    if way == "torch":
+        compiled = compiling.Compiled(model, "torch")
+    with torch.no_grad():
+        wanted = model(x)
+    out = torch.full_like(wanted, float("nan"))
+    assert compiled(x, out=out) is out
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+    small = out[1:].clone() if batch > 1 else torch.empty(7)
+    with pytest.raises(InvalidArgument, match="the result"):
+        compiled(x, out=small)
+
+
+@needs_native
+def test_memory_that_cannot_take_a_result_is_refused(program_wins):
+    model = rows()
+    x = torch.randn(20, 12)
+    compiled = sw.compile(model, x)
+    before = x.clone()
+    odd = [x, x.view(12, 20).t(), torch.empty(20, 12, dtype=torch.float64),
+           torch.empty(20, 24)[:, ::2], torch.empty(20, 12, requires_grad=True)]  # fmt: skip
+    for out in odd:
+        with pytest.raises(InvalidArgument, match="out= is contiguous"):
+            compiled(x, out=out)
+    assert torch.equal(x, before)
+
+
 def test_misuse_is_refused():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(InvalidArgument, match="does not fit"):

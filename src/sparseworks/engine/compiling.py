@@ -23,7 +23,7 @@ from sparseworks.engine.explaining import layer_lines, program_lines
 from sparseworks.engine.graph import Captured, arguments, capture
 from sparseworks.engine.layers import LayerPlan, by_layers
 from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
-from sparseworks.engine.plan import Plan, make_plan
+from sparseworks.engine.plan import Plan, check_shape, make_plan
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.models.calls import call, split
 
@@ -34,6 +34,9 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-4, 5e-2  # of a program in fp32 and bf16 agains
 
 class Compiled:
     """A compiled model: call it as the model it was made from.
+
+    A call takes `out=` where the model returns one tensor: contiguous fp32 memory of the caller for
+    the result, which saves the last allocation.
 
     Attributes:
         kind: "program", "layers" or "torch".
@@ -61,8 +64,16 @@ class Compiled:
         return self.run if isinstance(self.run, Plan) else None
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+    def __call__(self, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
+        if out is None:
+            return self.run(*args, **kwargs)
+        if self.plan is not None:
+            return self.plan(*args, out=out, **kwargs)
+        made = self.run(*args, **kwargs)
+        if not isinstance(made, Tensor):
+            raise InvalidArgument(f"out= is for models that return one tensor, not {type(made)}")
+        check_shape(out, made.shape)
+        return out.copy_(made)
 
     def explain(self) -> str:
         """What runs: a line per layer with its kernel, sparsity and time, and what dense takes."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.graph import Captured, Signature
 from sparseworks.engine.ir import Attention, Op, Product
 from sparseworks.engine.lowering import Piece, lower
@@ -18,7 +20,7 @@ from sparseworks.engine.measuring import one_thread
 from sparseworks.engine.programs import Instance, build
 from sparseworks.engine.steps import Call, Ref, of_node
 
-__all__ = ["Part", "Plan", "make_plan"]
+__all__ = ["Part", "Plan", "check_shape", "make_plan"]
 
 _LANES = 16
 _ALONE = 500_000  # multiply-adds below which waking a second thread takes longer than the work
@@ -67,13 +69,18 @@ class Part:
             self.instances = {**self.instances, key: found}  # other calls may be reading
         return found
 
-    def run(self, given: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name."""
+    def run(
+        self,
+        given: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        into: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> dict[str, Tensor]:
+        """The outputs by name; of rows that do not depend on each other none is written `into`."""
         given = {name: t.contiguous() for name, t in given.items()}
         if self.kind == "image":
-            return self._images(given)
+            return self._images(given, into)
         if self.attends:
-            return self._tokens(given, {n: _mask(m) for n, m in masks.items()})
+            return self._tokens(given, {n: _mask(m) for n, m in masks.items()}, into)
         shape = next(iter(given.values())).shape[:-1]
         rows = {n: t.view(-1, t.shape[-1]) for n, t in given.items()}
         count = shape.numel()
@@ -81,9 +88,10 @@ class Part:
         done = []
         if tiles:
             head = {n: t[: tiles * _TOKENS].view(tiles, _TOKENS, -1) for n, t in rows.items()}
-            done.append(self._tokens(head, {}))
+            done.append(self._tokens(head, {}, {}))
         if count > tiles * _TOKENS:
-            done.append(self._tokens({n: t[tiles * _TOKENS :][None] for n, t in rows.items()}, {}))
+            tail = {n: t[tiles * _TOKENS :][None] for n, t in rows.items()}
+            done.append(self._tokens(tail, {}, {}))
         joined = {
             name: torch.cat([d[name].flatten(0, 1) for d in done])
             if len(done) > 1
@@ -92,22 +100,24 @@ class Part:
         }
         return {name: t.view(*shape, t.shape[-1]) for name, t in joined.items()}
 
-    def _tokens(self, given: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _tokens(
+        self, given: dict[str, Tensor], masks: dict[str, Tensor], into: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         sizes = {name: (t.shape[1],) for name, t in given.items()}
         made = self.instance(sizes, 1)
         entries = next(iter(given.values())).shape[0]
-        return self._call(made, given | masks, entries)
+        return self._call(made, given | masks, entries, into)
 
-    def _images(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _images(self, given: dict[str, Tensor], into: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sixteen at once where there are enough, the others one by one."""
         entries = next(iter(given.values())).shape[0]
         sizes = {n: tuple(t.shape[2:]) or (1, 1) for n, t in given.items()}
         together = entries if entries % _LANES > _LANES // 2 else entries // _LANES * _LANES
         if together == 0 or together == entries:
             lanes = _LANES if together else 1
-            return self._call(self.instance(sizes, lanes), given, entries)
+            return self._call(self.instance(sizes, lanes), given, entries, into)
         many, few = self.instance(sizes, _LANES), self.instance(sizes, 1)
-        outputs = {n: torch.empty(entries, *shape) for n, shape in many.shapes.items()}
+        outputs = _outputs(many, entries, into)
         for made, part in ((many, slice(None, together)), (few, slice(together, None))):
             self._into(
                 made,
@@ -116,8 +126,10 @@ class Part:
             )
         return outputs
 
-    def _call(self, made: Instance, given: dict[str, Tensor], entries: int) -> dict[str, Tensor]:
-        outputs = {n: torch.empty(entries, *shape) for n, shape in made.shapes.items()}
+    def _call(
+        self, made: Instance, given: dict[str, Tensor], entries: int, into: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        outputs = _outputs(made, entries, into)
         self._into(made, given, outputs)
         return outputs
 
@@ -128,6 +140,22 @@ class Part:
         entries = next(iter(outputs.values())).shape[0]
         alone = made.work * entries < _ALONE * made.lanes
         made.native.run(tensors, entries, 1 if alone else self.threads)
+
+
+def _outputs(made: Instance, entries: int, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Memory of the outputs: what the caller gave, checked, or new."""
+    found = {}
+    for name, shape in made.shapes.items():
+        found[name] = into[name] if name in into else torch.empty(entries, *shape)
+        if name in into:
+            check_shape(into[name], torch.Size((entries, *shape)))
+    return found
+
+
+def check_shape(out: Tensor, shape: torch.Size) -> None:
+    """Refuse an `out=` of another shape."""
+    if out.shape != shape:
+        raise InvalidArgument(f"out= is {list(out.shape)}, the result {list(shape)}")
 
 
 def _mask(mask: Tensor) -> Tensor:
@@ -198,9 +226,10 @@ class Plan:
         return [s for s in self.steps if isinstance(s, Part)]
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
         flat = self.signature.flat(args, kwargs)
         given = dict(zip(self.signature.inputs, flat, strict=True))
+        into = {} if out is None else self._into(out, flat)
         with one_thread() if self.light else nullcontext():
             values = {**self._sized(given), **given}
             for step, free in zip(self.rest, self.frees, strict=True):
@@ -208,10 +237,28 @@ class Plan:
                     values[step.name] = step(values)
                 else:
                     read = {name: values[name] for name in step.inputs}
-                    values.update(step.run(read, {name: values[name] for name in step.masks}))
+                    masks = {name: values[name] for name in step.masks}
+                    values.update(step.run(read, masks, into))
                 for name in free:
                     del values[name]
+        for name, tensor in into.items():
+            if values[name] is not tensor:
+                check_shape(tensor, values[name].shape)
+                values[name] = tensor.copy_(values[name])
         return self.signature.nested(values)
+
+    def _into(self, out: Tensor, given: Sequence[Any]) -> dict[str, Tensor]:
+        """The one output of the model by its name, with memory that can be written."""
+        names = {o.name for o in self.signature.outputs if isinstance(o, Ref)}
+        if len(names) != 1:
+            raise InvalidArgument(f"out= is for models that return one tensor, not {len(names)}")
+        plain = out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+        held = {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
+        if not plain or out.requires_grad or out.untyped_storage().data_ptr() in held:
+            raise InvalidArgument(
+                "out= is contiguous fp32 on the CPU without gradient, apart from the inputs"
+            )
+        return {names.pop(): out}
 
     def _sized(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Constants, and what depends on sizes alone."""
