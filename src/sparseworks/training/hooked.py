@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from sparseworks.core import registry
 from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.masks import MaskEntry, Masks, attach
+from sparseworks.core.masks import Masks, attach
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.kernels.zeroing import keep_only
@@ -219,8 +219,7 @@ class Run:
 
     def record(self) -> Masks:
         """The masks as they are now."""
-        entries = {n: MaskEntry.of(m.cpu(), str(self.pattern)) for n, m in self.masks.items()}
-        return Masks(entries, self.method.info.name)
+        return Masks.of(self.masks, self.method.info.name, str(self.pattern))
 
     def finish(self) -> Masks:
         """End the run: zeros exact, hooks gone, the mask record on the model.

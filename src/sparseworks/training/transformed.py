@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from sparseworks.core import registry
 from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.masks import MaskEntry, Masks, attach
+from sparseworks.core.masks import Masks, attach
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
@@ -298,8 +298,7 @@ class Transformed:
 
     def record(self) -> Masks:
         """The masks as they are now."""
-        entries = {n: MaskEntry.of(m.cpu(), str(self.pattern)) for n, m in self.masks.items()}
-        return Masks(entries, self.method.info.name)
+        return Masks.of(self.masks, self.method.info.name, str(self.pattern))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs beside the model's and the optimizer's own state."""

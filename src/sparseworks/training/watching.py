@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
-from sparseworks.core.masks import MaskEntry, Masks
+from sparseworks.core.masks import Masks
 
 __all__ = ["Masked", "Trace"]
 
@@ -87,10 +87,7 @@ class Trace:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that going on needs; masks take a bit per weight."""
-        last, ever = (
-            Masks({n: MaskEntry.of(m.cpu(), "unstructured") for n, m in masks.items()}).state_dict()
-            for masks in (self._last, self._ever)
-        )
+        last, ever = (Masks.of(masks).state_dict() for masks in (self._last, self._ever))
         return {
             "rows": [dict(row) for row in self.rows],
             "loss": float(self._loss),
