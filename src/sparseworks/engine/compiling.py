@@ -63,17 +63,19 @@ class Compiled:
         """The steps, of kind "program"."""
         return self.run if isinstance(self.run, Plan) else None
 
-    @torch.no_grad()
     def __call__(self, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
-        if out is None:
-            return self.run(*args, **kwargs)
-        if self.plan is not None:
-            return self.plan(*args, out=out, **kwargs)
-        made = self.run(*args, **kwargs)
-        if not isinstance(made, Tensor):
-            raise InvalidArgument(f"out= is for models that return one tensor, not {type(made)}")
-        check_shape(out, made.shape)
-        return out.copy_(made)
+        if isinstance(self.run, Plan):
+            return self.run(*args, out=out, **kwargs)
+        with torch.no_grad():
+            made = self.run(*args, **kwargs)
+            if out is None:
+                return made
+            if not isinstance(made, Tensor):
+                raise InvalidArgument(
+                    f"out= is for models that return one tensor, not {type(made).__name__}"
+                )
+            check_shape(out, made.shape)
+            return out.copy_(made)
 
     def explain(self) -> str:
         """What runs: a line per layer with its kernel, sparsity and time, and what dense takes."""

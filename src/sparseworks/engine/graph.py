@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from sparseworks.engine.steps import Ref
 __all__ = ["Captured", "Signature", "arguments", "capture"]
 
 
+_CHECKED = 64  # sets of sizes that need not be checked again
+
+
 @dataclass
 class Signature:
     """What a compiled model takes and returns.
@@ -29,6 +32,7 @@ class Signature:
         in_spec, out_spec: how the caller nests them.
         accepts: of each input, its dtype and axes (a number, or the name of what may change), or
             the value itself where it is not a tensor.
+        checked: shapes and dtypes of calls that fitted.
     """
 
     inputs: list[str]
@@ -37,6 +41,7 @@ class Signature:
     in_spec: Any
     out_spec: Any
     accepts: list[Any]
+    checked: set[Any] = field(default_factory=set, compare=False, repr=False)
 
     def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The caller's tensors in order.
@@ -53,9 +58,13 @@ class Signature:
             values, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in self.keywords}))
             if spec != self.in_spec:
                 raise InvalidArgument("the arguments are not nested as in the example")
-        sizes: dict[str, int] = {}
-        for name, value, accepted in zip(self.inputs, values, self.accepts, strict=True):
-            self._check(name, value, accepted, sizes)
+        kinds = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else None for v in values)
+        if None in kinds or kinds not in self.checked:
+            sizes: dict[str, int] = {}
+            for name, value, accepted in zip(self.inputs, values, self.accepts, strict=True):
+                self._check(name, value, accepted, sizes)
+            if len(self.checked) < _CHECKED:
+                self.checked.add(kinds)
         return values
 
     def _check(self, name: str, value: Any, accepted: Any, sizes: dict[str, int]) -> None:

@@ -76,7 +76,7 @@ class Part:
         into: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
         """The outputs by name; of rows that do not depend on each other none is written `into`."""
-        given = {name: t.contiguous() for name, t in given.items()}
+        given = {n: t if t.is_contiguous() else t.contiguous() for n, t in given.items()}
         if self.kind == "image":
             return self._images(given, into)
         if self.attends:
