@@ -90,5 +90,6 @@ def _figure(widths: list[Mapping[str, Any]]) -> Any:
         )
     )
     figure.update_layout(**layout(xaxis_title="width, in order", yaxis_title="stays", bargap=0.15))
+    figure.update_xaxes(dtick=max(1, len(names) // 10))
     figure.update_yaxes(tickformat=".0%", range=[0, 1])
     return figure
