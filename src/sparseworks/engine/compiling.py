@@ -23,7 +23,8 @@ from sparseworks.engine.explaining import layer_lines, program_lines
 from sparseworks.engine.graph import Captured, arguments, capture
 from sparseworks.engine.layers import LayerPlan, by_layers
 from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
-from sparseworks.engine.plan import Plan, check_shape, make_plan
+from sparseworks.engine.part import check_shape
+from sparseworks.engine.plan import Plan, make_plan
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.models.calls import call, split
 

@@ -18,7 +18,8 @@ from sparseworks.engine.steps import Call
 
 if TYPE_CHECKING:
     from sparseworks.engine.layers import LayerPlan
-    from sparseworks.engine.plan import Part, Plan
+    from sparseworks.engine.part import Part
+    from sparseworks.engine.plan import Plan
 
 __all__ = ["Row", "layer_lines", "program_lines", "rows"]
 

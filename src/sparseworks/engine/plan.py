@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,185 +12,16 @@ from torch.fx import Node
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.graph import Captured, Signature
-from sparseworks.engine.ir import Attention, Op, Product
+from sparseworks.engine.ir import Product
 from sparseworks.engine.lowering import Piece, lower
 from sparseworks.engine.measuring import one_thread
-from sparseworks.engine.programs import Instance, build
+from sparseworks.engine.part import Part, check_shape
 from sparseworks.engine.steps import Call, Ref, of_node
 
-__all__ = ["Part", "Plan", "check_shape", "make_plan"]
-
-_LANES = 16
-_ALONE = 500_000  # multiply-adds below which waking a second thread takes longer than the work
-_KEPT = 64  # sizes whose programs are kept
-_TOKENS = 128  # rows of a program whose rows do not depend on each other
-
-
-@dataclass(eq=False)
-class Part:
-    """A piece of the graph as native programs, one for every size that was met.
-
-    Args:
-        kind: of its values, "image" or "tokens".
-        ops: in order.
-        inputs: names of what it reads.
-        masks: names of attention masks among what it reads.
-        outputs: names of what it makes.
-        threads: of the native code.
-    """
-
-    kind: str
-    ops: Sequence[Op]
-    inputs: list[str]
-    masks: list[str]
-    outputs: list[str]
-    threads: int
-    instances: dict[Any, Instance] = field(default_factory=dict)
-    packed: dict[Any, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, piece: Piece, threads: int) -> Part:
-        inputs, masks, outputs = map(list, (piece.inputs, piece.masks, piece.outputs))
-        return cls(piece.kind, piece.ops, inputs, masks, outputs, threads)
-
-    @property
-    def attends(self) -> bool:
-        return any(isinstance(op, Attention) for op in self.ops)
-
-    def instance(self, sizes: Mapping[str, tuple[int, ...]], lanes: int) -> Instance:
-        key = (lanes, *sizes.values())
-        found = self.instances.get(key)
-        if found is None:
-            if len(self.instances) >= _KEPT:  # of many sizes: start anew
-                self.instances, self.packed = {}, {}
-            found = build(self.ops, sizes, lanes, self.threads, self.packed)
-            self.instances = {**self.instances, key: found}  # other calls may be reading
-        return found
-
-    def run(
-        self,
-        given: dict[str, Tensor],
-        masks: dict[str, Tensor],
-        into: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> dict[str, Tensor]:
-        """The outputs by name; of rows that do not depend on each other none is written `into`."""
-        given = {n: t if t.is_contiguous() else t.contiguous() for n, t in given.items()}
-        if self.kind == "image":
-            return self._images(given, into)
-        if self.attends:
-            return self._tokens(given, {n: _mask(m) for n, m in masks.items()}, into)
-        shape = next(iter(given.values())).shape[:-1]
-        rows = {n: t.view(-1, t.shape[-1]) for n, t in given.items()}
-        count = shape.numel()
-        tiles = count // _TOKENS
-        done = []
-        if tiles:
-            head = {n: t[: tiles * _TOKENS].view(tiles, _TOKENS, -1) for n, t in rows.items()}
-            done.append(self._tokens(head, {}, {}))
-        if count > tiles * _TOKENS:
-            tail = {n: t[tiles * _TOKENS :][None] for n, t in rows.items()}
-            done.append(self._tokens(tail, {}, {}))
-        joined = {
-            name: torch.cat([d[name].flatten(0, 1) for d in done])
-            if len(done) > 1
-            else done[0][name]
-            for name in done[0]
-        }
-        return {name: t.view(*shape, t.shape[-1]) for name, t in joined.items()}
-
-    def _tokens(
-        self, given: dict[str, Tensor], masks: dict[str, Tensor], into: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        sizes = {name: (t.shape[1],) for name, t in given.items()}
-        made = self.instance(sizes, 1)
-        entries = next(iter(given.values())).shape[0]
-        return self._call(made, given | masks, entries, into)
-
-    def _images(self, given: dict[str, Tensor], into: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sixteen at once where there are enough, the others one by one."""
-        entries = next(iter(given.values())).shape[0]
-        sizes = {n: tuple(t.shape[2:]) or (1, 1) for n, t in given.items()}
-        together = entries if entries % _LANES > _LANES // 2 else entries // _LANES * _LANES
-        if together == 0 or together == entries:
-            lanes = _LANES if together else 1
-            return self._call(self.instance(sizes, lanes), given, entries, into)
-        many, few = self.instance(sizes, _LANES), self.instance(sizes, 1)
-        outputs = _outputs(many, entries, into)
-        for made, part in ((many, slice(None, together)), (few, slice(together, None))):
-            self._into(
-                made,
-                {n: t[part] for n, t in given.items()},
-                {n: t[part] for n, t in outputs.items()},
-            )
-        return outputs
-
-    def _call(
-        self, made: Instance, given: dict[str, Tensor], entries: int, into: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        outputs = _outputs(made, entries, into)
-        self._into(made, given, outputs)
-        return outputs
-
-    def _into(
-        self, made: Instance, given: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-    ) -> None:
-        tensors = [given[n] if n in given else outputs[n] for n in made.tensors]
-        entries = next(iter(outputs.values())).shape[0]
-        alone = made.work * entries < _ALONE * made.lanes
-        made.native.run(tensors, entries, 1 if alone else self.threads)
-
-
-def _outputs(made: Instance, entries: int, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Memory of the outputs: what the caller gave, checked, or new."""
-    found = {}
-    for name, shape in made.shapes.items():
-        found[name] = into[name] if name in into else torch.empty(entries, *shape)
-        if name in into:
-            check_shape(into[name], torch.Size((entries, *shape)))
-    return found
-
-
-def check_shape(out: Tensor, shape: torch.Size) -> None:
-    """Refuse an `out=` of another shape."""
-    if out.shape != shape:
-        raise InvalidArgument(f"out= is {list(out.shape)}, the result {list(shape)}")
-
-
-def _mask(mask: Tensor) -> Tensor:
-    """A mask of attention [batch, 1, queries, keys] as the native code reads it.
-
-    Returns:
-        Nothing where it masks nothing; `[batch, keys]` where all queries have the same; else
-        `[batch, keys, queries]`, queries rounded up to 16.
-    """
-    if mask.dtype == torch.bool:
-        if bool(mask.all()):
-            return torch.empty(0)
-        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    elif not bool(mask.any()):
-        return torch.empty(0)
-    mask = mask[:, 0].float()
-    if bool((mask == mask[:, :1]).all()):
-        return mask[:, 0].contiguous()
-    queries = mask.shape[1]
-    return torch.nn.functional.pad(mask.transpose(1, 2), (0, -queries % 16)).contiguous()
-
+__all__ = ["Plan", "make_plan"]
 
 # operators that are worth more than one thread of torch
-_HEAVY = (
-    "conv",
-    "linear",
-    "mm",
-    "matmul",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "einsum",
-    "attention",
-    "sort",
-)
-
-
+_HEAVY = ("conv", "linear", "mm", "matmul", "einsum", "attention", "sort")
 _CACHED = 8  # sets of sizes whose results are kept
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.ir import Load, Product, Store, Value
-from sparseworks.engine.plan import Part
+from sparseworks.engine.part import Part
 
 __all__ = ["SparseLinear"]
 

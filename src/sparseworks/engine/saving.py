@@ -22,7 +22,8 @@ from sparseworks.core.errors import CheckpointError
 from sparseworks.engine import ir
 from sparseworks.engine.compiling import Compiled
 from sparseworks.engine.graph import Signature
-from sparseworks.engine.plan import Part, Plan
+from sparseworks.engine.part import Part
+from sparseworks.engine.plan import Plan
 from sparseworks.engine.steps import Call, decode, encode
 from sparseworks.io.atomic import atomic_file
 from sparseworks.kernels.native import available
