@@ -103,7 +103,7 @@ class Run:
         self.memory: dict[str, Tensor] = {}
         self.finished = False
         self._bound: dict[str, nn.Parameter] = {}
-        self._owners: list[tuple[Mapping[str, Any], str, nn.Parameter]] = []
+        self._places: dict[str, tuple[Mapping[str, Any], str]] = {}  # a module's parameters, key
         self._overwritten: list[tuple[Tensor, int, Tensor]] = []
         self._handles: list[Any] = []
 
@@ -134,16 +134,16 @@ class Run:
 
     def _bind(self) -> None:
         """Find the parameters by name (wrappers replace the objects) and hook their gradients."""
-        if self._owners and all(held.get(leaf) is p for held, leaf, p in self._owners):
+        if self._bound and all(p is self._found(n) for n, p in self._bound.items()):
             return
-        owners = {
-            plain_name(f"{path}.{leaf}" if path else leaf): (module._parameters, leaf, parameter)
+        self._places = {
+            plain_name(f"{path}.{leaf}" if path else leaf): (module._parameters, leaf)
             for path, module in self.model.named_modules(remove_duplicate=False)
             for leaf, parameter in module._parameters.items()
             if parameter is not None
         }
-        self._owners = [owners[name] for name in self.views]
-        for name, (_, _, parameter) in zip(self.views, self._owners):
+        for name in self.views:
+            parameter: nn.Parameter = self._found(name)
             if self._bound.get(name) is parameter:
                 continue
             self._bound[name] = parameter
@@ -152,6 +152,10 @@ class Run:
                 add = parameter.register_post_accumulate_grad_hook
                 self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
                 self._handles.append(add(after))  # type: ignore[no-untyped-call]
+
+    def _found(self, name: str) -> Any:
+        held, leaf = self._places[name]
+        return held.get(leaf)
 
     def _fresh_hook(self, name: str) -> Any:
         """Forget a dense gradient whose step never came (a scaler skips steps that overflow)."""
