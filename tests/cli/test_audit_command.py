@@ -35,48 +35,14 @@ def runs(tmp_path_factory):
     base = [f"{root}/net.py:make", "--data", "digits", "--samples", "1000", "--batch-size", "50",
             "--no-augment", "--json"]  # fmt: skip
     cases = {"dense": ["dense"], "static": ["static"], "rigl": ["rigl", "--option", "every=4"]}
+    train = ["train", *base, "--no-tensorboard", "--method"]
     for name, method in cases.items():
         masked = [] if name == "dense" else ["--sparsity", "0.8"]
         for seed in (0, 1):
-            assert (
-                main(
-                    [
-                        "train",
-                        *base,
-                        "--method",
-                        *method,
-                        *masked,
-                        "--epochs",
-                        "2",
-                        "--seed",
-                        str(seed),
-                        "--no-tensorboard",
-                        "--out",
-                        f"{root}/{name}-{seed}",
-                    ]
-                )
-                == 0
-            )
-    assert (
-        main(
-            [
-                "train",
-                *base,
-                "--method",
-                "rigl",
-                "--sparsity",
-                "0.8",
-                "--epochs",
-                "4",
-                "--option",
-                "every=4",
-                "--no-tensorboard",
-                "--out",
-                f"{root}/long",
-            ]
-        )
-        == 0
-    )
+            words = [*method, *masked, "--epochs", "2", "--seed", str(seed)]
+            assert main([*train, *words, "--out", f"{root}/{name}-{seed}"]) == 0
+    assert main([*train, *cases["rigl"], "--sparsity", "0.8", "--epochs", "4",
+                 "--out", f"{root}/long"]) == 0  # fmt: skip
     assert main(["tickets", *base, "--sparsity", "0.8", "--epochs", "2", "--option", "rounds=2",
                  "--out", f"{root}/tickets"]) == 0  # fmt: skip
     return root
