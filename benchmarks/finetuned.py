@@ -40,6 +40,7 @@ from sparseworks.training.fitting import Recipe, fit_classifier
 from sparseworks.training.hooked import Run
 
 FIRST, FIRST_EPOCHS, SECOND_EPOCHS = 0.8, 8, 7
+EPOCHS = FIRST_EPOCHS + SECOND_EPOCHS
 BIG_SHARE = 0.7
 
 
@@ -145,32 +146,33 @@ def main() -> None:
         return 60.0 * float(rows[-1]["cpu_minutes"])
 
     said = None if options.plain else "ResNet-56" if options.big else "the checkpoint"
-    for seed in range(options.seeds if options.big else 0):
-        large = Compiled(load_resnet(root / "models/resnet56-cifar10.safetensors"))
-        for sparsity in options.sparsity:
-            model = copy.deepcopy(dense)
-            epochs = FIRST_EPOCHS + SECOND_EPOCHS
-            kept(
-                options.folder / f"big-{seed}-{sparsity:g}.json", model, epochs,
-                partial(round_of, model, images, sparsity, epochs, large, seed, BIG_SHARE),
+    if options.big:
+        for seed in range(options.seeds):
+            large = Compiled(load_resnet(root / "models/resnet56-cifar10.safetensors"))
+            for sparsity in options.sparsity:
+                model = copy.deepcopy(dense)
+                kept(
+                    options.folder / f"big-{seed}-{sparsity:g}.json", model, EPOCHS,
+                    partial(round_of, model, images, sparsity, EPOCHS, large, seed, BIG_SHARE),
+                )  # fmt: skip
+    else:
+        for seed in range(options.seeds):
+            teachers = [None if options.plain else Teacher(dense) for _ in range(2)]
+            name = f"{'plain-' if options.plain else ''}{seed}"
+            first = copy.deepcopy(dense)
+            spent = kept(
+                options.folder / f"{name}-first.json", first, FIRST_EPOCHS,
+                lambda: round_of(first, images, FIRST, FIRST_EPOCHS, teachers[0], seed),  # noqa: B023
             )  # fmt: skip
-    for seed in range(0 if options.big else options.seeds):
-        teachers = [None if options.plain else Teacher(dense) for _ in range(2)]
-        name = f"{'plain-' if options.plain else ''}{seed}"
-        first = copy.deepcopy(dense)
-        spent = kept(
-            options.folder / f"{name}-first.json", first, FIRST_EPOCHS,
-            lambda: round_of(first, images, FIRST, FIRST_EPOCHS, teachers[0], seed),  # noqa: B023
-        )  # fmt: skip
-        for sparsity in options.sparsity:
-            model = copy.deepcopy(first)
-            attach(model, None)  # its masks may change again
-            kept(
-                options.folder / f"{name}-{sparsity:g}.json", model, FIRST_EPOCHS + SECOND_EPOCHS,
-                lambda: spent + round_of(  # noqa: B023
-                    model, images, sparsity, SECOND_EPOCHS, teachers[1], seed + 1000  # noqa: B023
-                ),
-            )  # fmt: skip
+            for sparsity in options.sparsity:
+                model = copy.deepcopy(first)
+                attach(model, None)  # its masks may change again
+                kept(
+                    options.folder / f"{name}-{sparsity:g}.json", model, EPOCHS,
+                    lambda: spent + round_of(  # noqa: B023
+                        model, images, sparsity, SECOND_EPOCHS, teachers[1], seed + 1000  # noqa: B023
+                    ),
+                )  # fmt: skip
     if options.out:
         with atomic_file(options.out) as part:
             result = {"machine": machine(), "images": len(images), "rows": rows}

@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,16 +42,29 @@ from sparseworks.models.zoo.resnet import CifarResNet, load_resnet
 from sparseworks.weights.structured.measure import export_onnx
 from sparseworks.weights.structured.recovery import finetune
 
-# name: score, rounds of scoring and cutting, multiple of the widths, images in a calibration batch,
-# where what is cut goes. With AVX-512, onnxruntime computes 16 channels at a time.
-Multiple = int | dict[str, int]
-CUTS: dict[str, tuple[str, int, Multiple, int, Literal["mean", "linear"]]] = {
-    **{n: (n, 1, 8, 128, "mean") for n in ("group-norm", "group-bn", "group-taylor", "group-fisher",
-                                           "group-energy")},
-    "group-taylor, 4 rounds": ("group-taylor", 4, 8, 16, "mean"),
+
+@dataclass(frozen=True)
+class Cut:
+    """How ours cuts: score, rounds of scoring and cutting, multiple of the widths (onnxruntime
+    computes 16 channels at a time with AVX-512), images in a calibration batch, where what is cut
+    goes, options of the score."""
+
+    score: str
+    rounds: int = 1
+    multiple: int | dict[str, int] = 8
+    size: int = 128
+    fold: Literal["mean", "linear"] = "mean"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SINGLE = ("group-norm", "group-bn", "group-taylor", "group-fisher", "group-energy")
+CUTS: dict[str, Cut] = {
+    **{name: Cut(name) for name in SINGLE},
+    "group-taylor, 4 rounds": Cut("group-taylor", 4, 8, 16),
     **{
-        f"squared group-norm, 12 rounds, by {' '.join(map(str, by))}, linear": (
-            "group-norm", 12, {f"layer{i + 1}": m for i, m in enumerate(by)}, 128, "linear"
+        f"squared group-norm, 12 rounds, by {' '.join(map(str, by))}, linear": Cut(
+            "group-norm", 12, {f"layer{i + 1}": m for i, m in enumerate(by)}, 128, "linear",
+            {"root": False},
         )
         for by in ((2, 2, 2), (2, 2, 16), (2, 16, 2), (2, 16, 8), (2, 16, 16))
     },
@@ -90,12 +104,11 @@ def parts(folder: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def ours(name: str, fit: ImageSet, seed: int) -> nn.Module:
-    score, rounds, multiple, size, fold = CUTS[name]
-    data = fit.batches(size, samples=512, seed=seed)
-    extra = {"root": False} if name.startswith("squared") else {}
+    way = CUTS[name]
+    data = fit.batches(way.size, samples=512, seed=seed)
     made = sw.slim(
-        dense(), data[0][0][:2], flops=SHARE, method=score, data=data, round_to=multiple,
-        iterations=rounds, exclude=STREAM, fold=fold, **extra,
+        dense(), data[0][0][:2], flops=SHARE, method=way.score, data=data, round_to=way.multiple,
+        iterations=way.rounds, exclude=STREAM, fold=way.fold, **way.options,
     )  # fmt: skip
     model: nn.Module = made.model
     return model
