@@ -87,15 +87,16 @@ def decoding(repeats: int, threads: int) -> Iterator[Row]:
 
 
 def batched(repeats: int, threads: int) -> Iterator[Row]:
-    """Y = X W^T, unstructured, fp32."""
-    weight, noise, x = torch.randn(4096, 4096), torch.rand(4096, 4096), torch.randn(256, 4096)
-    right = x.t().contiguous()
+    """Y = W X, unstructured, fp32; and Y = X W^T, which has to be transposed on both sides."""
+    weight, noise, right = torch.randn(4096, 4096), torch.rand(4096, 4096), torch.randn(4096, 256)
+    x = right.t().contiguous()
     for sparsity in (0.8, 0.9, 0.95):
         kept = weight * (noise >= sparsity)
         layer, csr = SparseLinear(kept, None, threads), kept.to_sparse_csr()
         calls: dict[str, Call] = {
             "torch CSR": lambda c=csr: c @ right,
-            "taps, fp32": lambda f=layer: f(x),
+            "taps, fp32": lambda f=layer: f.columns(right),
+            "taps, fp32, X W^T": lambda f=layer: f(x),
         }
         for row in compared("4096 x 4096, batch 256", calls, repeats, sparsity=sparsity):
             yield {**row, "useful_gflops": rate(2 * layer.kept * 256, row)}

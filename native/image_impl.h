@@ -30,13 +30,27 @@ inline int images(const Call& call, int64_t item) {
   return static_cast<int>(std::min<int64_t>(kLanes, call.entries - item * kLanes));
 }
 
+// Of the columns of a matrix: the first of an item, and how many there are from there.
+inline std::pair<int64_t, int64_t> positions(const Geometry& g, const Tensor& t, int64_t item) {
+  const int64_t first = item * g.width;
+  return {first, std::min<int64_t>(g.width, t.size - first)};
+}
+
 void load_tensor(const Op& op, const int64_t* where, float* arena, const Call& call, int64_t item,
                  int part, int parts) {
   const Geometry& g = op.to;
   const Tensor& t = call.tensors[op.tensor];
   float* out = arena + where[op.out];
   const auto [begin, end] = share(op.channels, part, parts);
-  if (op.flag) {  // [tokens, channels]
+  if (op.layout == Layout::kColumns) {
+    const auto [first, count] = positions(g, t, item);
+    for (int c = begin; c < end; ++c) {
+      std::copy_n(t.data + c * t.size + first, count, out + c * g.plane);
+      std::fill(out + c * g.plane + count, out + (c + 1) * g.plane, 0.0f);
+    }
+    return;
+  }
+  if (op.layout == Layout::kTokens) {
     const float* in = t.data + (t.items == 1 ? 0 : item * t.size);
     for (int c = begin; c < end; c += 64) {
       const int count = std::min(64, end - c);
@@ -75,10 +89,18 @@ void store_tensor(const Op& op, const int64_t* where, float* arena, const Call& 
   const Tensor& t = call.tensors[op.tensor];
   const float* in = arena + where[op.in];
   const auto [begin, end] = share(op.channels, part, parts);
-  if (op.flag) {
-    for (int x = 0; x < g.width; x += 64)
-      transpose(in + begin * g.plane + x, g.plane, end - begin, std::min(64, g.width - x),
-                t.data + item * t.size + static_cast<int64_t>(x) * op.channels + begin, op.channels);
+  if (op.layout == Layout::kColumns) {
+    const auto [first, count] = positions(g, t, item);
+    for (int c = begin; c < end; ++c)
+      std::copy_n(in + c * g.plane, count, t.data + c * t.size + first);
+    return;
+  }
+  if (op.layout == Layout::kTokens) {
+    float* out = t.data + item * t.size;
+    for (int c = begin; c < end; c += 64)  // some lines of a row at a time
+      for (int x = 0; x < g.width; x += kLanes)
+        transpose(in + c * g.plane + x, g.plane, std::min(64, end - c), std::min(kLanes, g.width - x),
+                  out + static_cast<int64_t>(x) * op.channels + c, op.channels);
     return;
   }
   for (int c = begin; c < end; ++c)

@@ -45,29 +45,64 @@ struct Target {
 };
 
 // One block of taps: the first starts from the bias, the others from what is stored, and the last
-// adds what comes after the sum.
+// adds what comes after the sum. A place has one group of rows.
 struct Stage {
   const int64_t* start;
+  const int32_t* order;  // the group at each place; null: as they are
   bool first, last;
-};
 
-inline Vec begin_sum(const Target& to, const Stage& stage, int row, int64_t at) {
-  if (!stage.first) return load(to.out + row * to.plane + at);
-  return all(to.bias != nullptr ? to.bias[row] : 0.0f);
-}
+  int group(int place) const { return order == nullptr ? place : order[place]; }
+};
 
 inline Vec kept(Vec v, int live) {
   const IntVec bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
   return (bits & live) != 0 ? v : Vec{};
 }
 
-inline void finish(Vec v, const Target& to, const Stage& stage, int row, int64_t at, int index) {
-  const int64_t p = row * to.plane + at;
-  if (!stage.last) return store(to.out + p, v);
-  if (to.residual != nullptr) v += load(to.residual + p);
-  v = maximum(v, all(to.floor));
-  if (to.live != nullptr && to.live[index] != 0xffff) v = kept(v, to.live[index]);
-  store(to.out + p, v);
+// The same address, as if it were new: else every vector's own is kept from the first use to the last.
+template <typename T>
+inline T* again(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// The sums of a row begin.
+template <int P>
+inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec (&sum)[P]) {
+  if (stage.first) {
+    const Vec bias = all(to.bias != nullptr ? to.bias[row] : 0.0f);
+#pragma GCC unroll 32
+    for (int v = 0; v < P; ++v) sum[v] = bias;
+  } else {
+    const float* from = again(to.out + row * to.plane + at);
+#pragma GCC unroll 32
+    for (int v = 0; v < P; ++v) sum[v] = load(from + v * kLanes);
+  }
+}
+
+// ... and end as results, or wait for the next block.
+template <int P>
+inline void finish(const Target& to, const Stage& stage, int row, int64_t at, int index,
+                   Vec (&sum)[P]) {
+  const int64_t first = row * to.plane + at;
+  if (stage.last) {
+    if (to.residual != nullptr) {
+      const float* other = again(to.residual + first);
+#pragma GCC unroll 32
+      for (int v = 0; v < P; ++v) sum[v] += load(other + v * kLanes);
+    }
+    const Vec floor = all(to.floor);
+#pragma GCC unroll 32
+    for (int v = 0; v < P; ++v) sum[v] = maximum(sum[v], floor);
+    if (to.live != nullptr) {
+      const uint16_t* live = to.live + index;
+#pragma GCC unroll 32
+      for (int v = 0; v < P; ++v) sum[v] = kept(sum[v], live[v]);
+    }
+  }
+  float* out = again(to.out + first);
+#pragma GCC unroll 32
+  for (int v = 0; v < P; ++v) store(out + v * kLanes, sum[v]);
 }
 
 // The other activations, on results that are still in the first cache.
@@ -129,32 +164,29 @@ inline void accumulate(const float* in, const int32_t* offset, const float* valu
 
 // One row, P vectors.
 template <typename K, int P, int S>
-void one_row(const Taps& w, const Stage& stage, int row, const float* in, int64_t at, int index,
+void one_row(const Taps& w, const Stage& stage, int place, const float* in, int64_t at, int index,
              const Target& target) {
   const Target to = target;  // a copy, which stores cannot change
+  const int row = stage.group(place);
   Vec acc[P];
-#pragma GCC unroll 32
-  for (int v = 0; v < P; ++v) acc[v] = begin_sum(to, stage, row, at + v * kLanes);
-  const int64_t begin = stage.start[row];
-  fetch_ahead(w, begin, stage.start[row + 1]);
-  accumulate<K, P, S>(in, w.offset + begin, w.value + begin, stage.start[row + 1] - begin, acc);
-#pragma GCC unroll 32
-  for (int v = 0; v < P; ++v) finish(acc[v], to, stage, row, at + v * kLanes, index + v);
+  begin(to, stage, row, at, acc);
+  const int64_t first = stage.start[place], last = stage.start[place + 1];
+  fetch_ahead(w, first, last);
+  accumulate<K, P, S>(in, w.offset + first, w.value + first, last - first, acc);
+  finish(to, stage, row, at, index, acc);
 }
 
 // Two rows at once, so that few positions still fill the pipeline.
 template <typename K, int P, int S>
-void two_rows(const Taps& w, const Stage& stage, int row, const float* in, int64_t at, int index,
+void two_rows(const Taps& w, const Stage& stage, int place, const float* in, int64_t at, int index,
               const Target& target) {
   const Target to = target;
+  const int row = stage.group(place), next = stage.group(place + 1);
   Vec a[P], b[P];
-#pragma GCC unroll 32
-  for (int v = 0; v < P; ++v) {
-    a[v] = begin_sum(to, stage, row, at + v * kLanes);
-    b[v] = begin_sum(to, stage, row + 1, at + v * kLanes);
-  }
-  int64_t i = stage.start[row], j = stage.start[row + 1];
-  const int64_t i_end = j, j_end = stage.start[row + 2];
+  begin(to, stage, row, at, a);
+  begin(to, stage, next, at, b);
+  int64_t i = stage.start[place], j = stage.start[place + 1];
+  const int64_t i_end = j, j_end = stage.start[place + 2];
   const int64_t both = std::min(i_end - i, j_end - j);
   fetch_ahead(w, i, j_end);
   for (int64_t n = 0; n < both; ++n, ++i, ++j) {
@@ -168,26 +200,22 @@ void two_rows(const Taps& w, const Stage& stage, int row, const float* in, int64
   }
   accumulate<K, P, S>(in, w.offset + i, w.value + i, i_end - i, a);
   accumulate<K, P, S>(in, w.offset + j, w.value + j, j_end - j, b);
-#pragma GCC unroll 32
-  for (int v = 0; v < P; ++v) finish(a[v], to, stage, row, at + v * kLanes, index + v);
-#pragma GCC unroll 32
-  for (int v = 0; v < P; ++v) finish(b[v], to, stage, row + 1, at + v * kLanes, index + v);
+  finish(to, stage, row, at, index, a);
+  finish(to, stage, next, at, index, b);
 }
 
 // G rows that share their taps: one load serves G products. For weights that are nearly dense.
 template <typename K, int G, int P, int S>
-void shared_taps(const Taps& w, const Stage& stage, int group, const float* in, int64_t at,
+void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, int64_t at,
                  int index, const Target& target) {
   const Target to = target;
-  Vec acc[G][P];
-  const int first = group * G;
+  Vec acc[G][P] = {};
+  const int first = stage.group(place) * G;
 #pragma GCC unroll 32
   for (int g = 0; g < G; ++g)
-#pragma GCC unroll 32
-    for (int v = 0; v < P; ++v)
-      acc[g][v] = first + g < w.rows ? begin_sum(to, stage, first + g, at + v * kLanes) : Vec{};
-  const int64_t end = stage.start[group + 1];
-  for (int64_t t = stage.start[group]; t < end; ++t) {
+    if (first + g < w.rows) begin(to, stage, first + g, at, acc[g]);
+  const int64_t end = stage.start[place + 1];
+  for (int64_t t = stage.start[place]; t < end; ++t) {
     const float* x = in + w.offset[t];
     const float* value = w.value + t * G;
 #pragma GCC unroll 32
@@ -198,9 +226,8 @@ void shared_taps(const Taps& w, const Stage& stage, int group, const float* in, 
     }
   }
 #pragma GCC unroll 32
-  for (int g = 0; g < G && first + g < w.rows; ++g)
-#pragma GCC unroll 32
-    for (int v = 0; v < P; ++v) finish(acc[g][v], to, stage, first + g, at + v * kLanes, index + v);
+  for (int g = 0; g < G; ++g)
+    if (first + g < w.rows) finish(to, stage, first + g, at, index, acc[g]);
 }
 
 // All groups [begin, end) on one block of P vectors.
@@ -208,15 +235,20 @@ template <typename K, int G, int P, int S>
 void block(const Taps& w, int begin, int end, const float* in, int64_t at, int index,
            const Target& to) {
   const int groups = (w.rows + G - 1) / G;
-  for (int b = 0; b < w.blocks; ++b) {
-    const Stage stage{w.start + static_cast<int64_t>(b) * groups, b == 0, b + 1 == w.blocks};
-    if constexpr (G > 1) {
-      for (int g = begin; g < end; ++g) shared_taps<K, G, P, S>(w, stage, g, in, at, index, to);
-    } else {
-      int row = begin;
-      if constexpr (P <= kPair)
-        for (; row + 2 <= end; row += 2) two_rows<K, P, S>(w, stage, row, in, at, index, to);
-      for (; row < end; ++row) one_row<K, P, S>(w, stage, row, in, at, index, to);
+  for (int from = begin; from < end; from += Taps::kTogether) {
+    const int until = std::min(end, from + Taps::kTogether);
+    for (int b = 0; b < w.blocks; ++b) {
+      const int64_t places = static_cast<int64_t>(b) * groups;
+      const Stage stage{w.start + places, w.order == nullptr ? nullptr : w.order + places, b == 0,
+                        b + 1 == w.blocks};
+      int g = from;
+      if constexpr (G > 1) {
+        for (; g < until; ++g) shared_taps<K, G, P, S>(w, stage, g, in, at, index, to);
+      } else {
+        if constexpr (P <= kPair)
+          for (; g + 2 <= until; g += 2) two_rows<K, P, S>(w, stage, g, in, at, index, to);
+        for (; g < until; ++g) one_row<K, P, S>(w, stage, g, in, at, index, to);
+      }
     }
   }
   if (to.activation != Activation::kNone)
@@ -232,19 +264,22 @@ void block_of(int vectors, const Taps& w, int begin, int end, const float* in, i
 }
 
 // Copies of vectors [first, last) of rows of pixels, moved by one pixel to the right and to the left;
-// `first` begins a row. Beyond the ends of a row there are zeros.
+// `first` begins a row. Beyond the ends of a row there are zeros. Reads no other rows, which another
+// thread may be writing.
 inline void shift_run(float* p, int64_t shift, int first, int last, int columns, int width) {
   const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int inside = width - 1 - (columns - 1) * kLanes;  // of the last vector: with a neighbour
-  float *right = p + shift, *left = p + 2 * shift;
   for (int v = first; v < last; v += columns) {
+    Vec before{}, here = load(p + v * kLanes);
     for (int64_t i = v * kLanes; i < (v + columns) * kLanes; i += kLanes) {
-      store(right + i, load(p + i - 1));
-      store(left + i, load(p + i + 1));
+      const bool end = i == (v + columns - 1) * kLanes;
+      const Vec after = end ? Vec{} : load(p + i + kLanes);
+      const Vec moved = __builtin_shuffle(here, after, lane + 1);
+      store(p + shift + i, __builtin_shuffle(before, here, lane + 15));
+      store(p + 2 * shift + i, end ? (lane < inside ? moved : Vec{}) : moved);
+      before = here;
+      here = after;
     }
-    right[v * kLanes] = 0.0f;
-    const int64_t end = (v + columns - 1) * kLanes;
-    store(left + end, lane < inside ? load(p + end + 1) : Vec{});
   }
 }
 
@@ -280,7 +315,7 @@ inline int cut(const Taps& w, int part, int parts) {
     if (w.start[middle] + middle < goal) low = middle + 1;
     else high = middle;
   }
-  return low;
+  return std::min(groups, (low + w.chunk / 2) / w.chunk * w.chunk);
 }
 
 // Zeros round rows [first, last) of the pixels of one channel: above the first row and below the last

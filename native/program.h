@@ -42,19 +42,27 @@ struct Geometry {
 };
 
 // The rows of a linear map in groups that share their taps. The taps come in blocks of inputs that
-// fit into the first cache together.
+// are read together; in a block, groups of equally many taps follow each other.
 struct Taps {
+  static constexpr int kTogether = 1024;  // groups whose sums stay in the second cache; whole chunks
   int rows = 0, group = 1, blocks = 1;
   bool pairs = false;               // of bf16, for two channels each
-  const int64_t* start = nullptr;   // [blocks * groups + 1], in taps
+  int chunk = 1;                    // groups within which `order` changes places
+  const int64_t* start = nullptr;   // [blocks * groups + 1], in taps, by places
+  const int32_t* order = nullptr;   // [blocks][groups], the group at each place; null: as they are
   const int32_t* offset = nullptr;  // from the position's own address, in floats
   const float* value = nullptr;     // [tap][group]
 };
+
+// Of a caller's tensor: images [items, channels, height, width], tokens [items, tokens, channels], or
+// one matrix [channels, positions], whose items are runs of positions.
+enum class Layout { kImages, kTokens, kColumns };
 
 struct Op {
   Kind kind;
   int out = -1, in = -1, other = -1, extra = -1;  // buffers
   int tensor = -1;                                // of kLoad and kStore
+  Layout layout = Layout::kImages;                // of that tensor
   int channels = 0;                               // of out
   int stride = 1;
   bool flat = false;  // kProduct: all rows of pixels as one run (equal pitches, lanes = 1)
@@ -65,7 +73,7 @@ struct Op {
   Activation activation = Activation::kNone;
   float number = 0.0f;              // epsilon, or the scale of attention
   int window = 0, padding = 0;      // kPool; kPhases: the padding of its convolution
-  bool flag = false;   // kPool: max; kCombine: product; kAttention: causal; kLoad/kStore: tokens
+  bool flag = false;   // kPool: max; kCombine: product; kAttention: causal
   bool broadcast = false;           // kCombine: `other` has one position; kPool: count pads
   int heads = 0, groups = 0;        // query heads, key heads
   int q = 0, k = 0, v = 0;          // first channels in `in`, `other`, `extra`

@@ -59,6 +59,7 @@ Op parse(Held& held, const nb::dict& d) {
   op.other = number(d, "other", -1);
   op.extra = number(d, "extra", -1);
   op.tensor = number(d, "tensor", -1);
+  op.layout = static_cast<Layout>(number(d, "layout", 0));
   op.channels = number(d, "channels", 0);
   op.stride = number(d, "stride", 1);
   op.flat = number(d, "flat", 0) != 0;
@@ -94,9 +95,13 @@ Op parse(Held& held, const nb::dict& d) {
     op.taps.value = pointer<float>(held, d, "value", &values);
     const size_t groups =
         (op.taps.rows + op.taps.group - 1) / op.taps.group * static_cast<size_t>(op.taps.blocks);
+    size_t places = groups;
+    op.taps.chunk = number(d, "chunk", 1);
+    op.taps.order = pointer<int32_t>(held, d, "order", &places);
     if (op.taps.blocks < 1 || (op.taps.group != 1 && op.taps.group != 4) || starts != groups + 1 ||
         offsets != static_cast<size_t>(op.taps.start[groups]) ||
-        values != offsets * op.taps.group)
+        values != offsets * op.taps.group || places != groups || op.taps.chunk < 1 ||
+        Taps::kTogether % op.taps.chunk != 0)
       throw std::invalid_argument("a product's taps do not fit together");
   }
   return op;

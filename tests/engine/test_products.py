@@ -46,8 +46,9 @@ def test_agrees_with_torch(rows, columns, tokens, density, threads, with_bias, s
     bias = b if with_bias else None
     expected = torch.nn.functional.linear(x.double(), w.double()).float()
     expected = expected + b if with_bias else expected
-    got = SparseLinear(w, bias, threads)(x)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    layer = SparseLinear(w, bias, threads)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.columns(x.T), expected.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (300, 257, 130), (33, 1000, 64), (16, 16, 4096)])
@@ -56,6 +57,16 @@ def test_every_instruction_set(isa, shape, threads):
     w, x, b = problem(*shape, 0.2, 0)
     wanted = torch.nn.functional.linear(x, w, b)
     torch.testing.assert_close(SparseLinear(w, b, threads)(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1100, 700, 130), (70, 900, 16), (530, 512, 300)])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_blocks_of_columns(isa, shape, threads):
+    w, x, b = problem(*shape, 0.1, 0)
+    wanted = torch.nn.functional.linear(x, w, b)
+    layer = SparseLinear(w, b, threads)
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.columns(x.T), wanted.T, rtol=1e-4, atol=1e-4)
 
 
 def test_concurrent_callers():
@@ -72,12 +83,15 @@ def test_leading_axes_and_strides():
     expected = torch.nn.functional.linear(x, w, b)
     torch.testing.assert_close(SparseLinear(w, b)(x), expected, rtol=1e-4, atol=1e-5)
     assert SparseLinear(w, None)(torch.randn(0, 12)).shape == (0, 10)
+    assert SparseLinear(w, None).columns(torch.randn(12, 0)).shape == (10, 0)
 
 
 def test_misuse_is_refused(monkeypatch):
     layer = SparseLinear(torch.eye(4), None)
     with pytest.raises(InvalidArgument, match=r"reads fp32 \[\.\.\., 4\]"):
         layer(torch.randn(2, 5))
+    with pytest.raises(InvalidArgument, match=r"reads fp32 \[4, n\]"):
+        layer.columns(torch.randn(2, 4))
     with pytest.raises(InvalidArgument, match="float64"):
         layer(torch.randn(2, 4).double())
     with pytest.raises(InvalidArgument, match="NaN"):

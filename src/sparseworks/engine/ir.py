@@ -55,10 +55,14 @@ class Op:
 
 @dataclass(eq=False)
 class Load(Op):
-    """An input of the program; `source` names it, `vector` says that it has no pixels."""
+    """An input of the program; `source` names it, `vector` says that it has no pixels.
+
+    `columns`: tokens are the columns of one matrix `[channels, tokens]`.
+    """
 
     source: str
     vector: bool = False
+    columns: bool = False
 
 
 @dataclass(eq=False)
@@ -67,6 +71,7 @@ class Store(Op):
 
     target: str
     vector: bool = False
+    columns: bool = False
 
     def inputs(self) -> list[Value]:
         return [self.out]

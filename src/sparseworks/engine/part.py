@@ -128,11 +128,22 @@ class Part:
         self._into(made, given, outputs)
         return outputs
 
+    def columns(self, x: Tensor, channels: int) -> Tensor:
+        """Of a part that takes the columns of a matrix: `[inputs, n]` to `[channels, n]`."""
+        count = x.shape[1]
+        tile = min(count, _TOKENS)
+        made = self.instance({self.inputs[0]: (tile,)}, 1)
+        y = torch.empty(channels, count)
+        self._run(made, [x.contiguous(), y], -(-count // tile))
+        return y
+
     def _into(
         self, made: Instance, given: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> None:
         tensors = [given[n] if n in given else outputs[n] for n in made.tensors]
-        entries = next(iter(outputs.values())).shape[0]
+        self._run(made, tensors, next(iter(outputs.values())).shape[0])
+
+    def _run(self, made: Instance, tensors: list[Tensor], entries: int) -> None:
         alone = made.work * entries < _ALONE * made.lanes
         made.native.run(tensors, entries, 1 if alone else self.threads)
 

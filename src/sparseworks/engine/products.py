@@ -40,18 +40,38 @@ class SparseLinear(nn.Module):
         bias = None if bias is None else bias.detach()
         product = Product(y, x, weight.detach().contiguous(), bias, "weight")
         count = torch.get_num_threads() if threads is None else threads
-        self.part = Part("tokens", [Load(x, "x"), product, Store(y, "y")], ["x"], [], ["y"], count)
+        self.rows, self.positions = (
+            Part(
+                "tokens",
+                [Load(x, "x", columns=c), product, Store(y, "y", columns=c)],
+                ["x"], [], ["y"], count,
+            )
+            for c in (False, True)
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` fp32 to `[..., outputs]`."""
-        if x.dtype != torch.float32 or x.shape[-1] != self.in_features:
-            raise InvalidArgument(
-                f"the input is {x.dtype} {list(x.shape)}; the layer reads fp32 [..., "
-                f"{self.in_features}]"
-            )
+        self._check(x, x.shape[-1:], "[..., {}]")
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        return self.part.run({"x": x.detach()}, {})["y"]
+        return self.rows.run({"x": x.detach()}, {})["y"]
+
+    def columns(self, x: Tensor) -> Tensor:
+        """W x + b of the columns of a matrix: `[inputs, n]` fp32 to `[outputs, n]`.
+
+        Channels come first in memory as the kernel reads them, so nothing is transposed.
+        """
+        self._check(x, x.shape[:1] if x.ndim == 2 else x.shape[:0], "[{}, n]")
+        if x.numel() == 0:
+            return x.new_zeros(self.out_features, x.shape[1])
+        return self.positions.columns(x.detach(), self.out_features)
+
+    def _check(self, x: Tensor, inputs: torch.Size, shape: str) -> None:
+        if x.dtype != torch.float32 or inputs != (self.in_features,):
+            raise InvalidArgument(
+                f"the input is {x.dtype} {list(x.shape)}; the layer reads fp32 "
+                f"{shape.format(self.in_features)}"
+            )
 
     def extra_repr(self) -> str:
         sparsity = 1 - self.kept / (self.in_features * self.out_features)

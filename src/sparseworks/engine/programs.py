@@ -258,7 +258,7 @@ class _Builder:
         self._add(
             _LOAD, op.out.channels * g.plane // 16, out=self._buffer(op.out), to=g,
             channels=op.out.channels, tensor=self._tensor(op.source, self._shape(op)),
-            flag=int(op.out.kind == "tokens"),
+            layout=_layout(op),
         )  # fmt: skip
 
     def _store(self, op: Store) -> None:
@@ -266,7 +266,7 @@ class _Builder:
         self._add(
             _STORE, channels * g.plane // 16, **{"in": self._buffer(op.out), "from": g},
             channels=channels, tensor=self._tensor(op.target, self._shape(op)),
-            flag=int(op.out.kind == "tokens"),
+            layout=_layout(op),
         )  # fmt: skip
         self.outputs[op.target] = self._shape(op)[1:]
 
@@ -403,6 +403,11 @@ class _Builder:
             q=op.q.first, k=op.k.first, v=op.v.first, number=op.scale, keys=keys.width,
             flag=int(op.causal), **fields,
         )  # fmt: skip
+
+
+def _layout(op: Load | Store) -> int:
+    """Of the caller's tensor, as the native code numbers them."""
+    return 2 if op.columns else int(op.out.kind == "tokens")
 
 
 def _pooled(n: int, op: Pool) -> int:

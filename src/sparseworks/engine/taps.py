@@ -17,6 +17,7 @@ _SHARED = 4  # rows that share their taps where weights are nearly dense
 _FULL = 0.72  # share of non-zeros in the taps of four rows from which on sharing pays
 _CACHE = 40 << 10  # bytes of the first cache for the inputs of a block of taps
 _TAPS = 20  # of a row in a block, at least
+_CHUNK = 64  # groups of rows within which they change places, at most
 
 
 def distances(op: Product) -> Tensor:
@@ -28,8 +29,9 @@ def distances(op: Product) -> Tensor:
 def taps_of(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
     """The kept weights, as distances from the position itself.
 
-    They are in blocks of input channels that fit into the first cache, in each by rows; rows that
-    are nearly dense share their taps.
+    They are in blocks of input channels that are read together, in each by rows; rows that are
+    nearly dense share their taps. Where there are several blocks, rows of equally many taps follow
+    each other: a processor guesses the ends of short loops by what was before.
 
     Args:
         stride: of the pixels that are read; 0: the input is cut into phases.
@@ -50,14 +52,21 @@ def taps_of(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str,
     width = _block(given, per_group, kh, kw, share)
     blocks = -(-per_group // width)
     edges = [min(b * width, per_group) * kh * kw for b in range(blocks + 1)]
-    starts, offsets, values = [torch.zeros(1, dtype=torch.int64)], [], []
+    chunk = _chunk(len(united)) if blocks > 1 else 1
+    starts, offsets, values, orders = [torch.zeros(1, dtype=torch.int64)], [], [], []
     for low, high in itertools.pairwise(edges):
         part = united[:, low:high]
-        starts.append(part.sum(1))
-        row, column = part.nonzero(as_tuple=True)
+        count = part.sum(1)
+        in_chunk = torch.arange(len(united)) // chunk
+        order = (in_chunk * (high - low + 1) + count).argsort(stable=True)
+        starts.append(count[order])
+        place, column = part[order].nonzero(as_tuple=True)
+        row = order[place]
         offsets.append((first[row * group] + local[low + column]).to(torch.int32))
         values.append(by_group[row, low + column].reshape(-1))
-    return {
+        orders.append(order.to(torch.int32))
+    ordered = {} if blocks == 1 else {"order": torch.cat(orders), "chunk": chunk}
+    return ordered | {
         "start": torch.cat(starts).cumsum(0),
         "offset": torch.cat(offsets),
         "value": torch.cat(values).contiguous().view(torch.float32),
@@ -112,6 +121,11 @@ def _in_pairs(weight: Tensor) -> Tensor:
 def run_vectors(given: Geometry) -> int:
     """Vectors of one channel that are multiplied at once."""
     return min(16, given.plane // 16)
+
+
+def _chunk(groups: int) -> int:
+    """Groups that may change places; threads share out whole chunks."""
+    return _CHUNK if groups >= 8 * _CHUNK else _CHUNK // 4
 
 
 def _block(given: Geometry, channels: int, kh: int, kw: int, share: float) -> int:
