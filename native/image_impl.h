@@ -25,6 +25,15 @@ void transpose(const float* in, int64_t in_stride, int rows, int columns, float*
     for (int c = 0; c < columns; ++c) out[c * out_stride + r] = in[r * in_stride + c];
 }
 
+// Row y of the pixels of channel c, of a value with `channels`.
+template <typename T>
+inline T* row_at(T* value, const Geometry& g, int channels, int c, int y) {
+  const int rows = g.rows();
+  const int band = g.bands == 1 ? 0 : y / rows;
+  return value + (static_cast<int64_t>(band) * channels + c) * g.plane + g.origin +
+         (y - band * rows) * g.pitch;
+}
+
 // The first image of a group of 16; missing ones are read as the last one and never written.
 inline int images(const Call& call, int64_t item) {
   return static_cast<int>(std::min<int64_t>(kLanes, call.entries - item * kLanes));
@@ -60,11 +69,13 @@ void load_tensor(const Op& op, const int64_t* where, float* arena, const Call& c
     }
     return;
   }
-  for (int c = begin; c < end; ++c) {
-    float* plane = out + c * g.plane;
+  const auto [first, last] = share(g.bands * op.channels, part, parts);
+  for (int i = first; i < last; ++i) {
+    float* plane = out + i * g.plane;
     clear_padding(plane, g, true);
-    for (int y = 0; y < g.height; ++y) {
-      const int64_t pixel = (static_cast<int64_t>(c) * g.height + y) * g.width;
+    const int c = i % op.channels, above = i / op.channels * g.rows();
+    for (int y = 0; y < g.rows(); ++y) {
+      const int64_t pixel = (static_cast<int64_t>(c) * g.height + above + y) * g.width;
       float* row = plane + g.origin + y * g.pitch;
       if (g.lanes == 1) {
         std::copy_n(t.data + item * t.size + pixel, g.width, row);
@@ -106,7 +117,7 @@ void store_tensor(const Op& op, const int64_t* where, float* arena, const Call& 
   for (int c = begin; c < end; ++c)
     for (int y = 0; y < g.height; ++y) {
       const int64_t pixel = (static_cast<int64_t>(c) * g.height + y) * g.width;
-      const float* row = in + c * g.plane + g.origin + y * g.pitch;
+      const float* row = row_at(in, g, op.channels, c, y);
       if (g.lanes == 1) {
         std::copy_n(row, g.width, t.data + item * t.size + pixel);
         continue;
@@ -121,32 +132,35 @@ void store_tensor(const Op& op, const int64_t* where, float* arena, const Call& 
 // the whole window where padding counts.
 void pool(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry &from = op.from, &to = op.to;
-  const auto [begin, end] = share(op.channels, part, parts);
+  const auto [begin, end] = share(to.bands * op.channels, part, parts);
   const int lanes = from.lanes;
-  for (int c = begin; c < end; ++c) {
-    const float* in = arena + where[op.in] + c * from.plane + from.origin;
-    float* out = arena + where[op.out] + c * to.plane;
+  const float* in = arena + where[op.in];
+  for (int i = begin; i < end; ++i) {
+    const int c = i % op.channels, above = i / op.channels * to.rows();
+    float* out = arena + where[op.out] + i * to.plane;
     clear_padding(out, to, true);
-    for (int y = 0; y < to.height; ++y)
+    for (int y = above; y < above + to.rows(); ++y)
       for (int x = 0; x < to.width; ++x) {
         const int y0 = y * op.stride - op.padding, x0 = x * op.stride - op.padding;
         const int y1 = std::min(y0 + op.window, from.height), x1 = std::min(x0 + op.window, from.width);
         float best[kLanes];
         std::fill_n(best, lanes, op.flag ? -std::numeric_limits<float>::infinity() : 0.0f);
-        for (int v = std::max(y0, 0); v < y1; ++v)
+        for (int v = std::max(y0, 0); v < y1; ++v) {
+          const float* row = row_at(in, from, op.channels, c, v);
           for (int u = std::max(x0, 0); u < x1; ++u) {
-            const float* p = in + v * from.pitch + u * lanes;
+            const float* p = row + u * lanes;
             if (op.flag)
-              for (int i = 0; i < lanes; ++i) best[i] = p[i] > best[i] ? p[i] : best[i];
+              for (int l = 0; l < lanes; ++l) best[l] = p[l] > best[l] ? p[l] : best[l];
             else
-              for (int i = 0; i < lanes; ++i) best[i] += p[i];
+              for (int l = 0; l < lanes; ++l) best[l] += p[l];
           }
+        }
         const int whole = (std::min(y0 + op.window, from.height + op.padding) - y0) *
                           (std::min(x0 + op.window, from.width + op.padding) - x0);
         const int inside = (y1 - std::max(y0, 0)) * (x1 - std::max(x0, 0));
         const float factor = op.flag ? 1.0f : 1.0f / (op.broadcast ? whole : inside);
-        float* o = out + to.origin + y * to.pitch + x * lanes;
-        for (int i = 0; i < lanes; ++i) o[i] = best[i] * factor;
+        float* o = out + to.origin + (y - above) * to.pitch + x * lanes;
+        for (int l = 0; l < lanes; ++l) o[l] = best[l] * factor;
       }
   }
 }
@@ -156,12 +170,11 @@ void mean(const Op& op, const int64_t* where, float* arena, int part, int parts)
   const auto [begin, end] = share(op.channels, part, parts);
   const float factor = 1.0f / (static_cast<float>(from.height) * from.width);
   for (int c = begin; c < end; ++c) {
-    const float* in = arena + where[op.in] + c * from.plane + from.origin;
     float sum[kLanes];
     const int64_t width = static_cast<int64_t>(from.width) * from.lanes;
     Vec total{};
     for (int y = 0; y < from.height; ++y) {
-      const float* row = in + y * from.pitch;
+      const float* row = row_at(arena + where[op.in], from, op.channels, c, y);
       int64_t x = 0;
       for (; x + kLanes <= width; x += kLanes) total += load(row + x);
       if (x < width) total += kept(load(row + x), (1 << (width - x)) - 1);
@@ -177,20 +190,21 @@ void mean(const Op& op, const int64_t* where, float* arena, int part, int parts)
 // activation(a + b), activation(a b) or activation(a), on whole planes.
 void combine(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry& g = op.to;
-  const auto [begin, end] = share(op.channels, part, parts);
+  const auto [begin, end] = share(g.bands * op.channels, part, parts);
   with_activation(op.activation, [&](auto a) {
     constexpr Activation A = decltype(a)::value;
-    for (int c = begin; c < end; ++c) {
-      const float* x = arena + where[op.in] + c * g.plane;
-      float* out = arena + where[op.out] + c * g.plane;
-      const float* y = op.other < 0 ? nullptr : arena + where[op.other] + c * op.from.plane;
-      for (int64_t i = 0; i < g.plane; i += kLanes) {
-        Vec v = load(x + i);
+    for (int i = begin; i < end; ++i) {
+      const float* x = arena + where[op.in] + i * g.plane;
+      float* out = arena + where[op.out] + i * g.plane;
+      const int other = op.broadcast ? i % op.channels : i;
+      const float* y = op.other < 0 ? nullptr : arena + where[op.other] + other * op.from.plane;
+      for (int64_t p = 0; p < g.plane; p += kLanes) {
+        Vec v = load(x + p);
         if (y != nullptr) {
-          const Vec w = !op.broadcast ? load(y + i) : op.from.lanes == 1 ? all(y[0]) : load(y);
+          const Vec w = !op.broadcast ? load(y + p) : op.from.lanes == 1 ? all(y[0]) : load(y);
           v = op.flag ? v * w : v + w;
         }
-        store(out + i, activate<A>(v));
+        store(out + p, activate<A>(v));
       }
       if (op.broadcast || A != Activation::kNone) clear_padding(out, g, true);
     }
@@ -201,15 +215,15 @@ void combine(const Op& op, const int64_t* where, float* arena, int part, int par
 // `window` planes (its phases), and there may be shifted copies of all.
 void pairs(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const int64_t plane = op.to.plane;
-  const int inner = op.window, count = (op.channels + 1) / 2 * inner;
-  const auto [begin, end] = share(count, part, parts);
+  const int inner = op.window, count = (op.channels + 1) / 2 * inner, bands = op.to.bands;
+  const auto [begin, end] = share(bands * count, part, parts);
   for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
     for (int i = begin; i < end; ++i) {
-      const int channel = i / inner * 2;
-      const float* a = arena + where[op.in] + copy * op.shift +
-                       (static_cast<int64_t>(channel) * inner + i % inner) * plane;
+      const int band = i / count, channel = i % count / inner * 2;
+      const int64_t first = (static_cast<int64_t>(band) * op.channels + channel) * inner;
+      const float* a = arena + where[op.in] + copy * op.shift + (first + i % inner) * plane;
       const float* b = channel + 1 < op.channels ? a + inner * plane : nullptr;
-      float* out = arena + where[op.out] + (static_cast<int64_t>(copy) * count + i) * plane;
+      float* out = arena + where[op.out] + (static_cast<int64_t>(copy) * bands * count + i) * plane;
       for (int64_t p = 0; p < plane; p += kLanes)
         store(out + p, paired(load(a + p), b == nullptr ? Vec{} : load(b + p)));
     }
@@ -228,19 +242,20 @@ inline void every_second(const float* in, int count, float* out) {
 void phases(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry &from = op.from, &to = op.to;
   const int s = op.stride, lanes = to.lanes;
-  const auto [begin, end] = share(op.channels, part, parts);  // channels of `in`
-  for (int c = begin; c < end; ++c)
+  const auto [begin, end] = share(to.bands * op.channels, part, parts);  // channels of `in`
+  for (int i = begin; i < end; ++i)
     for (int phase = 0; phase < s * s; ++phase) {
-      const float* in = arena + where[op.in] + c * from.plane + from.origin;
-      float* out = arena + where[op.out] + (static_cast<int64_t>(c) * s * s + phase) * to.plane;
+      const int c = i % op.channels, above = i / op.channels * to.rows();
+      float* out = arena + where[op.out] + (static_cast<int64_t>(i) * s * s + phase) * to.plane;
       const int py = phase / s, px = phase % s;
       const int height = (from.height - py + s - 1) / s;  // that the input has of this phase
       const int width = std::max(0, (from.width - px + s - 1) / s);
       clear_padding(out, to, true);
-      for (int y = 0; y < to.height; ++y) {
+      for (int y = 0; y < to.rows(); ++y) {
         float* row = out + to.origin + y * to.pitch;
-        const float* source = in + (y * s + py) * from.pitch + px * lanes;
-        const int count = y < height ? width : 0;
+        const int count = above + y < height ? width : 0;
+        const float* source =
+            row_at(arena + where[op.in], from, op.channels, c, (above + y) * s + py) + px * lanes;
         if (s == 2 && lanes == 1) every_second(source, count, row);
         else
           for (int x = 0; x < count; ++x) std::copy_n(source + x * s * lanes, lanes, row + x * lanes);
@@ -249,7 +264,7 @@ void phases(const Op& op, const int64_t* where, float* arena, int part, int part
       if (op.shift == 0) continue;
       for (int copy = 1; copy < 3; ++copy) clear_padding(out + copy * op.shift, to, false);
       const int columns = static_cast<int>(to.pitch / kLanes);
-      shift_run(out + to.origin, op.shift, 0, to.height * columns, columns, to.width);
+      shift_run(out + to.origin, op.shift, 0, to.rows() * columns, columns, to.width);
     }
 }
 

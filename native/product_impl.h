@@ -318,8 +318,8 @@ inline int cut(const Taps& w, int part, int parts) {
   return std::min(groups, (low + w.chunk / 2) / w.chunk * w.chunk);
 }
 
-// Zeros round rows [first, last) of the pixels of one channel: above the first row and below the last
-// one of the image, and between the rows only where they are not written anyway.
+// Zeros round rows [first, last) of the pixels of one plane: above its first row and below its last
+// one, and between the rows only where they are not written anyway.
 inline void clear_padding(float* plane, const Geometry& g, bool between, int first, int last) {
   if (g.pad == 0) return;
   if (first == 0) std::fill(plane, plane + g.origin, 0.0f);
@@ -327,58 +327,41 @@ inline void clear_padding(float* plane, const Geometry& g, bool between, int fir
   if (between)
     for (int y = first; y < last; ++y)
       std::fill(plane + g.origin + y * g.pitch + width, plane + g.origin + (y + 1) * g.pitch, 0.0f);
-  if (last == g.height)
-    std::fill(plane + g.origin + (g.height - 1) * g.pitch + width, plane + g.plane, 0.0f);
+  if (last == g.rows())
+    std::fill(plane + g.origin + (last - 1) * g.pitch + width, plane + g.plane, 0.0f);
 }
 
 inline void clear_padding(float* plane, const Geometry& g, bool between) {
-  clear_padding(plane, g, between, 0, g.height);
+  clear_padding(plane, g, between, 0, g.rows());
 }
 
 // The shifted copies of a value that was not made by a product.
 void shifted(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry& g = op.to;
   const int columns = static_cast<int>(g.pitch / kLanes);
-  const auto [begin, end] = share(op.channels, part, parts);
+  const auto [begin, end] = share(g.bands * op.channels, part, parts);
   for (int c = begin; c < end; ++c) {
     float* plane = arena + where[op.out] + c * g.plane;
     for (int copy = 1; copy < 3; ++copy) clear_padding(plane + copy * op.shift, g, false);
-    shift_run(plane + g.origin, op.shift, 0, g.height * columns, columns, g.width);
+    shift_run(plane + g.origin, op.shift, 0, g.rows() * columns, columns, g.width);
   }
 }
 
-// Pieces are runs of positions, or rows of the weight where there are few positions.
-void product(const Op& op, const int64_t* where, float* arena, int part, int parts) {
-  const Geometry &from = op.from, &to = op.to;
-  const int lanes = from.lanes;
-  const int runs = op.flat ? 1 : to.height;
-  const int64_t length = op.flat ? (to.height - 1) * to.pitch + to.width
-                                 : static_cast<int64_t>(to.width) * lanes;
-  const int vectors = static_cast<int>((length + kLanes - 1) / kLanes);
+// Runs [first_run, last_run) of positions, vectors [first, last) of each, and groups [begin, end).
+struct Piece {
+  int begin, end, first_run, last_run, first, last;
+};
+
+inline int vectors_of(const Op& op) {
+  const Geometry& g = op.to;
+  const int64_t length =
+      op.flat ? (g.rows() - 1) * g.pitch + g.width : static_cast<int64_t>(g.width) * g.lanes;
+  return static_cast<int>((length + kLanes - 1) / kLanes);
+}
+
+void multiply(const Op& op, const Piece& piece, const float* in, const float* residual, float* out) {
+  const Geometry& to = op.to;
   const int columns = op.shift == 0 ? 1 : static_cast<int>(to.pitch / kLanes);
-  const int units = runs > 1 ? runs : (vectors + columns - 1) / columns;
-  const bool uneven = 10 * ((units + parts - 1) / parts * parts - units) > units;
-  // the last vector of a row of pixels may reach into the next row, which has to come later
-  const bool reaches = runs > 1 && lanes == 1 && vectors * kLanes > to.pitch;
-  const bool few = uneven || reaches || runs * vectors < kWorth * parts;
-  const int begin = few ? cut(op.taps, part, parts) : 0;
-  const int end = few ? cut(op.taps, part + 1, parts) : cut(op.taps, 1, 1);
-  int first_run = 0, last_run = runs, first = 0, last = vectors;
-  if (!few && runs > 1) std::tie(first_run, last_run) = share(runs, part, parts);
-  if (!few && runs == 1) {
-    std::tie(first, last) = share(units, part, parts);
-    first *= columns;
-    last = std::min(last * columns, vectors);
-  }
-  float* out = arena + where[op.out];
-  // a piece clears round what it makes, so that a thread finds its lines in its own cache
-  const int top = runs > 1 ? first_run : first == 0 ? 0 : 1;
-  const int bottom = runs > 1 ? last_run : last == vectors ? to.height : 1;
-  for (int c = begin * op.taps.group; c < std::min(end * op.taps.group, op.taps.rows); ++c)
-    for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
-      clear_padding(out + copy * op.shift + c * to.plane, to, !op.flat && op.shift == 0, top, bottom);
-  const float* in = arena + where[op.in] + from.origin;
-  const float* residual = op.other < 0 ? nullptr : arena + where[op.other];
   const bool relu = op.activation == Activation::kRelu;
   // of an image, what the taps of two rows at once read in the first cache; of tokens all, because
   // their many taps are read once for each block
@@ -387,13 +370,14 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
                       op.shift, columns, to.width, most,
                       relu ? Activation::kNone : op.activation,
                       relu ? 0.0f : -std::numeric_limits<float>::infinity()};
-  for (int y = first_run; y < last_run; ++y) {
-    const float* row = in + y * from.pitch * op.stride;
+  for (int y = piece.first_run; y < piece.last_run; ++y) {
+    const float* row = in + y * op.from.pitch * op.stride;
     const int64_t at = to.origin + y * to.pitch;
     const auto run = [&](auto kind) {
       using K = decltype(kind);
       const auto with = [&](auto g, auto stride) {
-        run_of<K, g(), stride()>(op.taps, begin, end, row, first, last, at, target);
+        run_of<K, g(), stride()>(op.taps, piece.begin, piece.end, row, piece.first, piece.last, at,
+                                 target);
       };
       const std::integral_constant<int, 1> one{};
       const std::integral_constant<int, 2> two{};
@@ -404,6 +388,71 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
     if (op.taps.pairs) run(Paired{});
     else run(Single{});
   }
+}
+
+// The rows of pixels beyond the ends of a band, from the bands above and below, with their copies.
+inline void borrow_rows(const Op& op, float* in, int band) {
+  const Geometry& g = op.from;
+  const int64_t apart = op.planes * g.plane, rows = g.rows() * g.pitch;
+  const int columns = static_cast<int>(g.pitch / kLanes);
+  const auto borrow = [&](const float* row, float* to) {
+    for (int64_t i = 0; i < g.pitch; i += kLanes) store(to + i, load(row + i));
+    if (op.copies > 1) shift_run(to, apart * g.bands, 0, columns, columns, g.width);
+  };
+  for (int c = 0; c < op.planes; ++c) {
+    float* first = in + band * apart + c * g.plane + g.origin;
+    if (band > 0) borrow(first - apart + rows - g.pitch, first - g.pitch);
+    if (band + 1 < g.bands) borrow(first + apart, first + rows);
+  }
+}
+
+void product_of_band(const Op& op, const int64_t* where, float* arena, int band) {
+  const Geometry& to = op.to;
+  float* in = arena + where[op.in];
+  if (op.copies > 0) borrow_rows(op, in, band);
+  const int64_t at = static_cast<int64_t>(band) * op.channels * to.plane;
+  float* out = arena + where[op.out] + at;
+  const int top = band == 0 ? 0 : 1, bottom = band + 1 == to.bands ? to.rows() : to.rows() - 1;
+  for (int c = 0; c < op.channels; ++c)
+    for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
+      clear_padding(out + copy * op.shift + c * to.plane, to, false, top, bottom);
+  multiply(op, {0, cut(op.taps, 1, 1), 0, 1, 0, vectors_of(op)},
+           in + band * op.planes * op.from.plane + op.from.origin,
+           op.other < 0 ? nullptr : arena + where[op.other] + at, out);
+}
+
+// Pieces are bands or runs of positions, or rows of the weight where there are few positions.
+void product(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry &from = op.from, &to = op.to;
+  if (to.bands > 1) {
+    const auto [first, last] = share(to.bands, part, parts);
+    for (int band = first; band < last; ++band) product_of_band(op, where, arena, band);
+    return;
+  }
+  const int runs = op.flat ? 1 : to.height, vectors = vectors_of(op);
+  const int columns = op.shift == 0 ? 1 : static_cast<int>(to.pitch / kLanes);
+  const int units = runs > 1 ? runs : (vectors + columns - 1) / columns;
+  const bool uneven = 10 * ((units + parts - 1) / parts * parts - units) > units;
+  // the last vector of a row of pixels may reach into the next row, which has to come later
+  const bool reaches = runs > 1 && from.lanes == 1 && vectors * kLanes > to.pitch;
+  const bool few = uneven || reaches || runs * vectors < kWorth * parts;
+  Piece piece{few ? cut(op.taps, part, parts) : 0,
+              few ? cut(op.taps, part + 1, parts) : cut(op.taps, 1, 1), 0, runs, 0, vectors};
+  if (!few && runs > 1) std::tie(piece.first_run, piece.last_run) = share(runs, part, parts);
+  if (!few && runs == 1) {
+    std::tie(piece.first, piece.last) = share(units, part, parts);
+    piece.first *= columns;
+    piece.last = std::min(piece.last * columns, vectors);
+  }
+  float* out = arena + where[op.out];
+  // a piece clears round what it makes, so that a thread finds its lines in its own cache
+  const int top = runs > 1 ? piece.first_run : piece.first == 0 ? 0 : 1;
+  const int bottom = runs > 1 ? piece.last_run : piece.last == vectors ? to.height : 1;
+  for (int c = piece.begin * op.taps.group; c < std::min(piece.end * op.taps.group, op.taps.rows); ++c)
+    for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
+      clear_padding(out + copy * op.shift + c * to.plane, to, !op.flat && op.shift == 0, top, bottom);
+  multiply(op, piece, arena + where[op.in] + from.origin,
+           op.other < 0 ? nullptr : arena + where[op.other], out);
 }
 
 }  // namespace

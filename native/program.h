@@ -35,10 +35,14 @@ enum class Kind : int {
   kPairs,      // channels two by two, as pairs of bf16
 };
 
-// All strides in floats.
+// All strides in floats. A value is [copy][band][channel][plane]; a band has its share of the rows, with
+// padding above and below.
 struct Geometry {
   int height = 1, width = 1, pad = 0, lanes = 1;
   int64_t pitch = 0, plane = 0, origin = 0;
+  int bands = 1;
+
+  int rows() const { return height / bands; }  // of a band
 };
 
 // The rows of a linear map in groups that share their taps. The taps come in blocks of inputs that
@@ -67,6 +71,7 @@ struct Op {
   int stride = 1;
   bool flat = false;  // kProduct: all rows of pixels as one run (equal pitches, lanes = 1)
   Geometry from, to;
+  int planes = 0, copies = 0;  // kProduct, of a band of `in`; copies are 0 where no other band is read
   Taps taps;
   const float* bias = nullptr;      // kProduct: [rows]; kNorm: beta
   const float* scale = nullptr;     // kNorm: gamma

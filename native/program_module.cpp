@@ -31,7 +31,7 @@ Geometry geometry(const nb::dict& d, const char* key) {
   Geometry g;
   if (!d.contains(key)) return g;
   const auto v = nb::cast<std::vector<int64_t>>(d[key]);
-  if (v.size() != 7) throw std::invalid_argument("a geometry has 7 numbers");
+  if (v.size() != 8) throw std::invalid_argument("a geometry has 8 numbers");
   g.height = static_cast<int>(v[0]);
   g.width = static_cast<int>(v[1]);
   g.pad = static_cast<int>(v[2]);
@@ -39,6 +39,7 @@ Geometry geometry(const nb::dict& d, const char* key) {
   g.pitch = v[4];
   g.plane = v[5];
   g.origin = v[6];
+  g.bands = static_cast<int>(v[7]);
   return g;
 }
 
@@ -63,6 +64,8 @@ Op parse(Held& held, const nb::dict& d) {
   op.channels = number(d, "channels", 0);
   op.stride = number(d, "stride", 1);
   op.flat = number(d, "flat", 0) != 0;
+  op.planes = number(d, "planes", 0);
+  op.copies = number(d, "copies", 0);
   op.from = geometry(d, "from");
   op.to = geometry(d, "to");
   op.activation = static_cast<Activation>(number(d, "activation", 0));

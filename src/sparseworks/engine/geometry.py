@@ -1,6 +1,6 @@
 """Sizes of a program's values, and where each lies in its working memory.
 
-A value takes channels x plane floats. An image has `pad` zero pixels to its left, shared with the
+A value takes channels x size floats. An image has `pad` zero pixels to its left, shared with the
 right end of the row before, and `pad` zero rows above and below; `lanes` is 1, or 16 images whose
 pixels lie side by side. All images of one height and width have the same padding, so that they can
 be added as they lie.
@@ -8,6 +8,11 @@ be added as they lie.
 Where rows nearly fill whole vectors and taps reach one pixel to either side, an image has no pixels
 between its rows. Behind its channels come copies of them, moved by one pixel to the right and to
 the left: so that every load of a convolution is aligned.
+
+Where several threads work on such an image it is cut into bands of rows, one for each thread, which
+lie apart ([copy][band][channel]): what one core writes should not share memory that is fetched
+ahead with what another one reads. The padding between two bands holds a copy of the other row,
+which is made where it is needed.
 """
 
 from __future__ import annotations
@@ -32,10 +37,17 @@ class Geometry:
     pitch: int
     plane: int
     origin: int
+    bands: int = 1
+
+    @property
+    def size(self) -> int:
+        """Floats of a channel: its planes in all bands."""
+        return self.plane * self.bands
 
     def numbers(self) -> list[int]:
         return [
             self.height, self.width, self.pad, self.lanes, self.pitch, self.plane, self.origin,
+            self.bands,
         ]  # fmt: skip
 
 
@@ -44,10 +56,11 @@ def fills(width: int) -> bool:
     return width >= 0.75 * _round_up(width)
 
 
-def whole_rows(height: int, width: int, pad: int) -> Geometry:
+def whole_rows(height: int, width: int, pad: int, bands: int = 1) -> Geometry:
     """Planes of rows that begin and end with a vector; nothing lies between them."""
     pitch = _round_up(width)
-    return Geometry(height, width, pad, 1, pitch, (height + 2 * pad) * pitch, pad * pitch)
+    plane = (height // bands + 2 * pad) * pitch
+    return Geometry(height, width, pad, 1, pitch, plane, pad * pitch, bands)
 
 
 def image(height: int, width: int, pad: int, lanes: int) -> Geometry:

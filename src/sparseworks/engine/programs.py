@@ -32,6 +32,7 @@ __all__ = ["Instance", "build", "lone_product"]
 _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS = range(
     11
 )
+_BAND = 8  # vectors of a channel in a band, at least
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
@@ -108,6 +109,9 @@ class _Builder:
         default_factory=set
     )  # sizes read beyond the pixels next to them
     beside: set[Value] = field(default_factory=set)  # read one pixel away
+    uneven: set[tuple[int, ...]] = field(
+        default_factory=set
+    )  # sizes from or to which a product changes
     buffers: dict[Any, int] = field(default_factory=dict)
     floats: list[int] = field(default_factory=list)
     lives: list[list[int]] = field(default_factory=list)
@@ -179,6 +183,8 @@ class _Builder:
             self.beside.add(op.x)
         if int(x.abs().max()) > 1 or made[1] > read[1]:
             self.far.add(read)
+        if made != read:
+            self.uneven.update((made, read))
         for n, out, r in zip(read, made, reach, strict=True):
             step = 1 if self._phased(op) else op.stride
             first = op.padding // op.stride + (op.padding % op.stride > 0)
@@ -198,7 +204,7 @@ class _Builder:
         if len(shape) == 1:
             return tokens(shape[0])
         if self._whole(shape):
-            return whole_rows(shape[0], shape[1], self.pads[shape])
+            return whole_rows(shape[0], shape[1], self.pads[shape], self._bands(shape))
         return image(shape[0], shape[1], self.pads[shape], self.lanes)
 
     def _whole(self, shape: tuple[int, ...]) -> bool:
@@ -206,11 +212,17 @@ class _Builder:
         near = self.pads[shape] == 1 and shape not in self.far
         return self.lanes == 1 and near and fills(shape[1])
 
+    def _bands(self, shape: tuple[int, ...]) -> int:
+        """Into how many bands whole rows are cut: one for each thread, where that is even."""
+        height, vectors = shape[0], shape[0] * -(-shape[1] // 16)
+        even = height % self.threads == 0 and shape not in self.uneven
+        return self.threads if even and vectors >= _BAND * self.threads else 1
+
     def _shift(self, value: Value) -> int:
         """Floats between a value and its shifted copies; 0 where it has none."""
         if value not in self.beside or not self._whole(self.shape[value]):
             return 0
-        return value.channels * self._of(value).plane
+        return value.channels * self._of(value).size
 
     def _of(self, value: Value) -> Geometry:
         return self._geometry(self.shape[value])
@@ -223,7 +235,7 @@ class _Builder:
         if key not in self.buffers:
             self.buffers[key] = len(self.floats)
             if isinstance(key, Value):
-                floats = key.channels * self._of(key).plane + 2 * self._shift(key)
+                floats = key.channels * self._of(key).size + 2 * self._shift(key)
             self.floats.append(floats)
             self.lives.append([now, now])
         at = self.buffers[key]
@@ -256,7 +268,7 @@ class _Builder:
     def _load(self, op: Load) -> None:
         g = self._of(op.out)
         self._add(
-            _LOAD, op.out.channels * g.plane // 16, out=self._buffer(op.out), to=g,
+            _LOAD, op.out.channels * g.size // 16, out=self._buffer(op.out), to=g,
             channels=op.out.channels, tensor=self._tensor(op.source, self._shape(op)),
             layout=_layout(op),
         )  # fmt: skip
@@ -264,7 +276,7 @@ class _Builder:
     def _store(self, op: Store) -> None:
         g, channels = self._of(op.out), op.out.channels
         self._add(
-            _STORE, channels * g.plane // 16, **{"in": self._buffer(op.out), "from": g},
+            _STORE, channels * g.size // 16, **{"in": self._buffer(op.out), "from": g},
             channels=channels, tensor=self._tensor(op.target, self._shape(op)),
             layout=_layout(op),
         )  # fmt: skip
@@ -287,6 +299,12 @@ class _Builder:
             source = self._pairs(op, source, given)
         taps = self._packed(op, given, stride if not self._phased(op) else 0, whole)
         fields: dict[str, Any] = {"in": source, "from": given}
+        if given.bands > 1:
+            inner = op.stride**2 if self._phased(op) else 1
+            channels = -(-op.x.channels // 2) if op.half else op.x.channels
+            fields["planes"] = channels * inner
+            if max(op.weight.shape[2:], default=1) > 1:
+                fields["copies"] = 3 if op.x in self.beside or inner > 1 else 1
         if op.residual is not None:
             fields["other"] = self._buffer(op.residual)
         if op.bias is not None:
@@ -298,7 +316,7 @@ class _Builder:
         if other is not None and self.last[other] is op:
             at = self.buffers[other]  # each sum is read before it is made
             self.buffers[op.out] = at
-            size = op.out.channels * made.plane + 2 * self._shift(op.out)
+            size = op.out.channels * made.size + 2 * self._shift(op.out)
             self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
@@ -312,7 +330,8 @@ class _Builder:
         )  # fmt: skip
 
     def _packed(self, op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
-        key = (id(op), given.plane, given.pitch, given.lanes, run_vectors(given), stride, whole)
+        layout = given.plane, given.pitch, given.lanes, given.bands
+        key = (id(op), *layout, run_vectors(given), stride, whole)
         if key not in self.packed:
             self.packed[key] = taps_of(op, given, stride, whole)
         return self.packed[key]
@@ -322,11 +341,11 @@ class _Builder:
         planes = op.x.channels * op.stride**2
         key = ("phases", op.x, op.stride)
         done = key in self.buffers
-        shift = planes * g.plane if self._whole(self._phase_size(op)) else 0
-        buffer = self._buffer(key, planes * g.plane + 2 * shift)
+        shift = planes * g.size if self._whole(self._phase_size(op)) else 0
+        buffer = self._buffer(key, planes * g.size + 2 * shift)
         if not done:
             self._add(
-                _PHASES, planes * g.plane // 4, **{"in": source, "from": self._of(op.x)},
+                _PHASES, planes * g.size // 4, **{"in": source, "from": self._of(op.x)},
                 out=buffer, to=g, channels=op.x.channels, stride=op.stride, shift=shift,
             )  # fmt: skip
             self._buffer(key)
@@ -337,10 +356,10 @@ class _Builder:
         inner = op.stride**2 if self._phased(op) else 1
         key = ("pairs", op.x, inner)
         done = key in self.buffers
-        shift = op.x.channels * inner * given.plane
+        shift = op.x.channels * inner * given.size
         copied = op.x.kind == "image" and self._whole((given.height, given.width))
         copied = copied and (inner > 1 or op.x in self.beside)
-        floats = -(-op.x.channels // 2) * inner * given.plane * (3 if copied else 1)
+        floats = -(-op.x.channels // 2) * inner * given.size * (3 if copied else 1)
         buffer = self._buffer(key, floats)
         if not done:
             self._add(
@@ -353,7 +372,7 @@ class _Builder:
     def _pool(self, op: Pool) -> None:
         given = self._of(op.x)
         self._add(
-            _POOL, op.x.channels * given.plane * op.window // 16,
+            _POOL, op.x.channels * given.size * op.window // 16,
             **{"in": self._buffer(op.x), "from": given}, out=self._buffer(op.out),
             to=self._of(op.out), channels=op.out.channels, stride=op.stride, window=op.window,
             padding=op.padding, flag=int(op.largest), broadcast=int(op.count_padding),
@@ -362,7 +381,7 @@ class _Builder:
     def _mean(self, op: Mean) -> None:
         given = self._of(op.x)
         self._add(
-            _MEAN, op.x.channels * given.plane // 16,
+            _MEAN, op.x.channels * given.size // 16,
             **{"in": self._buffer(op.x), "from": given}, out=self._buffer(op.out),
             to=self._of(op.out), channels=op.out.channels,
         )  # fmt: skip
@@ -375,7 +394,7 @@ class _Builder:
             fields["from"] = self._of(op.y)
             fields["broadcast"] = int(self.shape[op.y] != self.shape[op.x])
         self._add(
-            _COMBINE, op.out.channels * made.plane // 8, out=self._buffer(op.out), to=made,
+            _COMBINE, op.out.channels * made.size // 8, out=self._buffer(op.out), to=made,
             channels=op.out.channels, flag=int(op.multiply), activation=int(op.activation),
             **fields,
         )  # fmt: skip

@@ -90,7 +90,7 @@ def _places(
         y, x = y // s, x // s
         step = per_group * s * s
     if whole:  # the copy moved to the right has the pixel to the left
-        side = torch.tensor([2, 0, 1])[1 - x] * (step * op.groups * given.plane)
+        side = torch.tensor([2, 0, 1])[1 - x] * (step * op.groups * given.size)
     else:
         side = x * given.lanes
     shift = y[:, None] * given.pitch + side[None, :]
