@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <vector>
 
 #include "product_impl.h"
 
@@ -128,41 +129,69 @@ void store_tensor(const Op& op, const int64_t* where, float* arena, const Call& 
     }
 }
 
+// out[x] = in[2 x], for x in [0, 16)
+inline Vec every_second(const float* in) { return evens(load(in), load(in + kLanes)); }
+
+// out[x] = f(out[x], in[x stride]) for `count` pixels.
+template <typename F>
+inline void fold_row(const float* in, int stride, int lanes, int count, float* out, const F& f) {
+  int x = 0;
+  if (lanes == kLanes)
+    for (; x < count; ++x) store(out + x * kLanes, f(load(out + x * kLanes), load(in + x * stride * kLanes)));
+  if (stride == 1)
+    for (; x + kLanes <= count; x += kLanes) store(out + x, f(load(out + x), load(in + x)));
+  if (stride == 2)
+    for (; x + kLanes <= count; x += kLanes) store(out + x, f(load(out + x), every_second(in + 2 * x)));
+  for (; x < count; ++x) out[x] = f(all(out[x]), all(in[x * stride]))[0];
+}
+
 // Windows that reach over the edge take what is there; an average divides by what it took, or by
 // the whole window where padding counts.
-void pool(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+template <bool Largest>
+void pool_of(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry &from = op.from, &to = op.to;
+  const int lanes = from.lanes, wide = from.width * lanes;
+  const auto f = [](Vec a, Vec b) { return Largest ? maximum(a, b) : a + b; };
+  const float none = Largest ? -std::numeric_limits<float>::infinity() : 0.0f;
+  // one row of windows, already folded in the other direction, between what lies beyond the edges
+  thread_local std::vector<float> memory;
+  memory.assign((from.width + 2 * op.padding + op.window + op.stride) * lanes + 2 * kLanes, none);
+  float* folded = memory.data() + op.padding * lanes;
+  // pixels that a window at `at` of a row or column of `size` is divided by
+  const auto counted = [&](int at, int size) {
+    const int first = at * op.stride - op.padding, last = first + op.window;
+    return op.broadcast ? std::min(last, size + op.padding) - first
+                        : std::min(last, size) - std::max(first, 0);
+  };
   const auto [begin, end] = share(to.bands * op.channels, part, parts);
-  const int lanes = from.lanes;
-  const float* in = arena + where[op.in];
   for (int i = begin; i < end; ++i) {
     const int c = i % op.channels, above = i / op.channels * to.rows();
-    float* out = arena + where[op.out] + i * to.plane;
-    clear_padding(out, to, true);
-    for (int y = above; y < above + to.rows(); ++y)
-      for (int x = 0; x < to.width; ++x) {
-        const int y0 = y * op.stride - op.padding, x0 = x * op.stride - op.padding;
-        const int y1 = std::min(y0 + op.window, from.height), x1 = std::min(x0 + op.window, from.width);
-        float best[kLanes];
-        std::fill_n(best, lanes, op.flag ? -std::numeric_limits<float>::infinity() : 0.0f);
-        for (int v = std::max(y0, 0); v < y1; ++v) {
-          const float* row = row_at(in, from, op.channels, c, v);
-          for (int u = std::max(x0, 0); u < x1; ++u) {
-            const float* p = row + u * lanes;
-            if (op.flag)
-              for (int l = 0; l < lanes; ++l) best[l] = p[l] > best[l] ? p[l] : best[l];
-            else
-              for (int l = 0; l < lanes; ++l) best[l] += p[l];
-          }
-        }
-        const int whole = (std::min(y0 + op.window, from.height + op.padding) - y0) *
-                          (std::min(x0 + op.window, from.width + op.padding) - x0);
-        const int inside = (y1 - std::max(y0, 0)) * (x1 - std::max(x0, 0));
-        const float factor = op.flag ? 1.0f : 1.0f / (op.broadcast ? whole : inside);
-        float* o = out + to.origin + (y - above) * to.pitch + x * lanes;
-        for (int l = 0; l < lanes; ++l) o[l] = best[l] * factor;
+    float* plane = arena + where[op.out] + i * to.plane;
+    clear_padding(plane, to, true);
+    for (int y = 0; y < to.rows(); ++y) {
+      const int top = (above + y) * op.stride - op.padding;
+      std::fill_n(folded, wide, none);
+      for (int v = std::max(top, 0); v < std::min(top + op.window, from.height); ++v) {
+        const float* row = row_at(arena + where[op.in], from, op.channels, c, v);
+        fold_row(row, 1, 1, wide, folded, f);
       }
+      float* out = plane + to.origin + y * to.pitch;
+      std::fill_n(out, to.width * lanes, none);
+      for (int u = 0; u < op.window; ++u)
+        fold_row(memory.data() + u * lanes, op.stride, lanes, to.width, out, f);
+      if constexpr (!Largest)
+        for (int x = 0; x < to.width; ++x) {
+          const float factor =
+              1.0f / (counted(above + y, from.height) * counted(x, from.width));
+          for (int l = 0; l < lanes; ++l) out[x * lanes + l] *= factor;
+        }
+    }
   }
+}
+
+void pool(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  if (op.flag) pool_of<true>(op, where, arena, part, parts);
+  else pool_of<false>(op, where, arena, part, parts);
 }
 
 void mean(const Op& op, const int64_t* where, float* arena, int part, int parts) {
@@ -204,11 +233,39 @@ void combine(const Op& op, const int64_t* where, float* arena, int part, int par
           const Vec w = !op.broadcast ? load(y + p) : op.from.lanes == 1 ? all(y[0]) : load(y);
           v = op.flag ? v * w : v + w;
         }
-        store(out + p, activate<A>(v));
+        store(out + p, activate<A>(v, op.number));
       }
       if (op.broadcast || A != Activation::kNone) clear_padding(out, g, true);
     }
   });
+}
+
+// Whole planes, from channel q of `in` on, to channel k of `out` on.
+void gather(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const int64_t plane = op.to.plane;
+  const auto [begin, end] = share(op.to.bands * op.channels, part, parts);
+  for (int i = begin; i < end; ++i) {
+    const int64_t band = i / op.channels, c = i % op.channels;
+    std::copy_n(arena + where[op.in] + (band * op.planes + op.q + c) * plane, plane,
+                arena + where[op.out] + (band * op.heads + op.k + c) * plane);
+  }
+}
+
+// out[y][x] = in[y / factor][x / factor]
+void upsample(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry &from = op.from, &to = op.to;
+  const auto [begin, end] = share(to.bands * op.channels, part, parts);
+  for (int i = begin; i < end; ++i) {
+    const int c = i % op.channels, above = i / op.channels * to.rows();
+    float* out = arena + where[op.out] + i * to.plane;
+    clear_padding(out, to, true);
+    for (int y = 0; y < to.rows(); ++y) {
+      const float* row = row_at(arena + where[op.in], from, op.channels, c, (above + y) / op.window);
+      float* o = out + to.origin + y * to.pitch;
+      for (int x = 0; x < to.width; ++x)
+        std::copy_n(row + x / op.window * to.lanes, to.lanes, o + x * to.lanes);
+    }
+  }
 }
 
 // Channels 2 c and 2 c + 1 side by side, rounded to bf16; a missing one is zero. A channel has
@@ -229,11 +286,9 @@ void pairs(const Op& op, const int64_t* where, float* arena, int part, int parts
     }
 }
 
-// out[x] = in[2 x], for x in [0, count)
 inline void every_second(const float* in, int count, float* out) {
   int x = 0;
-  for (; x + kLanes <= count; x += kLanes)
-    store(out + x, evens(load(in + 2 * x), load(in + 2 * x + kLanes)));
+  for (; x + kLanes <= count; x += kLanes) store(out + x, every_second(in + 2 * x));
   for (; x < count; ++x) out[x] = in[2 * x];
 }
 

@@ -42,8 +42,9 @@ inline Vec error_function(Vec x) {
 
 inline Vec logistic(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// `slope` is of a leaky ReLU, from 0 to 1.
 template <Activation A>
-inline Vec activate(Vec x) {
+inline Vec activate(Vec x, float slope = 0.0f) {
   if constexpr (A == Activation::kRelu) return maximum(x, Vec{});
   if constexpr (A == Activation::kRelu6) return minimum(maximum(x, Vec{}), all(6.0f));
   if constexpr (A == Activation::kGelu)
@@ -57,6 +58,7 @@ inline Vec activate(Vec x) {
     return minimum(maximum(x + 3.0f, Vec{}), all(6.0f)) * (1.0f / 6.0f);
   if constexpr (A == Activation::kSigmoid) return logistic(x);
   if constexpr (A == Activation::kTanh) return 2.0f * logistic(2.0f * x) - 1.0f;
+  if constexpr (A == Activation::kLeakyRelu) return maximum(x, x * slope);
   return x;
 }
 
@@ -76,6 +78,7 @@ inline void with_activation(Activation a, F&& f) {
     CASE(kHardsigmoid);
     CASE(kSigmoid);
     CASE(kTanh);
+    CASE(kLeakyRelu);
 #undef CASE
   }
 }

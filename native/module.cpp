@@ -16,6 +16,7 @@ void define_zeroing(nb::module_& m);   // zeroing_module.cpp
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of sparseworks.";
+  nb::set_leak_warnings(false);  // programs may live as long as the process
   m.def("instruction_set", &instruction_set);
   m.def("has_amx", &has_amx);
   define_program(m);

@@ -17,6 +17,8 @@ void RUN_OP(const Op& op, const int64_t* where, float* arena, const Call& call, 
     case Kind::kNorm: return norm(op, where, arena, part, parts);
     case Kind::kShift: return shifted(op, where, arena, part, parts);
     case Kind::kPairs: return pairs(op, where, arena, part, parts);
+    case Kind::kGather: return gather(op, where, arena, part, parts);
+    case Kind::kUpsample: return upsample(op, where, arena, part, parts);
     case Kind::kAttention: return attention(op, where, arena, call, item, part, parts);
   }
 }

@@ -42,6 +42,7 @@ struct Target {
   int most;            // vectors of a block
   Activation activation;
   float floor;  // of ReLU: 0; else -inf
+  float slope;
 };
 
 // One block of taps: the first starts from the bias, the others from what is stored, and the last
@@ -110,7 +111,7 @@ inline void activate_stored(const Target& to, int row, int64_t at, int vectors) 
   float* p = to.out + row * to.plane + at;
   with_activation(to.activation, [&](auto a) {
     for (int v = 0; v < vectors; ++v)
-      store(p + v * kLanes, activate<decltype(a)::value>(load(p + v * kLanes)));
+      store(p + v * kLanes, activate<decltype(a)::value>(load(p + v * kLanes), to.slope));
   });
 }
 
@@ -369,7 +370,7 @@ void multiply(const Op& op, const Piece& piece, const float* in, const float* re
   const Target target{out, residual, op.live.empty() ? nullptr : op.live.data(), op.bias, to.plane,
                       op.shift, columns, to.width, most,
                       relu ? Activation::kNone : op.activation,
-                      relu ? 0.0f : -std::numeric_limits<float>::infinity()};
+                      relu ? 0.0f : -std::numeric_limits<float>::infinity(), op.number};
   for (int y = piece.first_run; y < piece.last_run; ++y) {
     const float* row = in + y * op.from.pitch * op.stride;
     const int64_t at = to.origin + y * to.pitch;

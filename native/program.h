@@ -18,7 +18,7 @@
 namespace sparseworks {
 
 enum class Activation : int {
-  kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kHardswish, kHardsigmoid, kSigmoid, kTanh
+  kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kHardswish, kHardsigmoid, kSigmoid, kTanh, kLeakyRelu
 };
 
 enum class Kind : int {
@@ -33,6 +33,8 @@ enum class Kind : int {
   kAttention,  // softmax(q k^T scale + mask) v
   kShift,      // the shifted copies of what is in `out`
   kPairs,      // channels two by two, as pairs of bf16
+  kGather,     // some channels of a buffer -> some channels of another one
+  kUpsample,   // every pixel several times
 };
 
 // All strides in floats. A value is [copy][band][channel][plane]; a band has its share of the rows, with
@@ -71,17 +73,17 @@ struct Op {
   int stride = 1;
   bool flat = false;  // kProduct: all rows of pixels as one run (equal pitches, lanes = 1)
   Geometry from, to;
-  int planes = 0, copies = 0;  // kProduct, of a band of `in`; copies are 0 where no other band is read
+  int planes = 0, copies = 0;  // of a band of `in`; copies are 0 where no other band is read
   Taps taps;
   const float* bias = nullptr;      // kProduct: [rows]; kNorm: beta
   const float* scale = nullptr;     // kNorm: gamma
   Activation activation = Activation::kNone;
-  float number = 0.0f;              // epsilon, or the scale of attention
-  int window = 0, padding = 0;      // kPool; kPhases: the padding of its convolution
+  float number = 0.0f;  // epsilon, the scale of attention, the slope of a leaky ReLU
+  int window = 0, padding = 0;      // kPool; kPhases: the padding of its convolution; kUpsample
   bool flag = false;   // kPool: max; kCombine: product; kAttention: causal
   bool broadcast = false;           // kCombine: `other` has one position; kPool: count pads
-  int heads = 0, groups = 0;        // query heads, key heads
-  int q = 0, k = 0, v = 0;          // first channels in `in`, `other`, `extra`
+  int heads = 0, groups = 0;        // query heads, key heads; kGather: heads are channels of `out`
+  int q = 0, k = 0, v = 0;  // first channels in `in`, `other`, `extra`; kGather: in `in` and `out`
   int mask = -1;  // kAttention: an input tensor, [items or 1, keys (, queries)]; empty: none
   int keys = 0;
   int64_t shift = 0;  // floats to the copy shifted right, twice as many to the one left; 0: none

@@ -42,11 +42,12 @@ class Row:
 
     def __init__(self, part: Part, made: Instance, index: int, seconds: float) -> None:
         op, work = made.products[index]
-        self.name, self.shape = op.name, tuple(op.weight.shape)
+        weight = _own(op)
+        self.name, self.shape = op.name, tuple(weight.shape)
         shared = made.groups[index] > 1
         self.kernel = ("shared taps" if shared else "taps") + (", bf16" if op.half else "")
         self.limit = machine_limit(shared, op.half)
-        self.sparsity = 1 - float(torch.count_nonzero(op.weight)) / max(1, op.weight.numel())
+        self.sparsity = 1 - float(torch.count_nonzero(weight)) / max(1, weight.numel())
         self.milliseconds = seconds * 1e3
         self.gflops = 2 * work / max(seconds, 1e-9) / 1e9
         self.dense_ms = _dense_ms(op, made.sizes[index], made.lanes)
@@ -105,16 +106,22 @@ def layer_lines(layers: Sequence[LayerPlan]) -> list[str]:
     return [*lines, f"linear layers: {total:.2f} ms, dense {dense:.2f} ms"]
 
 
+def _own(op: Product) -> Tensor:
+    """The weight as the layer has it."""
+    rows, columns = op.border
+    ends = [slice(n, -n or None) for n in (rows, columns)]
+    return op.weight[:, :, ends[0], ends[1]] if any(op.border) else op.weight
+
+
 def _dense_ms(op: Product, size: tuple[int, ...], lanes: int) -> float:
     """Torch's dense layer on one item and one thread."""
     columns = op.weight.shape[1] * op.groups
     with one_thread():
         if op.weight.ndim == 4:
             x = torch.zeros(lanes, columns, *size)
+            weight, padding = _own(op), [op.padding - n * op.dilation for n in op.border]
             return median_ms(
-                lambda: F.conv2d(
-                    x, op.weight, op.bias, op.stride, op.padding, op.dilation, op.groups
-                )
+                lambda: F.conv2d(x, weight, op.bias, op.stride, padding, op.dilation, op.groups)
             )
         count = lanes if len(size) == 2 else math.prod(size)
         x = torch.zeros(count, columns)

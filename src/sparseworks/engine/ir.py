@@ -11,8 +11,8 @@ from enum import IntEnum
 
 from torch import Tensor
 
-__all__ = ["Activation", "Attention", "Combine", "Load", "Mean", "Norm", "Op", "Pool", "Product",
-           "Store", "Value"]  # fmt: skip
+__all__ = ["Activation", "Attention", "Combine", "Gather", "Load", "Mean", "Norm", "Op", "Pool",
+           "Product", "Store", "Upsample", "Value"]  # fmt: skip
 
 
 class Activation(IntEnum):
@@ -28,6 +28,7 @@ class Activation(IntEnum):
     HARDSIGMOID = 7
     SIGMOID = 8
     TANH = 9
+    LEAKY_RELU = 10
 
 
 @dataclass(eq=False)
@@ -88,6 +89,8 @@ class Product(Op):
         name: of the parameter.
         padding: zeros before the first row and column.
         more: zeros behind the last row and column beyond as many.
+        border: zeros on both sides of the kernel's rows and columns, that the layer does not have.
+        slope: of a leaky ReLU below zero.
         half: weight and x are rounded to bf16; sums, bias, residual and result stay fp32.
     """
 
@@ -100,8 +103,10 @@ class Product(Op):
     more: int = 0
     dilation: int = 1
     groups: int = 1
+    border: tuple[int, int] = (0, 0)
     residual: Value | None = None
     activation: Activation = Activation.NONE
+    slope: float = 0.0
     half: bool = False
 
     def inputs(self) -> list[Value]:
@@ -142,9 +147,35 @@ class Combine(Op):
     y: Value | None = None
     multiply: bool = False
     activation: Activation = Activation.NONE
+    slope: float = 0.0
 
     def inputs(self) -> list[Value]:
         return [self.x, *([] if self.y is None else [self.y])]
+
+
+@dataclass(eq=False)
+class Gather(Op):
+    """Channels of several values, one after the other.
+
+    Args:
+        parts: of each value its first channel and how many there are from there.
+    """
+
+    parts: list[tuple[Value, int, int]]
+
+    def inputs(self) -> list[Value]:
+        return [value for value, _, _ in self.parts]
+
+
+@dataclass(eq=False)
+class Upsample(Op):
+    """Every pixel `factor` times in both directions."""
+
+    x: Value
+    factor: int
+
+    def inputs(self) -> list[Value]:
+        return [self.x]
 
 
 @dataclass(eq=False)

@@ -70,6 +70,7 @@ class Lowering:
         self.loaded: dict[tuple[Piece, Node], Value] = {}
         self.made: dict[Value, Op] = {}
         self.padded: dict[Node, tuple[Node, int, int]] = {}  # by a convolution that follows
+        self.split: set[Node] = set()  # whose parts are taken one by one
 
     # what a rule needs
 
@@ -163,10 +164,11 @@ class Lowering:
         return sorted(pieces, key=lambda p: p.level)
 
     def _readers(self, node: Node) -> list[Node]:
-        """Who reads a node; through paddings that become part of a convolution."""
+        """Who reads a node; through paddings that become part of a convolution, and splits."""
         found = []
         for user in node.users:
-            found += list(user.users) if user in self.padded else [user]
+            passed = user in self.padded or user in self.split
+            found += list(user.users) if passed else [user]
         return found
 
     def _piece(self, node: Node) -> Piece | None:

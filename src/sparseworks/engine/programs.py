@@ -15,6 +15,7 @@ from sparseworks.engine.geometry import Geometry, arrange, fills, image, tokens,
 from sparseworks.engine.ir import (
     Attention,
     Combine,
+    Gather,
     Load,
     Mean,
     Norm,
@@ -22,6 +23,7 @@ from sparseworks.engine.ir import (
     Pool,
     Product,
     Store,
+    Upsample,
     Value,
 )
 from sparseworks.engine.taps import distances, run_vectors, taps_of
@@ -29,9 +31,10 @@ from sparseworks.kernels.native import module
 
 __all__ = ["Instance", "build", "lone_product"]
 
-_LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS = range(
-    11
-)
+(
+    _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS,
+    _GATHER, _UPSAMPLE,
+) = range(13)  # fmt: skip
 _BAND = 8  # vectors of a channel in a band, at least
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
@@ -158,6 +161,13 @@ class _Builder:
                 raise ModelError(f"sizes {shape[op.x]} and {shape[op.y]} do not fit together")
         elif isinstance(op, Norm):
             shape[op.out] = shape[op.x]
+        elif isinstance(op, Gather):
+            shape[op.out] = shape[op.parts[0][0]]
+            if any(shape[value] != shape[op.out] for value in op.inputs()):
+                raise ModelError("images of different sizes are put one behind the other")
+        elif isinstance(op, Upsample):
+            height, width = shape[op.x]
+            shape[op.out] = (op.factor * height, op.factor * width)
         if len(shape[op.out]) == 2:
             self.pads.setdefault(shape[op.out], 0)
 
@@ -325,7 +335,7 @@ class _Builder:
         self.inputs[len(self.native)] = self.shape[op.x]
         self._add(
             _PRODUCT, work, out=self._buffer(op.out), to=made, channels=op.out.channels,
-            stride=stride, flat=int(flat), activation=int(op.activation),
+            stride=stride, flat=int(flat), activation=int(op.activation), number=op.slope,
             shift=self._shift(op.out), **taps, **fields,
         )  # fmt: skip
 
@@ -396,7 +406,25 @@ class _Builder:
         self._add(
             _COMBINE, op.out.channels * made.size // 8, out=self._buffer(op.out), to=made,
             channels=op.out.channels, flag=int(op.multiply), activation=int(op.activation),
-            **fields,
+            number=op.slope, **fields,
+        )  # fmt: skip
+
+    def _gather(self, op: Gather) -> None:
+        made, done = self._of(op.out), 0
+        for value, first, count in op.parts:
+            self._add(
+                _GATHER, count * made.size // 8, **{"in": self._buffer(value)}, to=made,
+                out=self._buffer(op.out), channels=count, q=first, planes=value.channels,
+                k=done, heads=op.out.channels,
+            )  # fmt: skip
+            done += count
+
+    def _upsample(self, op: Upsample) -> None:
+        made = self._of(op.out)
+        self._add(
+            _UPSAMPLE, op.out.channels * made.size // 8, **{"in": self._buffer(op.x)}, to=made,
+            **{"from": self._of(op.x)}, out=self._buffer(op.out), channels=op.out.channels,
+            window=op.factor,
         )  # fmt: skip
 
     def _norm(self, op: Norm) -> None:

@@ -30,9 +30,8 @@ from sparseworks.kernels.native import available
 
 __all__ = ["load_compiled", "save_plan"]
 
-_FORMAT = 1
-_OPS = {c.__name__: c for c in (ir.Load, ir.Store, ir.Product, ir.Pool, ir.Mean, ir.Combine,
-                                ir.Norm, ir.Attention)}  # fmt: skip
+_FORMAT = 2
+_OPS = {c.__name__: c for c in ir.Op.__subclasses__()}
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str], error: float, times: Any) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from sparseworks.engine.ir import Mean, Pool, Product, Value
+from sparseworks.engine.ir import Gather, Mean, Pool, Product, Upsample, Value
 from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
 
 _aten = torch.ops.aten
+_SPLITS = (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default)
 
 
 @rule(_aten.conv2d.default)
@@ -21,11 +24,13 @@ def _conv(state: Lowering, node: Node) -> bool:
     w = state.constant(weight)
     if w is None or (bias is not None and state.constant(bias) is None):
         return False
-    pairs = [list(v) * (2 // len(v)) for v in (stride, padding, dilation)]
-    if any(len(set(v)) != 1 for v in pairs):
+    (s, across), zeros, (d, spread) = (list(v) * (2 // len(v)) for v in (stride, padding, dilation))
+    p, more = max(zeros), 0
+    border, odd = zip(*(divmod(p - z, d) for z in zeros), strict=True)
+    if s != across or d != spread or any(odd):
         return False
-    (s, _), (p, _), (d, _) = pairs
-    more = 0
+    if any(border):  # a kernel with more zeros, where the image has more zeros beside it
+        w = torch.nn.functional.pad(w, (border[1], border[1], border[0], border[0]))
     if x in state.padded and p == 0:
         x, p, more = state.padded[x]
     if s > 2 and s == w.shape[2]:  # patches: a dense product of torch
@@ -36,7 +41,7 @@ def _conv(state: Lowering, node: Node) -> bool:
     piece, (value,) = found
     op = Product(
         Value("image", w.shape[0]), value, w, state.constant(bias), weight.name,
-        stride=s, padding=p, more=more, dilation=d, groups=groups,
+        stride=s, padding=p, more=more, dilation=d, groups=groups, border=border,
     )  # fmt: skip
     return state.add(piece, node, op)
 
@@ -44,24 +49,35 @@ def _conv(state: Lowering, node: Node) -> bool:
 @rule(_aten.batch_norm.default)
 def _batch_norm(state: Lowering, node: Node) -> bool:
     x, weight, bias, mean, variance, training, _, epsilon, _ = filled(node, ())
-    op = state.product_alone(x)
-    if training or op is None or op.residual is not None:
-        return False
     found = [state.constant(t) for t in (mean, variance)]
-    if any(t is None for t in found):
+    if training or any(t is None for t in found):
         return False
     mu, var = (t.double() for t in found if t is not None)
     scale = (var + epsilon).rsqrt()
     gamma, beta = state.constant(weight), state.constant(bias)
     if gamma is not None:
         scale = scale * gamma.double()
-    shift = -mu * scale if op.bias is None else (op.bias.double() - mu) * scale
-    if beta is not None:
-        shift = shift + beta.double()
+    shift = -mu * scale if beta is None else beta.double() - mu * scale
+    op = state.product_alone(x)
+    if op is None or op.residual is not None:
+        return _scaled(state, node, x, scale, shift)
+    if op.bias is not None:
+        shift = shift + op.bias.double() * scale
     shape = (-1,) + (1,) * (op.weight.ndim - 1)
     op.weight = (op.weight.double() * scale.view(shape)).float()
     op.bias = shift.float()
     return state.same(node, x)
+
+
+def _scaled(state: Lowering, node: Node, x: Node, scale: Tensor, shift: Tensor) -> bool:
+    """A batch norm by itself: one tap a channel."""
+    found = state.inputs("image", x) if x in state.native and len(shape_of(x) or ()) == 4 else None
+    if found is None:
+        return False
+    piece, (value,) = found
+    weight, channels = scale.float()[:, None, None, None], value.channels
+    op = Product(Value("image", channels), value, weight, shift.float(), node.name, groups=channels)
+    return state.add(piece, node, op)
 
 
 @rule(_aten.max_pool2d.default)
@@ -118,6 +134,58 @@ def _mean_of(state: Lowering, node: Node, x: Any) -> bool:
     return state.add(known.piece, node, Mean(Value("image", known.value.channels), known.value))
 
 
+@rule(_aten.upsample_nearest2d.vec)
+def _upsample(state: Lowering, node: Node) -> bool:
+    x = node.args[0]
+    before, after = shape_of(x), shape_of(node)
+    known = state.native.get(x) if isinstance(x, Node) else None
+    if known is None or known.piece.kind != "image" or before is None or after is None:
+        return False
+    factors = {n / m for n, m in zip(after[2:], before[2:], strict=True)}
+    factor = factors.pop()
+    if factors or factor != int(factor):
+        return False
+    out = Value("image", known.value.channels)
+    return state.add(known.piece, node, Upsample(out, known.value, int(factor)))
+
+
+@rule(_aten.cat.default)
+def _cat(state: Lowering, node: Node) -> bool:
+    nodes, axis = filled(node, (None, 0))
+    if axis % 4 != 1 or not all(len(shape_of(n) or ()) == 4 for n in nodes):
+        return False
+    found = state.inputs("image", *nodes) if any(n in state.native for n in nodes) else None
+    if found is None:
+        return False
+    piece, values = found
+    out = Value("image", sum(v.channels for v in values))
+    return state.add(piece, node, Gather(out, [(v, 0, v.channels) for v in values]))
+
+
+@rule(operator.getitem)
+def _part(state: Lowering, node: Node) -> bool:
+    """Of channels that are split."""
+    whole, index = node.args
+    if whole.target not in _SPLITS or len(shape_of(node) or ()) != 4:
+        return False
+    x, axis = whole.args[0], (*whole.args, *whole.kwargs.values(), 0)[2]
+    sizes = [int(t.shape[1]) for t in whole.meta["val"]]
+    if axis % 4 != 1 or not _take(state, node, x, sum(sizes[:index]), sizes[index]):
+        return False
+    state.split.add(whole)
+    return True
+
+
+def _take(state: Lowering, node: Node, x: Node, first: int, count: int) -> bool:
+    """Some channels of an image."""
+    known = state.native.get(x)
+    if known is None or known.piece.kind != "image":
+        return False
+    return state.add(
+        known.piece, node, Gather(Value("image", count), [(known.value, first, count)])
+    )
+
+
 @rule(_aten.slice.Tensor)
 def _slice(state: Lowering, node: Node) -> bool:
     """Every n-th row and column: taken together with the padding of channels that follows."""
@@ -125,6 +193,9 @@ def _slice(state: Lowering, node: Node) -> bool:
     shape = shape_of(node)
     if x not in state.native or shape is None or len(shape) != 4:
         return False
+    if axis % 4 == 1 and step == 1 and isinstance(begin or 0, int):
+        channels = shape_of(x)[1]  # type: ignore[index]
+        return _take(state, node, x, (begin or 0) % channels, shape[1])
     whole = (begin or 0) == 0 and isinstance(end, int | None) and (end is None or end > 1 << 40)
     if not whole or axis % 4 not in (0, 2, 3) or (axis % 4 == 0 and step != 1):
         return False

@@ -42,7 +42,13 @@ def _hardtanh(state: Lowering, node: Node) -> bool:
     return tuple(limits) == (0.0, 6.0) and _activate(state, node, Activation.RELU6)
 
 
-def _activate(state: Lowering, node: Node, activation: Activation) -> bool:
+@rule(_aten.leaky_relu.default, _aten.leaky_relu_.default)
+def _leaky_relu(state: Lowering, node: Node) -> bool:
+    slope = filled(node, (None, 0.01))[1]
+    return 0 <= slope <= 1 and _activate(state, node, Activation.LEAKY_RELU, slope)
+
+
+def _activate(state: Lowering, node: Node, activation: Activation, slope: float = 0.0) -> bool:
     x = node.args[0]
     if node.kwargs.get("approximate") == "tanh":
         activation = Activation.GELU_TANH
@@ -51,10 +57,12 @@ def _activate(state: Lowering, node: Node, activation: Activation) -> bool:
         return False
     op = state.product_alone(x)
     if op is not None and activation not in _NOT_ZERO_AT_ZERO:
-        op.activation = activation
+        op.activation, op.slope = activation, slope
         return state.same(node, x)
     out = Value(known.value.kind, known.value.channels)
-    return state.add(known.piece, node, Combine(out, known.value, activation=activation))
+    return state.add(
+        known.piece, node, Combine(out, known.value, activation=activation, slope=slope)
+    )
 
 
 @rule(_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.mul_.Tensor)
@@ -75,10 +83,8 @@ def _combine(state: Lowering, node: Node) -> bool:
         return False
     piece, (a, b) = found
     if not multiply and not small:
-        late = sorted(
-            (op for n in (x, y) if (op := state.product_alone(n)) is not None and x is not y),
-            key=piece.ops.index,
-        )
+        alone = (state.product_alone(n) for n in (x, y) if x is not y)
+        late = sorted((op for op in alone if op in piece.ops), key=piece.ops.index)
         for op in reversed(late):
             other = b if op.out is a else a
             before = piece.ops.index(state.made[other]) < piece.ops.index(op)
