@@ -133,6 +133,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=_named(model, shapes), strict=False
         )
+        if any(_overwrites(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # in place becomes out of place
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,
@@ -159,6 +161,25 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         ),
         names,
     )  # fmt: skip
+
+
+def _overwrites(node: torch.fx.Node) -> bool:
+    """Whether an operator changes a tensor that others read, or a view of one."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    changed = [
+        argument
+        for argument, formal in zip(node.args, schema.arguments)
+        if formal.alias_info is not None and formal.alias_info.is_write
+    ]
+    return not node.users or any(_shared(n) for n in changed if isinstance(n, torch.fx.Node))
+
+
+def _shared(node: torch.fx.Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", None)
+    own = returns is not None and all(r.alias_info is None for r in returns)
+    return not own or len(node.users) > 1
 
 
 def _accepted(argument: Any, graph: torch.fx.Graph) -> Any:

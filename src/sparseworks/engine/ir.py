@@ -193,16 +193,12 @@ class Norm(Op):
 
 @dataclass(eq=False)
 class Heads:
-    """Where a view's heads lie in a tokens value: `heads` of `size` channels from `first` on.
-
-    `order` names the axes that the view has, of "b", "s", "h", "d".
-    """
+    """Where heads lie in a tokens value: `heads` of `size` channels from `first` on."""
 
     value: Value
     heads: int
     size: int
     first: int = 0
-    order: tuple[str, ...] = ("b", "s", "h", "d")
 
 
 @dataclass(eq=False)

@@ -27,14 +27,19 @@ def lower(graph: torch.fx.Graph, constants: Mapping[str, Tensor]) -> list[Piece]
     Returns:
         Programs with at least one sparse product each; a node of the graph is made by at most one.
     """
-    state = Lowering(constants)
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        rule = RULES.get(node.target)
-        if rule is None or not rule(state, node):
-            state.levels[node] = state.level_of(node)
-    return state.finished(graph)
+    plain: set[str] = set()
+    while True:
+        state = Lowering(constants, plain)
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            rule = RULES.get(node.target)
+            if rule is None or not rule(state, node):
+                state.levels[node] = state.level_of(node)
+        pieces, viewed = state.finished(graph)
+        if not viewed:
+            return pieces
+        plain |= viewed
 
 
 del _rules

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparseworks.engine.ir import Activation, Attention, Heads, Load, Op, Product, Store, Value
+from sparseworks.engine.ir import Activation, Attention, Load, Op, Product, Store, Value
+from sparseworks.engine.views import View, base_view
 
 __all__ = ["RULES", "Lowering", "Native", "Piece", "filled", "kind_of", "rule", "shape_of"]
 
@@ -42,11 +43,16 @@ class Piece:
 
 @dataclass(eq=False)
 class Native:
-    """What is known of a node whose value a program makes; `heads` where it is a view of heads."""
+    """What is known of a node that a program makes; `view` where it is not the value itself."""
 
     piece: Piece
     value: Value
-    heads: Heads | None = None
+    view: View | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all channels in its last axis, whatever the order of the others."""
+        return self.view is None or self.view.whole(self.value.channels)
 
 
 Rule = Callable[["Lowering", Node], bool]
@@ -62,8 +68,15 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 class Lowering:
-    def __init__(self, constants: Mapping[str, Tensor]) -> None:
-        self.constants = constants
+    """Programs in the making.
+
+    Args:
+        constants: parameters and buffers by the name of their node.
+        plain: names of nodes that may not be seen through views.
+    """
+
+    def __init__(self, constants: Mapping[str, Tensor], plain: Set[str]) -> None:
+        self.constants, self.plain = constants, plain
         self.native: dict[Node, Native] = {}
         self.levels: dict[Node, int] = {}
         self.pieces: dict[tuple[str, int, str], Piece] = {}
@@ -71,6 +84,8 @@ class Lowering:
         self.made: dict[Value, Op] = {}
         self.padded: dict[Node, tuple[Node, int, int]] = {}  # by a convolution that follows
         self.split: set[Node] = set()  # whose parts are taken one by one
+        self.roots: dict[Value, Node] = {}  # the node that is the value itself
+        self.bases: dict[Value, View] = {}  # of tokens
 
     # what a rule needs
 
@@ -91,18 +106,27 @@ class Lowering:
         """These nodes as values of one program; None where they cannot be."""
         if not all(isinstance(n, Node) and shape_of(n) is not None for n in nodes):
             return None
+        known = [self.native.get(n) for n in nodes]
+        if any(k is not None and k.piece.kind != kind for k in known):
+            return None
+        if any(k is not None and k.view is not None for k in known):
+            return self._seen_alike(known)
         batches = {_batch(n, kind) for n in nodes}
         if None in batches or len(batches) != 1:
             return None
-        for n in nodes:
-            if n in self.native and (self.native[n].heads or self.native[n].piece.kind != kind):
-                return None
         level = max(
             self.native[n].piece.level if n in self.native else self.levels.get(n, 0) for n in nodes
         )
         key = (kind, level, str(batches.pop()))
         piece = self.pieces.setdefault(key, Piece(kind, level))
         return piece, [self._value(piece, n) for n in nodes]
+
+    def _seen_alike(self, known: Sequence[Native | None]) -> tuple[Piece, list[Value]] | None:
+        """Values of one program through the same view of all channels."""
+        found = [k for k in known if k is not None and k.whole]
+        if len(found) < len(known) or len({(k.piece, k.view) for k in found}) != 1:
+            return None
+        return found[0].piece, [k.value for k in found]
 
     def _value(self, piece: Piece, node: Node) -> Value:
         known = self.native.get(node)
@@ -117,12 +141,31 @@ class Lowering:
             piece.inputs[node.name] = node
             self.loaded[piece, node] = value
             self.made[value] = piece.ops[-1]
+            self.roots[value] = node
+            if piece.kind == "tokens":
+                self.bases[value] = base_view(shape)
         return self.loaded[piece, node]
 
-    def add(self, piece: Piece, node: Node, op: Op) -> bool:
+    def add(self, piece: Piece, node: Node, op: Op, view: View | None = None) -> bool:
+        """The node is what the operation makes, seen as its inputs are, or as `view` says."""
         piece.ops.append(op)
         self.made[op.out] = op
-        self.native[node] = Native(piece, op.out)
+        self.roots[op.out] = node
+        if piece.kind == "tokens":
+            self.bases[op.out] = self.bases[op.inputs()[0]].of(op.out.channels)
+            inputs = (self.native.get(n) for n in node.all_input_nodes)
+            seen = next((k.view for k in inputs if k is not None and k.view is not None), None)
+            view = view or (None if seen is None else seen.of(op.out.channels))
+        self.native[node] = Native(piece, op.out, view)
+        return True
+
+    def see(self, node: Node, known: Native, view: View | None) -> bool:
+        """The node is a view of a value."""
+        if view == self.bases.get(known.value):
+            view = None
+        elif view is None or self.roots[known.value].name in self.plain:
+            return False
+        self.native[node] = replace(known, view=view)
         return True
 
     def same(self, node: Node, source: Any) -> bool:
@@ -135,7 +178,7 @@ class Lowering:
     def product_alone(self, node: Any) -> Product | None:
         """The product that makes this node, where nothing else reads it and it may be extended."""
         known = self.native.get(node)
-        op = self.made.get(known.value) if known is not None and known.heads is None else None
+        op = self.made.get(known.value) if known is not None and known.whole else None
         if not isinstance(op, Product) or op.activation != Activation.NONE:
             return None
         while True:  # through nodes that are the same value
@@ -150,8 +193,13 @@ class Lowering:
 
     # the end
 
-    def finished(self, graph: torch.fx.Graph) -> list[Piece]:
-        """Store what others read, and leave out programs that have nothing to skip."""
+    def finished(self, graph: torch.fx.Graph) -> tuple[list[Piece], set[str]]:
+        """Store what others read, and leave out programs that have nothing to skip.
+
+        Returns:
+            The programs; and values of which others read views, which no program stores.
+        """
+        viewed = set()
         pieces = [p for p in self.pieces.values() if any(isinstance(o, Product) for o in p.ops)]
         for node in graph.nodes:
             known = self.native.get(node)
@@ -159,9 +207,11 @@ class Lowering:
                 continue
             piece = known.piece
             outside = [u for u in self._readers(node) if self._piece(u) is not piece]
-            if outside and known.heads is None:
+            if outside and known.view is None:
                 self._store(piece, node, known.value)
-        return sorted(pieces, key=lambda p: p.level)
+            elif outside:
+                viewed.add(self.roots[known.value].name)
+        return sorted(pieces, key=lambda p: p.level), viewed
 
     def _readers(self, node: Node) -> list[Node]:
         """Who reads a node; through paddings that become part of a convolution, and splits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,7 @@ def _read_part(held: dict[str, Any], tensors: dict[str, Tensor], threads: int) -
             return values[content]
         if kind == "tensor":
             return tensors[content]
-        made = ir.Heads(**{k: decoded(v) for k, v in content.items()})
-        return replace(made, order=tuple(made.order))
+        return ir.Heads(**{k: decoded(v) for k, v in content.items()})
 
     ops = []
     for name, content in held["ops"]:

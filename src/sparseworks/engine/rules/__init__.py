@@ -1,5 +1,5 @@
 """One rule per operator of torch, by what they work on."""
 
-from sparseworks.engine.rules import images, pointwise, tokens
+from sparseworks.engine.rules import images, pointwise, tokens, views
 
-__all__ = ["images", "pointwise", "tokens"]
+__all__ = ["images", "pointwise", "tokens", "views"]

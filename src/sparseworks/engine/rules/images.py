@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch.fx import Node
 
 from sparseworks.engine.ir import Gather, Mean, Pool, Product, Upsample, Value
 from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
+from sparseworks.engine.rules.views import take
 
 _aten = torch.ops.aten
-_SPLITS = (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default)
 
 
 @rule(_aten.conv2d.default)
@@ -48,9 +47,19 @@ def _conv(state: Lowering, node: Node) -> bool:
 
 @rule(_aten.batch_norm.default)
 def _batch_norm(state: Lowering, node: Node) -> bool:
-    x, weight, bias, mean, variance, training, _, epsilon, _ = filled(node, ())
+    training, epsilon = node.args[5], node.args[7]
+    return not training and _normalised(state, node, epsilon)
+
+
+@rule(_aten._native_batch_norm_legit_no_training.default)
+def _batch_norm_out_of_place(state: Lowering, node: Node) -> bool:
+    return _normalised(state, node, node.args[6])
+
+
+def _normalised(state: Lowering, node: Node, epsilon: Any) -> bool:
+    x, weight, bias, mean, variance = filled(node, ())[:5]
     found = [state.constant(t) for t in (mean, variance)]
-    if training or any(t is None for t in found):
+    if any(t is None for t in found):
         return False
     mu, var = (t.double() for t in found if t is not None)
     scale = (var + epsilon).rsqrt()
@@ -162,40 +171,22 @@ def _cat(state: Lowering, node: Node) -> bool:
     return state.add(piece, node, Gather(out, [(v, 0, v.channels) for v in values]))
 
 
-@rule(operator.getitem)
-def _part(state: Lowering, node: Node) -> bool:
-    """Of channels that are split."""
-    whole, index = node.args
-    if whole.target not in _SPLITS or len(shape_of(node) or ()) != 4:
-        return False
-    x, axis = whole.args[0], (*whole.args, *whole.kwargs.values(), 0)[2]
-    sizes = [int(t.shape[1]) for t in whole.meta["val"]]
-    if axis % 4 != 1 or not _take(state, node, x, sum(sizes[:index]), sizes[index]):
-        return False
-    state.split.add(whole)
-    return True
-
-
-def _take(state: Lowering, node: Node, x: Node, first: int, count: int) -> bool:
-    """Some channels of an image."""
-    known = state.native.get(x)
-    if known is None or known.piece.kind != "image":
-        return False
-    return state.add(
-        known.piece, node, Gather(Value("image", count), [(known.value, first, count)])
-    )
-
-
 @rule(_aten.slice.Tensor)
 def _slice(state: Lowering, node: Node) -> bool:
     """Every n-th row and column: taken together with the padding of channels that follows."""
     x, axis, begin, end, step = filled(node, (None, 0, None, None, 1))
     shape = shape_of(node)
-    if x not in state.native or shape is None or len(shape) != 4:
+    if x not in state.native or shape is None:
+        return False
+    if state.native[x].piece.kind == "tokens":
+        size = (shape_of(x) or ())[axis]
+        known = isinstance(size, int) and isinstance(begin or 0, int) and step == 1
+        return known and take(state, node, x, axis, (begin or 0) % size, shape[axis])
+    if len(shape) != 4:
         return False
     if axis % 4 == 1 and step == 1 and isinstance(begin or 0, int):
         channels = shape_of(x)[1]  # type: ignore[index]
-        return _take(state, node, x, (begin or 0) % channels, shape[1])
+        return take(state, node, x, 1, (begin or 0) % channels, shape[1])
     whole = (begin or 0) == 0 and isinstance(end, int | None) and (end is None or end > 1 << 40)
     if not whole or axis % 4 not in (0, 2, 3) or (axis % 4 == 0 and step != 1):
         return False

@@ -53,7 +53,7 @@ def _activate(state: Lowering, node: Node, activation: Activation, slope: float 
     if node.kwargs.get("approximate") == "tanh":
         activation = Activation.GELU_TANH
     known = state.native.get(x) if isinstance(x, Node) else None
-    if known is None or known.heads is not None:
+    if known is None or not known.whole:
         return False
     op = state.product_alone(x)
     if op is not None and activation not in _NOT_ZERO_AT_ZERO:
@@ -72,7 +72,7 @@ def _combine(state: Lowering, node: Node) -> bool:
         return False
     one = state.native.get(x) or state.native.get(y)
     shapes = (shape_of(x), shape_of(y))
-    if one is None or one.heads is not None or None in shapes:
+    if one is None or None in shapes:
         return False
     multiply = node.target in (_aten.mul.Tensor, _aten.mul_.Tensor)
     small = one.piece.kind == "image" and _is_scale(shapes[0], shapes[1])

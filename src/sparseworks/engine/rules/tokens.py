@@ -1,14 +1,16 @@
-"""Linear layers, layer norm, views of heads, attention."""
+"""Linear layers, layer norm, attention."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
 from sparseworks.engine.ir import Attention, Heads, Norm, Product, Value
 from sparseworks.engine.pieces import Lowering, Native, filled, kind_of, rule, shape_of
+from sparseworks.engine.views import Run, View
 
 _aten = torch.ops.aten
 
@@ -16,10 +18,33 @@ _aten = torch.ops.aten
 @rule(_aten.linear.default)
 def _linear(state: Lowering, node: Node) -> bool:
     x, weight, bias = filled(node, (None, None, None))
+    return _linear_map(state, node, x, weight, bias)
+
+
+@rule(_aten.addmm.default)
+def _addmm(state: Lowering, node: Node) -> bool:
+    bias, x, weight = node.args[:3]
+    scaled = any(n != 1 for n in node.kwargs.values())
+    return not scaled and _linear_map(state, node, x, weight, bias, turned=True)
+
+
+@rule(_aten.mm.default, _aten.matmul.default)
+def _matmul(state: Lowering, node: Node) -> bool:
+    x, weight = node.args[:2]
+    return _linear_map(state, node, x, weight, None, turned=True)
+
+
+def _linear_map(
+    state: Lowering, node: Node, x: Any, weight: Any, bias: Any, turned: bool = False
+) -> bool:
+    """x W^T + b, or x W + b where the weight is `turned`."""
     w = state.constant(weight)
     kind = kind_of(x, state)
-    if w is None or kind is None or (bias is not None and state.constant(bias) is None):
+    if w is None or w.ndim != 2 or kind is None:
         return False
+    if bias is not None and (state.constant(bias) is None or state.constant(bias).ndim != 1):  # type: ignore[union-attr]
+        return False
+    w = w.t().contiguous() if turned else w
     if kind == "image" and len(shape_of(x) or ()) != 2:
         return False
     found = state.inputs(kind, x)
@@ -45,62 +70,6 @@ def _layer_norm(state: Lowering, node: Node) -> bool:
     )
 
 
-# views of heads
-
-
-@rule(_aten.view.default, _aten.reshape.default, _aten.unflatten.int, _aten.flatten.using_ints,
-       _aten._unsafe_view.default, _aten.squeeze.dims)  # fmt: skip
-def _view(state: Lowering, node: Node) -> bool:
-    (x, *_) = filled(node, ())
-    known = state.native.get(x)
-    before, after = shape_of(x) or (), shape_of(node) or ()
-    if known is None:
-        return False
-    if tuple(map(str, before)) == tuple(map(str, after)):
-        return state.same(node, x)
-    if known.piece.kind == "image":  # a single pixel becomes a vector
-        vector = len(before) == 4 and len(after) == 2 and tuple(before[2:]) == (1, 1)
-        return vector and state.same(node, x)
-    if known.heads is None and len(before) == 3 and len(after) == 4:
-        heads, size = after[2:]
-        fits = isinstance(heads, int) and isinstance(size, int)
-        if not fits or heads * size != before[2] or str(before[1]) != str(after[1]):
-            return False
-        first = known.heads.first if known.heads else 0
-        state.native[node] = replace(known, heads=Heads(known.value, heads, size, first))
-        return True
-    if known.heads is not None and len(after) == 3:
-        h = known.heads
-        whole = h.heads * h.size == known.value.channels and h.order == ("b", "s", "h", "d")
-        if whole and after[2] == known.value.channels and str(after[1]) == str(before[1]):
-            state.native[node] = replace(known, heads=None)
-            return True
-    return False
-
-
-@rule(_aten.transpose.int)
-def _transpose(state: Lowering, node: Node) -> bool:
-    axes = list(range(4))
-    a, b = (axis % 4 for axis in filled(node, ())[1:])
-    axes[a], axes[b] = b, a
-    return _permuted(state, node, axes)
-
-
-@rule(_aten.permute.default)
-def _permute(state: Lowering, node: Node) -> bool:
-    _, order = filled(node, ())
-    return len(order) == 4 and _permuted(state, node, [a % 4 for a in order])
-
-
-def _permuted(state: Lowering, node: Node, axes: list[int]) -> bool:
-    known = state.native.get(filled(node, ())[0])
-    if known is None or known.heads is None:
-        return False
-    order = tuple(known.heads.order[a] for a in axes)
-    state.native[node] = replace(known, heads=replace(known.heads, order=order))
-    return True
-
-
 _SDPA = _aten.scaled_dot_product_attention.default
 
 
@@ -108,17 +77,14 @@ _SDPA = _aten.scaled_dot_product_attention.default
 def _attention(state: Lowering, node: Node) -> bool:
     q, k, v, mask, dropout, causal = filled(node, (None, None, None, None, 0.0, False))
     known = [state.native.get(n) for n in (q, k, v)]
-    if any(n is None or n.heads is None for n in known) or dropout:
+    heads = [_heads(state, n) for n in known if n is not None]
+    if len(heads) < 3 or None in heads or dropout or len({n.piece for n in known}) != 1:  # type: ignore[union-attr]
         return False
-    heads = [n.heads for n in known if n is not None and n.heads is not None]
+    one, two, three = (h for h in heads if h is not None)
     piece = known[0].piece  # type: ignore[union-attr]
-    if any(h.order != ("b", "h", "s", "d") for h in heads):
+    if two.heads != three.heads or len({h.size for h in (one, two, three)}) != 1:
         return False
-    if any(n.piece is not piece for n in known if n is not None):
-        return False
-    if heads[1].heads != heads[2].heads or len({h.size for h in heads}) != 1:
-        return False
-    if heads[0].heads != heads[1].heads and not node.kwargs.get("enable_gqa"):
+    if one.heads != two.heads and not node.kwargs.get("enable_gqa"):
         return False
     name = None
     if mask is not None:
@@ -132,11 +98,28 @@ def _attention(state: Lowering, node: Node) -> bool:
             return False
         name = mask.name
         piece.masks[name] = mask
-    scale = float(node.kwargs.get("scale") or heads[0].size ** -0.5)  # type: ignore[arg-type]
-    out = Value("tokens", heads[0].heads * heads[0].size)
-    op = Attention(out, heads[0], heads[1], heads[2], scale, bool(causal), name)
-    state.add(piece, node, op)
-    state.native[node] = Native(
-        piece, out, Heads(out, heads[0].heads, heads[0].size, 0, ("b", "h", "s", "d"))
-    )
-    return True
+    scale = float(node.kwargs.get("scale") or one.size**-0.5)  # type: ignore[arg-type]
+    channels = one.heads * one.size
+    op = Attention(Value("tokens", channels), one, two, three, scale, bool(causal), name)
+    b, s, c = state.bases[one.value].of(channels).dims
+    parted = View((b, s, c)).regrouped([*(_size(d) for d in (b, s)), one.heads, one.size])
+    assert parted is not None
+    return state.add(piece, node, op, parted.permuted((0, 2, 1, 3)))
+
+
+def _size(dim: tuple[Run, ...]) -> Any:
+    return dim[0].size if dim else sympy.Integer(1)
+
+
+def _heads(state: Lowering, known: Native) -> Heads | None:
+    """A view [entries, heads, tokens, channels of a head] as heads that lie side by side."""
+    view, base = known.view, state.bases.get(known.value)
+    if view is None or base is None or len(view.dims) != 4 or len(base.dims) != 3:
+        return None
+    entries, heads, tokens, channels = view.dims
+    size, count = int(_size(channels)), int(_size(heads))
+    plain = channels in ((), (Run("c", sympy.Integer(size)),))
+    beside = heads in ((), (Run("c", sympy.Integer(count), size),))
+    if (entries, tokens) != base.dims[:2] or not plain or not beside:
+        return None
+    return Heads(known.value, count, size, view.first)
