@@ -94,9 +94,7 @@ class Fused(nn.Module):
         if self.kind == "unbound":
             q, k, v = self.qkv(x).reshape(b, s, 3, 4, 6).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            q, k, v = (
-                t.view(b, s, 4, 6).transpose(1, 2) for t in self.qkv(x).split(24, dim=2)
-            )
+            q, k, v = (t.view(b, s, 4, 6).transpose(1, 2) for t in self.qkv(x).split(24, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "split")
         return x + self.out(y.transpose(1, 2).reshape(b, s, 24))
 
@@ -165,3 +163,19 @@ def test_views_know_where_they_look():
     third = view.regrouped((5, 7, 3, 8)).permuted((2, 0, 1, 3)).selected(0, 2)
     assert third.first == 16 and third.dims == view.narrowed(2, 16, 8).dims
     assert view.selected(0, 1) is None and view.squeezed(1) is None and not third.whole(24)
+
+
+def test_a_spelt_out_gelu():
+    class Spelt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 20), nn.Linear(20, 12)
+
+        def forward(self, x):
+            y = self.a(x)
+            inner = 0.7978845608028654 * (y + 0.044715 * torch.pow(y, 3.0))
+            return self.b(0.5 * y * (1.0 + torch.tanh(inner)))
+
+    torch.manual_seed(0)
+    plan = planned(Spelt(), torch.randn(3, 7, 12))
+    assert len(plan.parts) == 1 and not calls(plan)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.engine import rules as _rules  # fills the table
+from sparseworks.engine.patterns import gelu_in_parts
 from sparseworks.engine.pieces import RULES, Lowering, Piece
 
 __all__ = ["Piece", "lower"]
@@ -28,12 +29,16 @@ def lower(graph: torch.fx.Graph, constants: Mapping[str, Tensor]) -> list[Piece]
         Programs with at least one sparse product each; a node of the graph is made by at most one.
     """
     plain: set[str] = set()
+    spelt = {n: found for n in graph.nodes if (found := gelu_in_parts(n)) is not None}
     while True:
         state = Lowering(constants, plain)
+        for node, (x, between) in spelt.items():
+            state.gelus[node] = x
+            state.passed |= between
         for node in graph.nodes:
             if node.op != "call_function":
                 continue
-            rule = RULES.get(node.target)
+            rule = None if node in state.passed else RULES.get(node.target)
             if rule is None or not rule(state, node):
                 state.levels[node] = state.level_of(node)
         pieces, viewed = state.finished(graph)

@@ -83,7 +83,8 @@ class Lowering:
         self.loaded: dict[tuple[Piece, Node], Value] = {}
         self.made: dict[Value, Op] = {}
         self.padded: dict[Node, tuple[Node, int, int]] = {}  # by a convolution that follows
-        self.split: set[Node] = set()  # whose parts are taken one by one
+        self.passed: set[Node] = set()  # that are part of what reads them
+        self.gelus: dict[Node, Node] = {}  # that are spelt out, and of what
         self.roots: dict[Value, Node] = {}  # the node that is the value itself
         self.bases: dict[Value, View] = {}  # of tokens
 
@@ -214,11 +215,11 @@ class Lowering:
         return sorted(pieces, key=lambda p: p.level), viewed
 
     def _readers(self, node: Node) -> list[Node]:
-        """Who reads a node; through paddings that become part of a convolution, and splits."""
+        """Who reads a node; through what is part of them, as padding is."""
         found = []
         for user in node.users:
-            passed = user in self.padded or user in self.split
-            found += list(user.users) if passed else [user]
+            passed = user in self.padded or user in self.passed
+            found += self._readers(user) if passed else [user]
         return found
 
     def _piece(self, node: Node) -> Piece | None:

@@ -45,11 +45,13 @@ def _hardtanh(state: Lowering, node: Node) -> bool:
 @rule(_aten.leaky_relu.default, _aten.leaky_relu_.default)
 def _leaky_relu(state: Lowering, node: Node) -> bool:
     slope = filled(node, (None, 0.01))[1]
-    return 0 <= slope <= 1 and _activate(state, node, Activation.LEAKY_RELU, slope)
+    return 0 <= slope <= 1 and _activate(state, node, Activation.LEAKY_RELU, slope=slope)
 
 
-def _activate(state: Lowering, node: Node, activation: Activation, slope: float = 0.0) -> bool:
-    x = node.args[0]
+def _activate(
+    state: Lowering, node: Node, activation: Activation, x: Any = None, slope: float = 0.0
+) -> bool:
+    x = node.args[0] if x is None else x
     if node.kwargs.get("approximate") == "tanh":
         activation = Activation.GELU_TANH
     known = state.native.get(x) if isinstance(x, Node) else None
@@ -68,6 +70,8 @@ def _activate(state: Lowering, node: Node, activation: Activation, slope: float 
 @rule(_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.mul_.Tensor)
 def _combine(state: Lowering, node: Node) -> bool:
     x, y = node.args[:2]
+    if node in state.gelus:
+        return _activate(state, node, Activation.GELU_TANH, state.gelus[node])
     if not (isinstance(x, Node) and isinstance(y, Node)) or node.kwargs.get("alpha", 1) != 1:
         return False
     one = state.native.get(x) or state.native.get(y)

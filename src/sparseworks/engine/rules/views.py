@@ -108,7 +108,7 @@ def _part(state: Lowering, node: Node) -> bool:
         known = all(isinstance(n, int) for n in sizes)
         taken = known and take(state, node, x, given[1], sum(sizes[:index]), sizes[index])
     if taken:
-        state.split.add(whole)
+        state.passed.add(whole)
     return taken
 
 
