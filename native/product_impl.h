@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "bf16.h"
+#include "int8.h"
 #include "math.h"
 
 namespace sparseworks {
@@ -42,6 +43,13 @@ struct Target {
   int most;            // vectors of a block
   Activation activation;
   float floor;  // of ReLU: 0; else -inf
+  // of int8: where the sums of a row begin, its scale, and the largest magnitude of the inputs at
+  // each position, or the same 16 for all
+  const int32_t* zero;
+  const float *scale, *range;
+  int64_t range_step;
+
+  float bias_of(int row) const { return bias != nullptr ? bias[row] : 0.0f; }
 };
 
 // One block of taps: the first starts from the bias, the others from what is stored, and the last
@@ -67,12 +75,12 @@ inline T* again(T* p) {
 }
 
 // The sums of a row begin.
-template <int P>
+template <typename K, int P>
 inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec (&sum)[P]) {
   if (stage.first) {
-    const Vec bias = all(to.bias != nullptr ? to.bias[row] : 0.0f);
+    const Vec start = K::start(to, row);
 #pragma GCC unroll 32
-    for (int v = 0; v < P; ++v) sum[v] = bias;
+    for (int v = 0; v < P; ++v) sum[v] = start;
   } else {
     const float* from = again(to.out + row * to.plane + at);
 #pragma GCC unroll 32
@@ -81,11 +89,12 @@ inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec
 }
 
 // ... and end as results, or wait for the next block.
-template <int P>
+template <typename K, int P>
 inline void finish(const Target& to, const Stage& stage, int row, int64_t at, int index,
                    Vec (&sum)[P]) {
   const int64_t first = row * to.plane + at;
   if (stage.last) {
+    K::complete(to, row, at, sum);
     if (to.residual != nullptr) {
       const float* other = again(to.residual + first);
 #pragma GCC unroll 32
@@ -122,15 +131,18 @@ inline void fetch_ahead(const Taps& w, int64_t begin, int64_t end) {
   }
 }
 
-// How a kept weight meets a vector of positions.
+// How a kept weight meets a vector of positions; what a sum starts with, and what completes it.
 struct Single {
   using Weight = Vec;
+  static Vec start(const Target& to, int row) { return all(to.bias_of(row)); }
+  template <int P>
+  static void complete(const Target&, int, int64_t, Vec (&)[P]) {}
   static Weight weight(const float* value) { return all(*value); }
   static Vec add(Vec sum, Weight w, Vec x) { return sum + w * x; }
 };
 
 // A pair of bf16 weights, for two channels, meets positions that are pairs as well.
-struct Paired {
+struct Paired : Single {
   using Weight = IntVec;
   static Weight weight(const float* value) {
     int bits;
@@ -148,6 +160,33 @@ struct Paired {
     sum += reinterpret_cast<Vec>(w << 16) * reinterpret_cast<Vec>(pair << 16);
     return sum + reinterpret_cast<Vec>(w & high) * reinterpret_cast<Vec>(pair & high);
 #endif
+  }
+};
+
+// Four int8 weights meet positions that are four bytes; sums are int32 until they are complete.
+struct Quad {
+  using Weight = Four;
+  static Vec start(const Target& to, int row) {
+    return reinterpret_cast<Vec>(to.zero[row] - IntVec{});
+  }
+  static Weight weight(const float* value) {
+    int bits;
+    std::memcpy(&bits, value, sizeof bits);
+    return Four(bits);
+  }
+  static Vec add(Vec sum, const Weight& w, Vec x) {
+    return reinterpret_cast<Vec>(
+        w.added(reinterpret_cast<IntVec>(sum), reinterpret_cast<IntVec>(x)));
+  }
+  template <int P>
+  static void complete(const Target& to, int row, int64_t at, Vec (&sum)[P]) {
+    const Vec scale = all(to.scale[row]), bias = all(to.bias_of(row));
+    const float* range = again(to.range + to.range_step * at);
+#pragma GCC unroll 32
+    for (int v = 0; v < P; ++v) {
+      const Vec counted = __builtin_convertvector(reinterpret_cast<IntVec>(sum[v]), Vec);
+      sum[v] = counted * (scale * load(range + to.range_step * v * kLanes)) + bias;
+    }
   }
 };
 
@@ -169,11 +208,11 @@ void one_row(const Taps& w, const Stage& stage, int place, const float* in, int6
   const Target to = target;  // a copy, which stores cannot change
   const int row = stage.group(place);
   Vec acc[P];
-  begin(to, stage, row, at, acc);
+  begin<K>(to, stage, row, at, acc);
   const int64_t first = stage.start[place], last = stage.start[place + 1];
   fetch_ahead(w, first, last);
   accumulate<K, P, S>(in, w.offset + first, w.value + first, last - first, acc);
-  finish(to, stage, row, at, index, acc);
+  finish<K>(to, stage, row, at, index, acc);
 }
 
 // Two rows at once, so that few positions still fill the pipeline.
@@ -183,8 +222,8 @@ void two_rows(const Taps& w, const Stage& stage, int place, const float* in, int
   const Target to = target;
   const int row = stage.group(place), next = stage.group(place + 1);
   Vec a[P], b[P];
-  begin(to, stage, row, at, a);
-  begin(to, stage, next, at, b);
+  begin<K>(to, stage, row, at, a);
+  begin<K>(to, stage, next, at, b);
   int64_t i = stage.start[place], j = stage.start[place + 1];
   const int64_t i_end = j, j_end = stage.start[place + 2];
   const int64_t both = std::min(i_end - i, j_end - j);
@@ -200,8 +239,8 @@ void two_rows(const Taps& w, const Stage& stage, int place, const float* in, int
   }
   accumulate<K, P, S>(in, w.offset + i, w.value + i, i_end - i, a);
   accumulate<K, P, S>(in, w.offset + j, w.value + j, j_end - j, b);
-  finish(to, stage, row, at, index, a);
-  finish(to, stage, next, at, index, b);
+  finish<K>(to, stage, row, at, index, a);
+  finish<K>(to, stage, next, at, index, b);
 }
 
 // G rows that share their taps: one load serves G products. For weights that are nearly dense.
@@ -213,7 +252,7 @@ void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, 
   const int first = stage.group(place) * G;
 #pragma GCC unroll 32
   for (int g = 0; g < G; ++g)
-    if (first + g < w.rows) begin(to, stage, first + g, at, acc[g]);
+    if (first + g < w.rows) begin<K>(to, stage, first + g, at, acc[g]);
   const int64_t end = stage.start[place + 1];
   for (int64_t t = stage.start[place]; t < end; ++t) {
     const float* x = in + w.offset[t];
@@ -227,7 +266,7 @@ void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, 
   }
 #pragma GCC unroll 32
   for (int g = 0; g < G; ++g)
-    if (first + g < w.rows) finish(to, stage, first + g, at, index, acc[g]);
+    if (first + g < w.rows) finish<K>(to, stage, first + g, at, index, acc[g]);
 }
 
 // All groups [begin, end) on one block of P vectors.
@@ -383,10 +422,14 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
   // of an image, what the taps of two rows at once read in the first cache; of tokens all, because
   // their many taps are read once for each block
   const int most = to.height > 1 ? kPair : kRun;
+  const float* range = op.extra < 0 ? nullptr : arena + where[op.extra];
+  alignas(64) float of_images[kLanes];
+  if (op.slots > 0) store(of_images, range_of(range, op.slots, lanes));
   const Target target{out, residual, op.live.empty() ? nullptr : op.live.data(), op.bias, to.plane,
                       op.shift, columns, to.width, most,
                       relu ? Activation::kNone : op.activation,
-                      relu ? 0.0f : -std::numeric_limits<float>::infinity()};
+                      relu ? 0.0f : -std::numeric_limits<float>::infinity(),
+                      op.taps.zero, op.scale, op.slots > 0 ? of_images : range, op.slots == 0};
   for (int y = first_run; y < last_run; ++y) {
     const float* row = in + y * from.pitch * op.stride;
     const int64_t at = to.origin + y * to.pitch;
@@ -401,7 +444,8 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
       if (op.taps.group == 4) op.stride == 2 ? with(four, two) : with(four, one);
       else op.stride == 2 ? with(one, two) : with(one, one);
     };
-    if (op.taps.pairs) run(Paired{});
+    if (op.taps.channels == 4) run(Quad{});
+    else if (op.taps.channels == 2) run(Paired{});
     else run(Single{});
   }
 }

@@ -11,8 +11,8 @@ from enum import IntEnum
 
 from torch import Tensor
 
-__all__ = ["Activation", "Attention", "Combine", "Load", "Mean", "Norm", "Op", "Pool", "Product",
-           "Store", "Value"]  # fmt: skip
+__all__ = ["Activation", "Attention", "Combine", "Load", "Mean", "Norm", "Op", "Pool",
+           "Precision", "Product", "Store", "Value"]  # fmt: skip
 
 
 class Activation(IntEnum):
@@ -28,6 +28,21 @@ class Activation(IntEnum):
     HARDSIGMOID = 7
     SIGMOID = 8
     TANH = 9
+
+
+class Precision(IntEnum):
+    """Of the weight and the input of a product; the number is how many fit into 32 bits.
+
+    Attributes:
+        FP32: as they are.
+        BF16: rounded to bf16, sums fp32.
+        INT8: rounded to whole numbers times a scale, which is max|w| / 127 of every row of the
+            weight, and max|x| / 127 of every token or image; sums int32, scaled in fp32.
+    """
+
+    FP32 = 1
+    BF16 = 2
+    INT8 = 4
 
 
 @dataclass(eq=False)
@@ -88,7 +103,7 @@ class Product(Op):
         name: of the parameter.
         padding: zeros before the first row and column.
         more: zeros behind the last row and column beyond as many.
-        half: weight and x are rounded to bf16; sums, bias, residual and result stay fp32.
+        precision: of weight and x; bias, residual and result are fp32.
     """
 
     x: Value
@@ -102,7 +117,7 @@ class Product(Op):
     groups: int = 1
     residual: Value | None = None
     activation: Activation = Activation.NONE
-    half: bool = False
+    precision: Precision = Precision.FP32
 
     def inputs(self) -> list[Value]:
         return [self.x, *([] if self.residual is None else [self.residual])]

@@ -20,6 +20,7 @@ from sparseworks.engine.ir import (
     Norm,
     Op,
     Pool,
+    Precision,
     Product,
     Store,
     Value,
@@ -29,9 +30,10 @@ from sparseworks.kernels.native import module
 
 __all__ = ["Instance", "build", "lone_product"]
 
-_LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS = range(
-    11
-)
+(
+    _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS,
+    _RANGE, _QUADS,
+) = range(13)  # fmt: skip
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
@@ -87,11 +89,13 @@ def build(
     return _Builder(ops, sizes, lanes, threads, {} if packed is None else packed).instance()
 
 
-def lone_product(weight: Tensor, kind: str, size: tuple[int, ...], half: bool = False) -> Instance:
+def lone_product(
+    weight: Tensor, kind: str, size: tuple[int, ...], precision: Precision = Precision.FP32
+) -> Instance:
     """One linear layer or convolution by itself, from tensor "x" to "y", on one thread."""
     rows, columns = weight.shape[:2]
     x, y = Value(kind, columns), Value(kind, rows)
-    product = Product(y, x, weight, None, "weight", half=half)
+    product = Product(y, x, weight, None, "weight", precision=precision)
     return build([Load(x, "x"), product, Store(y, "y")], {"x": size}, 1, 1)
 
 
@@ -283,10 +287,12 @@ class _Builder:
         if self._phased(op):
             given, source, stride = self._phase(op, source)
         whole = self._whole((given.height, given.width)) if op.x.kind == "image" else False
-        if op.half:
-            source = self._pairs(op, source, given)
+        if op.precision != Precision.FP32:
+            source = self._words(op, source, given)
         taps = self._packed(op, given, stride if not self._phased(op) else 0, whole)
         fields: dict[str, Any] = {"in": source, "from": given}
+        if op.precision == Precision.INT8:
+            fields |= self._range(op.x)
         if op.residual is not None:
             fields["other"] = self._buffer(op.residual)
         if op.bias is not None:
@@ -302,7 +308,7 @@ class _Builder:
             self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
-        self.products[len(self.native)] = (op, work * (32 if op.half else 16))
+        self.products[len(self.native)] = (op, work * 16 * op.precision)
         self.groups[len(self.native)] = taps["group"]
         self.inputs[len(self.native)] = self.shape[op.x]
         self._add(
@@ -332,23 +338,42 @@ class _Builder:
             self._buffer(key)
         return g, buffer, 1
 
-    def _pairs(self, op: Product, source: int, given: Geometry) -> int:
-        """The input of a product in bf16."""
+    def _words(self, op: Product, source: int, given: Geometry) -> int:
+        """The input of a product in bf16 or int8, several channels in 32 bits."""
         inner = op.stride**2 if self._phased(op) else 1
-        key = ("pairs", op.x, inner)
+        key = (op.precision, op.x, inner)
         done = key in self.buffers
+        fields: dict[str, Any] = {"in": source}
+        if op.precision == Precision.INT8:
+            fields |= self._range(op.x)
+            self.lives[source][1] = len(self.native)
         shift = op.x.channels * inner * given.plane
         copied = op.x.kind == "image" and self._whole((given.height, given.width))
         copied = copied and (inner > 1 or op.x in self.beside)
-        floats = -(-op.x.channels // 2) * inner * given.plane * (3 if copied else 1)
+        floats = -(-op.x.channels // op.precision) * inner * given.plane * (3 if copied else 1)
         buffer = self._buffer(key, floats)
         if not done:
             self._add(
-                _PAIRS, floats // 4, **{"in": source}, out=buffer, to=given, window=inner,
-                channels=op.x.channels, shift=shift if copied else 0,
+                _PAIRS if op.precision == Precision.BF16 else _QUADS, floats // 4, out=buffer,
+                to=given, window=inner, channels=op.x.channels, shift=shift if copied else 0,
+                **fields,
             )  # fmt: skip
             self._buffer(key)
         return buffer
+
+    def _range(self, x: Value) -> dict[str, Any]:
+        """Fields of an operation that reads the largest magnitudes of a value."""
+        key, g = ("range", x), self._of(x)
+        slots = 0 if x.kind == "tokens" else self.threads
+        done = key in self.buffers
+        buffer = self._buffer(key, 16 * slots if slots else g.plane)
+        if not done:
+            self._add(
+                _RANGE, x.channels * g.plane // 16, **{"in": self._buffer(x), "from": g},
+                out=buffer, channels=x.channels, slots=slots,
+            )  # fmt: skip
+            self._buffer(key)
+        return {"extra": buffer, "slots": slots}
 
     def _pool(self, op: Pool) -> None:
         given = self._of(op.x)
