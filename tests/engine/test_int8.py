@@ -240,3 +240,34 @@ def test_a_program_too_far_from_the_model_is_refused(last_wins):
     compiled = sw.compile(model, x, dtype=torch.int8)
     assert "program, int8" not in compiled.times and compiled.error < 1e-4
     assert any("no program in int8: its relative error" in note for note in compiled.notes)
+
+
+def test_a_trained_resnet_keeps_its_predictions(data_root):
+    from sparseworks.data import load
+    from sparseworks.models.zoo import load_resnet
+
+    pytest.importorskip("pyarrow")
+    path = data_root / "cifar10" / "test.parquet"
+    x = torch.cat([images for images, _ in load(str(path), samples=512)])
+    model = load_resnet(data_root / "models" / "resnet20-cifar10.safetensors").eval()
+    plan = planned(model, x[:32], 2)
+    with torch.no_grad():
+        wanted = model(x)
+    found = plan(x)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 5e-2
+    assert float((found.argmax(1) == wanted.argmax(1)).float().mean()) > 0.98
+
+
+def test_a_trained_encoder_keeps_its_embeddings(minilm_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    model = AutoModel.from_pretrained(minilm_path).eval()
+    texts = ["Weights that are zero need no products.", "The cat sat on the mat."] * 2
+    batch = dict(tokenizer(texts, return_tensors="pt", padding=True))
+    plan = make_plan(capture(model, (), batch), 2, Precision.INT8)
+    assert plan is not None
+    with torch.no_grad():
+        wanted = model(**batch).last_hidden_state.mean(1)
+    found = plan(**batch).last_hidden_state.mean(1)
+    assert float(nn.functional.cosine_similarity(found, wanted).min()) > 0.99
