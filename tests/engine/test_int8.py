@@ -6,16 +6,18 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import sparseworks as sw
-from sparseworks.core.errors import CheckpointError
+from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.engine import compiling
 from sparseworks.engine.compiling import Compiled
 from sparseworks.engine.graph import capture
 from sparseworks.engine.ir import Precision, Product
 from sparseworks.engine.plan import make_plan
-from sparseworks.kernels.native import available
+from sparseworks.kernels.native import available, instruction_set
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels are not built")
 
@@ -24,13 +26,10 @@ SETS = ("avx512", "avx512vbmi2", "avx512f", "avx2", "base")
 
 @pytest.fixture(params=SETS)
 def on_each_set(request, monkeypatch):
-    from sparseworks.core.errors import InvalidArgument
-    from sparseworks.kernels.native import instruction_set
-
     monkeypatch.setenv("SPARSEWORKS_ISA", request.param)
     try:
         instruction_set()
-    except (InvalidArgument, RuntimeError):
+    except InvalidArgument:
         pytest.skip(f"this processor has no {request.param}")
 
 
@@ -61,7 +60,7 @@ def thinned(layer, sparsity):
     with torch.no_grad():
         layer.weight.normal_(generator=generator)
         layer.weight *= torch.rand(layer.weight.shape, generator=generator) >= sparsity
-        layer.weight[1] = 0.0  # a row without weights
+        layer.weight[0] = 0.0  # a row without weights
         layer.bias.normal_(generator=generator)
     return layer
 
@@ -107,6 +106,38 @@ def test_products_are_what_their_definition_says(on_each_set, layer, shape, spar
     assert [op.precision for op in products(plan)] == [Precision.INT8]
     agrees(plan, layer, x)
     agrees(plan, layer, x[:1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kernel=st.integers(1, 5),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 1, 2, 4]),
+    inputs=st.integers(1, 3),
+    outputs=st.integers(1, 5),
+    height=st.integers(9, 20),
+    width=st.integers(9, 37),
+    batch=st.sampled_from([1, 2, 16, 19]),
+    sparsity=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    threads=st.integers(1, 4),
+)
+def test_convolutions(
+    kernel, stride, padding, dilation, groups, inputs, outputs, height, width, batch, sparsity,
+    threads,
+):  # fmt: skip
+    if stride > 2 and stride == kernel:
+        kernel += 1  # patches are left to torch
+    inputs = inputs * 4 if groups > 1 else inputs + 2
+    conv = nn.Conv2d(inputs * groups, outputs * groups, kernel, stride, padding, dilation, groups)
+    layer = thinned(conv, sparsity)
+    x = torch.randn(
+        batch, inputs * groups, height, width, generator=torch.Generator().manual_seed(3)
+    )
+    plan = planned(layer, x, threads)
+    assert [op.precision for op in products(plan)] == [Precision.INT8]
+    agrees(plan, layer, x)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
