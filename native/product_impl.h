@@ -303,19 +303,20 @@ void block_of(int vectors, const Taps& w, int begin, int end, const float* in, i
 }
 
 // Copies of vectors [first, last) of rows of pixels, moved by one pixel to the right and to the left;
-// `first` begins a row. Beyond the ends of a row there are zeros. Reads no other rows, which another
+// `first` begins a row. Beyond the ends of a row there is `zero`. Reads no other rows, which another
 // thread may be writing.
-inline void shift_run(float* p, int64_t shift, int first, int last, int columns, int width) {
+inline void shift_run(float* p, int64_t shift, int first, int last, int columns, int width,
+                      Vec zero = Vec{}) {
   const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int inside = width - 1 - (columns - 1) * kLanes;  // of the last vector: with a neighbour
   for (int v = first; v < last; v += columns) {
-    Vec before{}, here = load(p + v * kLanes);
+    Vec before = zero, here = load(p + v * kLanes);
     for (int64_t i = v * kLanes; i < (v + columns) * kLanes; i += kLanes) {
       const bool end = i == (v + columns - 1) * kLanes;
       const Vec after = end ? Vec{} : load(p + i + kLanes);
       const Vec moved = __builtin_shuffle(here, after, lane + 1);
       store(p + shift + i, __builtin_shuffle(before, here, lane + 15));
-      store(p + 2 * shift + i, end ? (lane < inside ? moved : Vec{}) : moved);
+      store(p + 2 * shift + i, end ? (lane < inside ? moved : zero) : moved);
       before = here;
       here = after;
     }
@@ -372,6 +373,12 @@ inline void clear_padding(float* plane, const Geometry& g, bool between, int fir
 
 inline void clear_padding(float* plane, const Geometry& g, bool between) {
   clear_padding(plane, g, between, 0, g.height);
+}
+
+// The shifted copies of all rows of a plane of words, those of the padding as well.
+inline void shift_words(float* plane, const Geometry& g, int64_t shift, Vec zero) {
+  const int columns = static_cast<int>(g.pitch / kLanes);
+  shift_run(plane, shift, 0, static_cast<int>(g.plane / kLanes), columns, g.width, zero);
 }
 
 // The shifted copies of a value that was not made by a product.

@@ -53,37 +53,40 @@ void range(const Op& op, const int64_t* where, float* arena, int part, int parts
 }
 
 // Channels 4 c to 4 c + 3 as the bytes of a word, rounded to int8 and moved by 128; missing ones are
-// zero. A channel has `window` planes (its phases), and there may be shifted copies of all.
+// zero. A channel has `window` planes (its phases), and there may be shifted copies of all words.
 void quads(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const int64_t plane = op.to.plane;
   const int inner = op.window, count = (op.channels + 3) / 4 * inner;
   const auto [begin, end] = share(count, part, parts);
   const float* range = arena + where[op.extra];
+  float* out = arena + where[op.out];
+  const Bits zero = Bits{} + 0x80808080u;
   const Vec shared = op.slots == 0 ? Vec{} : steps(range_of(range, op.slots, op.to.lanes));
   for (int64_t first = 0; first < plane; first += kStrip * kLanes) {
     const int vectors = static_cast<int>(std::min<int64_t>(kStrip, (plane - first) / kLanes));
     Vec step[kStrip];
     for (int v = 0; v < vectors; ++v)
       step[v] = op.slots == 0 ? steps(load(range + first + v * kLanes)) : shared;
-    for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
-      for (int i = begin; i < end; ++i) {
-        const int channel = i / inner * 4, there = std::min(4, op.channels - channel);
-        const float* in = arena + where[op.in] + copy * op.shift + first +
-                          (static_cast<int64_t>(channel) * inner + i % inner) * plane;
-        float* out =
-            arena + where[op.out] + (static_cast<int64_t>(copy) * count + i) * plane + first;
-        const auto write = [&](auto four) {
-          for (int v = 0; v < vectors; ++v) {
-            Bits word = Bits{} + 0x80808080u;
-            for (int k = 0; k < (four() ? 4 : there); ++k)
-              word += whole(load(in + k * inner * plane + v * kLanes) * step[v]) << 8 * k;
-            store(out + v * kLanes, reinterpret_cast<Vec>(word));
-          }
-        };
-        if (there == 4) write(std::true_type{});
-        else write(std::false_type{});
-      }
+    for (int i = begin; i < end; ++i) {
+      const int channel = i / inner * 4, there = std::min(4, op.channels - channel);
+      const float* in = arena + where[op.in] + first +
+                        (static_cast<int64_t>(channel) * inner + i % inner) * plane;
+      float* words = out + i * plane + first;
+      const auto write = [&](auto four) {
+        for (int v = 0; v < vectors; ++v) {
+          Bits word = zero;
+          for (int k = 0; k < (four() ? 4 : there); ++k)
+            word += whole(load(in + k * inner * plane + v * kLanes) * step[v]) << 8 * k;
+          store(words + v * kLanes, reinterpret_cast<Vec>(word));
+        }
+      };
+      if (there == 4) write(std::true_type{});
+      else write(std::false_type{});
+    }
   }
+  if (op.shift > 0)
+    for (int i = begin; i < end; ++i)
+      shift_words(out + i * plane, op.to, op.shift, reinterpret_cast<Vec>(zero));
 }
 
 }  // namespace

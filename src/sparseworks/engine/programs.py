@@ -111,7 +111,7 @@ class _Builder:
     far: set[tuple[int, ...]] = field(
         default_factory=set
     )  # sizes read beyond the pixels next to them
-    beside: set[Value] = field(default_factory=set)  # read one pixel away
+    beside: set[tuple[Precision, Any]] = field(default_factory=set)  # read one pixel away
     buffers: dict[Any, int] = field(default_factory=dict)
     floats: list[int] = field(default_factory=list)
     lives: list[list[int]] = field(default_factory=list)
@@ -179,8 +179,8 @@ class _Builder:
         x = distances(op)
         if self._phased(op):
             x = x // op.stride
-        elif bool((x != 0).any()):
-            self.beside.add(op.x)
+        if bool((x != 0).any()):
+            self.beside.add((op.precision, self._read(op)))
         if int(x.abs().max()) > 1 or made[1] > read[1]:
             self.far.add(read)
         for n, out, r in zip(read, made, reach, strict=True):
@@ -194,6 +194,10 @@ class _Builder:
 
     def _phased(self, op: Product) -> bool:
         return op.stride > 1 and (self.lanes == 1 or op.stride > 2)
+
+    def _read(self, op: Product) -> Any:
+        """What a product reads, as a key of buffers: its input, or the phases of that."""
+        return ("phases", op.x, op.stride) if self._phased(op) else op.x
 
     def _phase_size(self, op: Product) -> tuple[int, ...]:
         return tuple(-(-n // op.stride) for n in self.shape[op.x])
@@ -212,7 +216,7 @@ class _Builder:
 
     def _shift(self, value: Value) -> int:
         """Floats between a value and its shifted copies; 0 where it has none."""
-        if value not in self.beside or not self._whole(self.shape[value]):
+        if (Precision.FP32, value) not in self.beside or not self._whole(self.shape[value]):
             return 0
         return value.channels * self._of(value).plane
 
@@ -326,9 +330,10 @@ class _Builder:
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
         g = self._geometry(self._phase_size(op))
         planes = op.x.channels * op.stride**2
-        key = ("phases", op.x, op.stride)
+        key = self._read(op)
         done = key in self.buffers
-        shift = planes * g.plane if self._whole(self._phase_size(op)) else 0
+        copied = (Precision.FP32, key) in self.beside and self._whole(self._phase_size(op))
+        shift = planes * g.plane if copied else 0
         buffer = self._buffer(key, planes * g.plane + 2 * shift)
         if not done:
             self._add(
@@ -341,22 +346,22 @@ class _Builder:
     def _words(self, op: Product, source: int, given: Geometry) -> int:
         """The input of a product in bf16 or int8, several channels in 32 bits."""
         inner = op.stride**2 if self._phased(op) else 1
-        key = (op.precision, op.x, inner)
+        key = (op.precision, self._read(op))
         done = key in self.buffers
         fields: dict[str, Any] = {"in": source}
         if op.precision == Precision.INT8:
             fields |= self._range(op.x)
             self.lives[source][1] = len(self.native)
-        shift = op.x.channels * inner * given.plane
         copied = op.x.kind == "image" and self._whole((given.height, given.width))
-        copied = copied and (inner > 1 or op.x in self.beside)
-        floats = -(-op.x.channels // op.precision) * inner * given.plane * (3 if copied else 1)
-        buffer = self._buffer(key, floats)
+        copied = copied and key in self.beside
+        floats = -(-op.x.channels // op.precision) * inner * given.plane
+        shift = floats if copied else 0
+        buffer = self._buffer(key, floats + 2 * shift)
         if not done:
+            kind = _PAIRS if op.precision == Precision.BF16 else _QUADS
             self._add(
-                _PAIRS if op.precision == Precision.BF16 else _QUADS, floats // 4, out=buffer,
-                to=given, window=inner, channels=op.x.channels, shift=shift if copied else 0,
-                **fields,
+                kind, (floats + shift) // 4, out=buffer, to=given, window=inner,
+                channels=op.x.channels, shift=shift, **fields,
             )  # fmt: skip
             self._buffer(key)
         return buffer
