@@ -170,24 +170,26 @@ def test_what_is_not_finite_does_not_get_lost(on_each_set, layer, shape, value):
     assert bool(found[[*range(5), *range(6, 17)]].isfinite().all())
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("batch", [1, 16])
-def test_between_layers_there_is_fp32(on_each_set, batch):
+def test_between_layers_there_is_fp32(on_each_set, batch, stride):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
-            self.short = nn.Conv2d(8, 8, 1, 2)
+            self.a, self.b = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride, 1)
+            self.short = nn.Conv2d(8, 8, 1, stride)
+            self.deep = nn.Conv2d(8, 8, 3, stride, 1, groups=8)  # in fp32, from the same value
 
         def forward(self, x):
             y = nn.functional.gelu(self.a(x))
-            return nn.functional.relu(self.b(y) + self.short(y))
+            return nn.functional.relu(self.b(y) + self.short(y)) + self.deep(y)
 
     torch.manual_seed(0)
     model = Net().eval()
     x = torch.randn(batch, 4, 16, 16)
     with torch.no_grad():
         y = nn.functional.gelu(by_definition(model.a, x)).float()
-        wanted = (by_definition(model.b, y) + by_definition(model.short, y)).relu()
+        wanted = (by_definition(model.b, y) + by_definition(model.short, y)).relu() + model.deep(y)
     # a value of y that rounds to another whole number changes what follows
     close = 1e-2 * float(wanted.abs().max())
     for threads in (1, 3):
