@@ -49,6 +49,14 @@ bool has_bf16() {
 #endif
 }
 
+bool has_vnni() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 // The one for the level, of kernels that need no more than AVX-512 F, BW, VL and DQ.
 template <typename T>
 T choose(T base, T avx2, T avx512) {
@@ -61,7 +69,9 @@ T choose(T base, T avx2, T avx512) {
 std::string instruction_set() { return kNames[level()]; }
 
 RunOp run_op() {
-  if (level() == kAvx512 && has_bf16()) return run_op_bf16;
+  const Level l = level();
+  if (l == kAvx512 && has_bf16()) return run_op_bf16;
+  if (l >= kAvx512Vbmi2 && has_vnni()) return run_op_vnni;
   return choose(run_op_base, run_op_avx2, run_op_avx512);
 }
 

@@ -269,21 +269,21 @@ void upsample(const Op& op, const int64_t* where, float* arena, int part, int pa
 }
 
 // Channels 2 c and 2 c + 1 side by side, rounded to bf16; a missing one is zero. A channel has
-// `window` planes (its phases), and there may be shifted copies of all.
+// `window` planes (its phases), and there may be shifted copies of all words.
 void pairs(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const int64_t plane = op.to.plane;
-  const int inner = op.window, count = (op.channels + 1) / 2 * inner, bands = op.to.bands;
-  const auto [begin, end] = share(bands * count, part, parts);
-  for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
-    for (int i = begin; i < end; ++i) {
-      const int band = i / count, channel = i % count / inner * 2;
-      const int64_t first = (static_cast<int64_t>(band) * op.channels + channel) * inner;
-      const float* a = arena + where[op.in] + copy * op.shift + (first + i % inner) * plane;
-      const float* b = channel + 1 < op.channels ? a + inner * plane : nullptr;
-      float* out = arena + where[op.out] + (static_cast<int64_t>(copy) * bands * count + i) * plane;
-      for (int64_t p = 0; p < plane; p += kLanes)
-        store(out + p, paired(load(a + p), b == nullptr ? Vec{} : load(b + p)));
-    }
+  const int inner = op.window, count = (op.channels + 1) / 2 * inner;
+  const auto [begin, end] = share(op.to.bands * count, part, parts);
+  for (int i = begin; i < end; ++i) {
+    const int band = i / count, channel = i % count / inner * 2;
+    const int64_t first = (static_cast<int64_t>(band) * op.channels + channel) * inner;
+    const float* a = arena + where[op.in] + (first + i % inner) * plane;
+    const float* b = channel + 1 < op.channels ? a + inner * plane : nullptr;
+    float* out = arena + where[op.out] + i * plane;
+    for (int64_t p = 0; p < plane; p += kLanes)
+      store(out + p, paired(load(a + p), b == nullptr ? Vec{} : load(b + p)));
+    if (op.shift > 0) shift_words(out, op.to, op.shift, Vec{});
+  }
 }
 
 inline void every_second(const float* in, int count, float* out) {

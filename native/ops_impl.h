@@ -1,6 +1,7 @@
 // Every operation of a program, compiled once per instruction set under the name RUN_OP.
 #include "attention_impl.h"
 #include "image_impl.h"
+#include "quantize_impl.h"
 
 namespace sparseworks {
 
@@ -19,6 +20,8 @@ void RUN_OP(const Op& op, const int64_t* where, float* arena, const Call& call, 
     case Kind::kPairs: return pairs(op, where, arena, part, parts);
     case Kind::kGather: return gather(op, where, arena, part, parts);
     case Kind::kUpsample: return upsample(op, where, arena, part, parts);
+    case Kind::kRange: return range(op, where, arena, part, parts);
+    case Kind::kQuads: return quads(op, where, arena, part, parts);
     case Kind::kAttention: return attention(op, where, arena, call, item, part, parts);
   }
 }

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "bf16.h"
+#include "int8.h"
 #include "math.h"
 
 namespace sparseworks {
@@ -43,6 +44,13 @@ struct Target {
   Activation activation;
   float floor;  // of ReLU: 0; else -inf
   float slope;
+  // of int8: where the sums of a row begin, its scale, and the largest magnitude of the inputs at
+  // each position, or the same 16 for all
+  const int32_t* zero;
+  const float *scale, *range;
+  int64_t range_step;
+
+  float bias_of(int row) const { return bias != nullptr ? bias[row] : 0.0f; }
 };
 
 // One block of taps: the first starts from the bias, the others from what is stored, and the last
@@ -68,12 +76,12 @@ inline T* again(T* p) {
 }
 
 // The sums of a row begin.
-template <int P>
+template <typename K, int P>
 inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec (&sum)[P]) {
   if (stage.first) {
-    const Vec bias = all(to.bias != nullptr ? to.bias[row] : 0.0f);
+    const Vec start = K::start(to, row);
 #pragma GCC unroll 32
-    for (int v = 0; v < P; ++v) sum[v] = bias;
+    for (int v = 0; v < P; ++v) sum[v] = start;
   } else {
     const float* from = again(to.out + row * to.plane + at);
 #pragma GCC unroll 32
@@ -82,11 +90,12 @@ inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec
 }
 
 // ... and end as results, or wait for the next block.
-template <int P>
+template <typename K, int P>
 inline void finish(const Target& to, const Stage& stage, int row, int64_t at, int index,
                    Vec (&sum)[P]) {
   const int64_t first = row * to.plane + at;
   if (stage.last) {
+    K::complete(to, row, at, sum);
     if (to.residual != nullptr) {
       const float* other = again(to.residual + first);
 #pragma GCC unroll 32
@@ -123,15 +132,18 @@ inline void fetch_ahead(const Taps& w, int64_t begin, int64_t end) {
   }
 }
 
-// How a kept weight meets a vector of positions.
+// How a kept weight meets a vector of positions; what a sum starts with, and what completes it.
 struct Single {
   using Weight = Vec;
+  static Vec start(const Target& to, int row) { return all(to.bias_of(row)); }
+  template <int P>
+  static void complete(const Target&, int, int64_t, Vec (&)[P]) {}
   static Weight weight(const float* value) { return all(*value); }
   static Vec add(Vec sum, Weight w, Vec x) { return sum + w * x; }
 };
 
 // A pair of bf16 weights, for two channels, meets positions that are pairs as well.
-struct Paired {
+struct Paired : Single {
   using Weight = IntVec;
   static Weight weight(const float* value) {
     int bits;
@@ -149,6 +161,33 @@ struct Paired {
     sum += reinterpret_cast<Vec>(w << 16) * reinterpret_cast<Vec>(pair << 16);
     return sum + reinterpret_cast<Vec>(w & high) * reinterpret_cast<Vec>(pair & high);
 #endif
+  }
+};
+
+// Four int8 weights meet positions that are four bytes; sums are int32 until they are complete.
+struct Quad {
+  using Weight = Four;
+  static Vec start(const Target& to, int row) {
+    return reinterpret_cast<Vec>(to.zero[row] - IntVec{});
+  }
+  static Weight weight(const float* value) {
+    int bits;
+    std::memcpy(&bits, value, sizeof bits);
+    return Four(bits);
+  }
+  static Vec add(Vec sum, const Weight& w, Vec x) {
+    return reinterpret_cast<Vec>(
+        w.added(reinterpret_cast<IntVec>(sum), reinterpret_cast<IntVec>(x)));
+  }
+  template <int P>
+  static void complete(const Target& to, int row, int64_t at, Vec (&sum)[P]) {
+    const Vec scale = all(to.scale[row]), bias = all(to.bias_of(row));
+    const float* range = again(to.range + to.range_step * at);
+#pragma GCC unroll 32
+    for (int v = 0; v < P; ++v) {
+      const Vec counted = __builtin_convertvector(reinterpret_cast<IntVec>(sum[v]), Vec);
+      sum[v] = counted * (scale * load(range + to.range_step * v * kLanes)) + bias;
+    }
   }
 };
 
@@ -170,11 +209,11 @@ void one_row(const Taps& w, const Stage& stage, int place, const float* in, int6
   const Target to = target;  // a copy, which stores cannot change
   const int row = stage.group(place);
   Vec acc[P];
-  begin(to, stage, row, at, acc);
+  begin<K>(to, stage, row, at, acc);
   const int64_t first = stage.start[place], last = stage.start[place + 1];
   fetch_ahead(w, first, last);
   accumulate<K, P, S>(in, w.offset + first, w.value + first, last - first, acc);
-  finish(to, stage, row, at, index, acc);
+  finish<K>(to, stage, row, at, index, acc);
 }
 
 // Two rows at once, so that few positions still fill the pipeline.
@@ -184,8 +223,8 @@ void two_rows(const Taps& w, const Stage& stage, int place, const float* in, int
   const Target to = target;
   const int row = stage.group(place), next = stage.group(place + 1);
   Vec a[P], b[P];
-  begin(to, stage, row, at, a);
-  begin(to, stage, next, at, b);
+  begin<K>(to, stage, row, at, a);
+  begin<K>(to, stage, next, at, b);
   int64_t i = stage.start[place], j = stage.start[place + 1];
   const int64_t i_end = j, j_end = stage.start[place + 2];
   const int64_t both = std::min(i_end - i, j_end - j);
@@ -201,8 +240,8 @@ void two_rows(const Taps& w, const Stage& stage, int place, const float* in, int
   }
   accumulate<K, P, S>(in, w.offset + i, w.value + i, i_end - i, a);
   accumulate<K, P, S>(in, w.offset + j, w.value + j, j_end - j, b);
-  finish(to, stage, row, at, index, a);
-  finish(to, stage, next, at, index, b);
+  finish<K>(to, stage, row, at, index, a);
+  finish<K>(to, stage, next, at, index, b);
 }
 
 // G rows that share their taps: one load serves G products. For weights that are nearly dense.
@@ -214,7 +253,7 @@ void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, 
   const int first = stage.group(place) * G;
 #pragma GCC unroll 32
   for (int g = 0; g < G; ++g)
-    if (first + g < w.rows) begin(to, stage, first + g, at, acc[g]);
+    if (first + g < w.rows) begin<K>(to, stage, first + g, at, acc[g]);
   const int64_t end = stage.start[place + 1];
   for (int64_t t = stage.start[place]; t < end; ++t) {
     const float* x = in + w.offset[t];
@@ -228,7 +267,7 @@ void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, 
   }
 #pragma GCC unroll 32
   for (int g = 0; g < G; ++g)
-    if (first + g < w.rows) finish(to, stage, first + g, at, index, acc[g]);
+    if (first + g < w.rows) finish<K>(to, stage, first + g, at, index, acc[g]);
 }
 
 // All groups [begin, end) on one block of P vectors.
@@ -265,19 +304,20 @@ void block_of(int vectors, const Taps& w, int begin, int end, const float* in, i
 }
 
 // Copies of vectors [first, last) of rows of pixels, moved by one pixel to the right and to the left;
-// `first` begins a row. Beyond the ends of a row there are zeros. Reads no other rows, which another
+// `first` begins a row. Beyond the ends of a row there is `zero`. Reads no other rows, which another
 // thread may be writing.
-inline void shift_run(float* p, int64_t shift, int first, int last, int columns, int width) {
+inline void shift_run(float* p, int64_t shift, int first, int last, int columns, int width,
+                      Vec zero = Vec{}) {
   const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int inside = width - 1 - (columns - 1) * kLanes;  // of the last vector: with a neighbour
   for (int v = first; v < last; v += columns) {
-    Vec before{}, here = load(p + v * kLanes);
+    Vec before = zero, here = load(p + v * kLanes);
     for (int64_t i = v * kLanes; i < (v + columns) * kLanes; i += kLanes) {
       const bool end = i == (v + columns - 1) * kLanes;
       const Vec after = end ? Vec{} : load(p + i + kLanes);
       const Vec moved = __builtin_shuffle(here, after, lane + 1);
       store(p + shift + i, __builtin_shuffle(before, here, lane + 15));
-      store(p + 2 * shift + i, end ? (lane < inside ? moved : Vec{}) : moved);
+      store(p + 2 * shift + i, end ? (lane < inside ? moved : zero) : moved);
       before = here;
       here = after;
     }
@@ -336,6 +376,12 @@ inline void clear_padding(float* plane, const Geometry& g, bool between) {
   clear_padding(plane, g, between, 0, g.rows());
 }
 
+// The shifted copies of all rows of a plane of words, those of the padding as well.
+inline void shift_words(float* plane, const Geometry& g, int64_t shift, Vec zero) {
+  const int columns = static_cast<int>(g.pitch / kLanes);
+  shift_run(plane, shift, 0, static_cast<int>(g.plane / kLanes), columns, g.width, zero);
+}
+
 // The shifted copies of a value that was not made by a product.
 void shifted(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry& g = op.to;
@@ -360,17 +406,22 @@ inline int vectors_of(const Op& op) {
   return static_cast<int>((length + kLanes - 1) / kLanes);
 }
 
-void multiply(const Op& op, const Piece& piece, const float* in, const float* residual, float* out) {
+// `range`: of the magnitudes of inputs in int8.
+void multiply(const Op& op, const Piece& piece, const float* in, const float* residual,
+              const float* range, float* out) {
   const Geometry& to = op.to;
   const int columns = op.shift == 0 ? 1 : static_cast<int>(to.pitch / kLanes);
   const bool relu = op.activation == Activation::kRelu;
   // of an image, what the taps of two rows at once read in the first cache; of tokens all, because
   // their many taps are read once for each block
   const int most = to.height > 1 ? kPair : kRun;
+  alignas(64) float of_images[kLanes];
+  if (op.slots > 0) store(of_images, range_of(range, op.slots, op.from.lanes));
   const Target target{out, residual, op.live.empty() ? nullptr : op.live.data(), op.bias, to.plane,
                       op.shift, columns, to.width, most,
                       relu ? Activation::kNone : op.activation,
-                      relu ? 0.0f : -std::numeric_limits<float>::infinity(), op.number};
+                      relu ? 0.0f : -std::numeric_limits<float>::infinity(), op.number,
+                      op.taps.zero, op.scale, op.slots > 0 ? of_images : range, op.slots == 0};
   for (int y = piece.first_run; y < piece.last_run; ++y) {
     const float* row = in + y * op.from.pitch * op.stride;
     const int64_t at = to.origin + y * to.pitch;
@@ -386,7 +437,8 @@ void multiply(const Op& op, const Piece& piece, const float* in, const float* re
       if (op.taps.group == 4) op.stride == 2 ? with(four, two) : with(four, one);
       else op.stride == 2 ? with(one, two) : with(one, one);
     };
-    if (op.taps.pairs) run(Paired{});
+    if (op.taps.channels == 4) run(Quad{});
+    else if (op.taps.channels == 2) run(Paired{});
     else run(Single{});
   }
 }
@@ -396,15 +448,20 @@ inline void borrow_rows(const Op& op, float* in, int band) {
   const Geometry& g = op.from;
   const int64_t apart = op.planes * g.plane, rows = g.rows() * g.pitch;
   const int columns = static_cast<int>(g.pitch / kLanes);
+  const Vec zero = op.taps.channels == 4 ? reinterpret_cast<Vec>(Bits{} + kZeros) : Vec{};
   const auto borrow = [&](const float* row, float* to) {
     for (int64_t i = 0; i < g.pitch; i += kLanes) store(to + i, load(row + i));
-    if (op.copies > 1) shift_run(to, apart * g.bands, 0, columns, columns, g.width);
+    if (op.copies > 1) shift_run(to, apart * g.bands, 0, columns, columns, g.width, zero);
   };
   for (int c = 0; c < op.planes; ++c) {
     float* first = in + band * apart + c * g.plane + g.origin;
     if (band > 0) borrow(first - apart + rows - g.pitch, first - g.pitch);
     if (band + 1 < g.bands) borrow(first + apart, first + rows);
   }
+}
+
+inline const float* range_at(const Op& op, const int64_t* where, const float* arena) {
+  return op.extra < 0 ? nullptr : arena + where[op.extra];
 }
 
 void product_of_band(const Op& op, const int64_t* where, float* arena, int band) {
@@ -419,7 +476,7 @@ void product_of_band(const Op& op, const int64_t* where, float* arena, int band)
       clear_padding(out + copy * op.shift + c * to.plane, to, false, top, bottom);
   multiply(op, {0, cut(op.taps, 1, 1), 0, 1, 0, vectors_of(op)},
            in + band * op.planes * op.from.plane + op.from.origin,
-           op.other < 0 ? nullptr : arena + where[op.other] + at, out);
+           op.other < 0 ? nullptr : arena + where[op.other] + at, range_at(op, where, arena), out);
 }
 
 // Pieces are bands or runs of positions, or rows of the weight where there are few positions.
@@ -453,7 +510,7 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
     for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
       clear_padding(out + copy * op.shift + c * to.plane, to, !op.flat && op.shift == 0, top, bottom);
   multiply(op, piece, arena + where[op.in] + from.origin,
-           op.other < 0 ? nullptr : arena + where[op.other], out);
+           op.other < 0 ? nullptr : arena + where[op.other], range_at(op, where, arena), out);
 }
 
 }  // namespace

@@ -35,6 +35,8 @@ enum class Kind : int {
   kPairs,      // channels two by two, as pairs of bf16
   kGather,     // some channels of a buffer -> some channels of another one
   kUpsample,   // every pixel several times
+  kRange,      // largest magnitudes, by which int8 is scaled
+  kQuads,      // channels four by four, as int8 moved by 128
 };
 
 // All strides in floats. A value is [copy][band][channel][plane]; a band has its share of the rows, with
@@ -52,12 +54,13 @@ struct Geometry {
 struct Taps {
   static constexpr int kTogether = 1024;  // groups whose sums stay in the second cache; whole chunks
   int rows = 0, group = 1, blocks = 1;
-  bool pairs = false;               // of bf16, for two channels each
+  int channels = 1;                 // of a value: 1 in fp32, 2 in bf16, 4 in int8
   int chunk = 1;                    // groups within which `order` changes places
   const int64_t* start = nullptr;   // [blocks * groups + 1], in taps, by places
   const int32_t* order = nullptr;   // [blocks][groups], the group at each place; null: as they are
   const int32_t* offset = nullptr;  // from the position's own address, in floats
   const float* value = nullptr;     // [tap][group]
+  const int32_t* zero = nullptr;    // int8: [rows], -128 times the sum of a row's weights
 };
 
 // Of a caller's tensor: images [items, channels, height, width], tokens [items, tokens, channels], or
@@ -76,7 +79,7 @@ struct Op {
   int planes = 0, copies = 0;  // of a band of `in`; copies are 0 where no other band is read
   Taps taps;
   const float* bias = nullptr;      // kProduct: [rows]; kNorm: beta
-  const float* scale = nullptr;     // kNorm: gamma
+  const float* scale = nullptr;     // kNorm: gamma; kProduct in int8: [rows]
   Activation activation = Activation::kNone;
   float number = 0.0f;  // epsilon, the scale of attention, the slope of a leaky ReLU
   int window = 0, padding = 0;      // kPool; kPhases: the padding of its convolution; kUpsample
@@ -86,6 +89,7 @@ struct Op {
   int q = 0, k = 0, v = 0;  // first channels in `in`, `other`, `extra`; kGather: in `in` and `out`
   int mask = -1;  // kAttention: an input tensor, [items or 1, keys (, queries)]; empty: none
   int keys = 0;
+  int slots = 0;  // of an image's range, which is `extra` of its readers; 0: of tokens
   int64_t shift = 0;  // floats to the copy shifted right, twice as many to the one left; 0: none
   std::vector<uint16_t> live;       // per vector of a run: which lanes are not padding
   int parts = 1;                    // pieces when threads share one item
@@ -110,6 +114,7 @@ using RunOp = void (*)(const Op& op, const int64_t* where, float* arena, const C
 
 void run_op_base(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 void run_op_avx2(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
+void run_op_vnni(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 void run_op_bf16(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 void run_op_avx512(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 

@@ -82,6 +82,7 @@ Op parse(Held& held, const nb::dict& d) {
   op.mask = number(d, "mask", -1);
   op.keys = number(d, "keys", 0);
   op.parts = number(d, "parts", 1);
+  op.slots = number(d, "slots", 0);
   op.shift = number(d, "shift", 0);
   op.bias = pointer<float>(held, d, "bias");
   op.scale = pointer<float>(held, d, "scale");
@@ -91,19 +92,21 @@ Op parse(Held& held, const nb::dict& d) {
     op.taps.rows = op.channels;
     op.taps.group = number(d, "group", 1);
     op.taps.blocks = number(d, "blocks", 1);
-    op.taps.pairs = number(d, "pairs", 0) != 0;
+    op.taps.channels = number(d, "word", 1);
     size_t starts = 0, offsets = 0, values = 0;
     op.taps.start = pointer<int64_t>(held, d, "start", &starts);
     op.taps.offset = pointer<int32_t>(held, d, "offset", &offsets);
     op.taps.value = pointer<float>(held, d, "value", &values);
     const size_t groups =
         (op.taps.rows + op.taps.group - 1) / op.taps.group * static_cast<size_t>(op.taps.blocks);
-    size_t places = groups;
+    size_t places = groups, zeros = op.taps.rows;
     op.taps.chunk = number(d, "chunk", 1);
     op.taps.order = pointer<int32_t>(held, d, "order", &places);
+    op.taps.zero = pointer<int32_t>(held, d, "zero", &zeros);
     if (op.taps.blocks < 1 || (op.taps.group != 1 && op.taps.group != 4) || starts != groups + 1 ||
         offsets != static_cast<size_t>(op.taps.start[groups]) ||
         values != offsets * op.taps.group || places != groups || op.taps.chunk < 1 ||
+        zeros != static_cast<size_t>(op.taps.rows) ||
         Taps::kTogether % op.taps.chunk != 0)
       throw std::invalid_argument("a product's taps do not fit together");
   }

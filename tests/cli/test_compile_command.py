@@ -85,12 +85,25 @@ def test_bench_writes_a_table_and_a_plot(model, tmp_path, capsys):
     assert "samples a second" in (out / "bench.html").read_text()
 
 
+@pytest.mark.skipif(not available(), reason="the native kernels are not built")
+def test_int8_is_timed_beside_others(model, capsys):
+    shape = ("--input-shape", 3, 16, 16, "--dtype", "int8", "--json")
+    assert run("compile", model, *shape) == 0
+    assert "program, int8" in json.loads(capsys.readouterr().out)["milliseconds"]
+    peers = ("torch", "torch.compile", "onnxruntime", "openvino")
+    assert run("bench", model, *shape, "--peers", *peers, "--repeat", 2) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert "torch" in {row["candidate"] for row in result["rows"]}
+    assert "torch.compile: fp32 or bf16" in result["notes"]
+    assert any("openvino: no" in note for note in result["notes"])
+
+
 @pytest.mark.parametrize(
     "arguments, what",
     [
         (["--peers", "tensorrt"], "not ['tensorrt']"),
-        (["--dtype", "fp8"], "unknown dtype"),
-        (["--dtype", "fp16"], "fp32 or bf16"),
+        (["--dtype", "fp8"], "fp32, bf16 or int8"),
+        (["--dtype", "fp16"], "fp32, bf16 or int8"),
         (["--repeat", "0"], "at least 1"),
         (["--weights", "x.safetensors", "--sparsity", "0.5"], "leave --sparsity out"),
     ],

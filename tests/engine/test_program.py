@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.graph import capture
+from sparseworks.engine.ir import Precision
 from sparseworks.engine.plan import make_plan
 from sparseworks.kernels.native import available, instruction_set
 
@@ -336,7 +337,7 @@ def test_products_in_bf16_round_what_they_read_and_nothing_else(
     model = thinned(copy.deepcopy(layer), sparsity).eval()
     for batch in (1, 18):
         x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
-        plan = make_plan(capture(model, (x,), {}), 2, half=True)
+        plan = make_plan(capture(model, (x,), {}), 2, Precision.BF16)
         exact = copy.deepcopy(model).double()
         with torch.no_grad():
             exact.weight.copy_(model.weight.bfloat16())
@@ -356,7 +357,7 @@ def test_copies_stay_fp32_in_a_bf16_plan(on_each_set):
 
     x = torch.randn(2, 4, 16, 16)
     model = Shortcut().eval()
-    plan = make_plan(capture(model, (x,), {}), 1, half=True)
+    plan = make_plan(capture(model, (x,), {}), 1, Precision.BF16)
     with torch.no_grad():
         torch.testing.assert_close(plan(x), model(x), rtol=0, atol=1e-6)
 

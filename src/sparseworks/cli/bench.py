@@ -48,7 +48,7 @@ class Options:
     input_shape: tuple[int, ...] = ()
     """Shape of one sample (3 224 224) where the model does not tell."""
     dtype: str = "fp32"
-    """fp32 or bf16."""
+    """fp32, bf16 or int8."""
     peers: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
     """What to compare with; also torch.compile, which takes a minute to build."""
     repeat: int = 15
@@ -65,7 +65,7 @@ def run(options: Options) -> dict[str, Any]:
 
     import sparseworks as sw
     from sparseworks.cli.examples import random_example
-    from sparseworks.cli.loading import load_model, parse_dtype
+    from sparseworks.cli.loading import load_model, parse_precision
     from sparseworks.diagnostics.claims import machine
     from sparseworks.engine.peers import PEERS, peer
 
@@ -75,9 +75,7 @@ def run(options: Options) -> dict[str, Any]:
     if odd or options.repeat < 1:
         raise InvalidArgument(f"peers are {', '.join(PEERS)}, not {odd}" if odd
                               else f"repeat={options.repeat} must be at least 1")  # fmt: skip
-    dtype = parse_dtype(options.dtype)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise InvalidArgument(f"dtype {options.dtype!r}: fp32 or bf16")
+    dtype = parse_precision(options.dtype)
     if options.weights is not None and options.sparsity:
         raise InvalidArgument("--weights are timed as they are; leave --sparsity out")
     loaded = load_model(options.model)

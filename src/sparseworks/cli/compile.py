@@ -31,7 +31,7 @@ class Options:
     input_shape: tuple[int, ...] = ()
     """Shape of one sample (3 224 224) where the model does not tell."""
     dtype: str = "fp32"
-    """fp32, or bf16: products may round to bf16 where that is faster."""
+    """fp32, or bf16 or int8: products may round to that where it is faster."""
     threads: int | None = None
     """Of the native kernels; as many as torch uses where not given."""
     out: Path | None = None
@@ -44,7 +44,7 @@ def run(options: Options) -> dict[str, Any]:
     """Compile, explain, save."""
     import sparseworks as sw
     from sparseworks.cli.examples import random_example
-    from sparseworks.cli.loading import load_model, parse_dtype
+    from sparseworks.cli.loading import load_model, parse_precision
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks compile minilm")
@@ -56,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     example = random_example(
         loaded, options.batch, tokens=options.tokens, input_shape=options.input_shape
     )
-    dtype = parse_dtype(options.dtype)
+    dtype = parse_precision(options.dtype)
     compiled = sw.compile(loaded.model, example, dtype=dtype, threads=options.threads)
     if options.out is not None:
         compiled.save(options.out)

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparseworks.core.errors import InvalidArgument, MissingDependency
 
-__all__ = ["LoadedModel", "default_metrics", "load_model", "parse_dtype"]
+__all__ = ["LoadedModel", "default_metrics", "load_model", "parse_dtype", "parse_precision"]
 
 Kind = Literal["causal", "encoder", "classifier", "other"]
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -45,6 +45,14 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     if name not in _DTYPES:
         raise InvalidArgument(f"unknown dtype {name!r}; use one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def parse_precision(name: str) -> torch.dtype:
+    """What products of a compiled model run in, from "fp32", "bf16", "int8" or their long names."""
+    known = {k: v for k, v in _DTYPES.items() if v != torch.float16} | {"int8": torch.int8}
+    if name not in known:
+        raise InvalidArgument(f"dtype {name!r}: fp32, bf16 or int8")
+    return known[name]
 
 
 def load_model(name: str, dtype: str | None = None) -> LoadedModel:

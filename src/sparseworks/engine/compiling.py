@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.explaining import layer_lines, program_lines
 from sparseworks.engine.graph import Captured, arguments, capture
+from sparseworks.engine.ir import Precision
 from sparseworks.engine.layers import LayerPlan, by_layers
 from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
 from sparseworks.engine.part import check_shape
@@ -30,7 +31,12 @@ from sparseworks.models.calls import call, split
 
 __all__ = ["Compiled", "compile"]
 
-_TOLERANCE, _HALF_TOLERANCE = 1e-4, 5e-2  # of a program in fp32 and bf16 against the model
+# of a program against the model
+_TOLERANCES = {Precision.FP32: 1e-4, Precision.BF16: 5e-2, Precision.INT8: 0.25}
+_PRECISIONS = {
+    None: Precision.FP32, torch.float32: Precision.FP32, torch.bfloat16: Precision.BF16,
+    torch.int8: Precision.INT8,
+}  # fmt: skip
 
 
 class Compiled:
@@ -117,8 +123,10 @@ def compile(
         example: one batch as the model takes it (Tensor, mapping, or (inputs, target)); candidates
             are measured on it. Other batch sizes, and other lengths of sequences, run too.
         dtype: fp32, or bf16: products may round weights and inputs to bf16 where that is faster
-            (sums, norms, activations, residuals, inputs and outputs of the model stay fp32). None
-            is fp32.
+            (sums, norms, activations, residuals, inputs and outputs of the model stay fp32). Or
+            int8: w = s q with whole q in [-127, 127] and a scale s = max|w| / 127 for every row of
+            a weight (output channel), x likewise for every token or image, found in each call; sums
+            are exact, all else fp32. None is fp32.
         threads: of the native kernels; None: as many as torch uses.
 
     Returns:
@@ -129,8 +137,10 @@ def compile(
         InvalidArgument: the example does not fit the model, another dtype, or a forced instruction
             set is missing.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise InvalidArgument(f"dtype={dtype}: compile runs in torch.float32 or torch.bfloat16")
+    if dtype not in _PRECISIONS:
+        raise InvalidArgument(
+            f"dtype={dtype}: compile runs in torch.float32, torch.bfloat16 or torch.int8"
+        )
     for name, tensor in model.named_parameters():
         if tensor.device.type != "cpu":
             raise ModelError(f"{name} is not on the CPU; compile takes models on the CPU")
@@ -149,16 +159,15 @@ def compile(
     notes: list[str] = []
     runs: dict[str, Callable[..., Any]] = {"torch": quiet}
     errors = {"torch": 0.0}
-    precisions = [False]
+    precisions = list(dict.fromkeys((Precision.FP32, _PRECISIONS[dtype])))
     if dtype == torch.bfloat16:
         runs["torch"] = _Autocast(quiet)
         errors["torch"] = _error(runs["torch"], args, kwargs, expected)
-        precisions.append(True)
     captured = _captured(quiet, args, kwargs, notes)
     if captured is not None:
-        for half in precisions:
-            way = "program, bf16" if half else "program"
-            plan, error = _program(captured, args, kwargs, threads, half, expected, notes)
+        for precision in precisions:
+            way = _way("program, {}", precision)
+            plan, error = _program(captured, args, kwargs, threads, precision, expected, notes)
             if plan is not None:
                 runs[way], errors[way] = plan, error
     times = _times(runs, args, kwargs)
@@ -173,6 +182,10 @@ def compile(
     kind = "program" if isinstance(runs[best], Plan) else best
     kept = () if kind == "program" else tuple(layers)
     return Compiled(runs[best], kind, errors[best], times, notes, kept)
+
+
+def _way(name: str, precision: Precision) -> str:
+    return "program" if precision == Precision.FP32 else name.format(precision.name.lower())
 
 
 class _Autocast:
@@ -236,14 +249,14 @@ def _program(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     threads: int,
-    half: bool,
+    precision: Precision,
     expected: list[Tensor],
     notes: list[str],
 ) -> tuple[Plan | None, float]:
     """The graph as a program, where that computes the same."""
-    name = "program in bf16" if half else "program"
+    name = _way("program in {}", precision)
     try:
-        plan = make_plan(captured, threads, half)
+        plan = make_plan(captured, threads, precision)
     except Exception as error:  # whatever the rules meet in a graph that they were not made for
         notes.append(_refusal(name, error))
         return None, 0.0
@@ -255,7 +268,7 @@ def _program(
     except (RuntimeError, TypeError, ValueError, ModelError) as error:
         notes.append(f"no {name}: it failed on the example ({error})")
         return None, 0.0
-    if not found <= (_HALF_TOLERANCE if half else _TOLERANCE):
+    if not found <= _TOLERANCES[precision]:
         notes.append(f"no {name}: its relative error on the example is {found:.1e}")
         return None, 0.0
     return plan, found

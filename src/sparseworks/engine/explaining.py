@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparseworks.engine.ir import Product
+from sparseworks.engine.ir import Precision, Product
 from sparseworks.engine.measuring import median_ms, one_thread
 from sparseworks.engine.programs import Instance, lone_product
 from sparseworks.engine.steps import Call
@@ -32,7 +32,7 @@ class Row:
     Attributes:
         name: of the weight.
         shape: of the weight.
-        kernel: "taps", or "shared taps" where four rows share theirs; in fp32 or bf16.
+        kernel: "taps", or "shared taps" where four rows share theirs; in fp32, bf16 or int8.
         sparsity: fraction of zeros in the weight.
         milliseconds: of the product.
         gflops: multiply-adds, times two, a second.
@@ -45,8 +45,10 @@ class Row:
         weight = _own(op)
         self.name, self.shape = op.name, tuple(weight.shape)
         shared = made.groups[index] > 1
-        self.kernel = ("shared taps" if shared else "taps") + (", bf16" if op.half else "")
-        self.limit = machine_limit(shared, op.half)
+        rounded = op.precision != Precision.FP32
+        self.kernel = "shared taps" if shared else "taps"
+        self.kernel += f", {op.precision.name.lower()}" if rounded else ""
+        self.limit = machine_limit(shared, op.precision)
         self.sparsity = 1 - float(torch.count_nonzero(weight)) / max(1, weight.numel())
         self.milliseconds = seconds * 1e3
         self.gflops = 2 * work / max(seconds, 1e-9) / 1e9
@@ -129,14 +131,15 @@ def _dense_ms(op: Product, size: tuple[int, ...], lanes: int) -> float:
 
 
 @cache
-def machine_limit(shared: bool, half: bool) -> float:
+def machine_limit(shared: bool, precision: Precision) -> float:
     """GFLOP/s of one thread of a kernel when all that it reads is in the first cache."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 112, generator=generator)
+    columns = 112 * precision  # that many taps, whatever the precision
+    weight = torch.randn(64, columns, generator=generator)
     if not shared:
-        weight[torch.rand(64, 112, generator=generator) < 0.6] = 0.0
-    made = lone_product(weight, "tokens", (96,), half)
-    tensors: list[Tensor] = [torch.zeros(1, 96, 112), torch.zeros(1, 96, 64)]
+        weight[torch.rand(64, columns, generator=generator) < 0.6 ** (1 / precision)] = 0.0
+    made = lone_product(weight, "tokens", (96,), precision)
+    tensors: list[Tensor] = [torch.zeros(1, 96, columns), torch.zeros(1, 96, 64)]
     seconds = made.native.profile(tensors, 1, 300)
     ((index, (_, work)),) = made.products.items()
     return 2 * work / float(seconds[index]) / 1e9

@@ -12,7 +12,7 @@ from enum import IntEnum
 from torch import Tensor
 
 __all__ = ["Activation", "Attention", "Combine", "Gather", "Load", "Mean", "Norm", "Op", "Pool",
-           "Product", "Store", "Upsample", "Value"]  # fmt: skip
+           "Precision", "Product", "Store", "Upsample", "Value"]  # fmt: skip
 
 
 class Activation(IntEnum):
@@ -29,6 +29,21 @@ class Activation(IntEnum):
     SIGMOID = 8
     TANH = 9
     LEAKY_RELU = 10
+
+
+class Precision(IntEnum):
+    """Of the weight and the input of a product; the number is how many fit into 32 bits.
+
+    Attributes:
+        FP32: as they are.
+        BF16: rounded to bf16, sums fp32.
+        INT8: rounded to whole numbers times a scale, which is max|w| / 127 of every row of the
+            weight, and max|x| / 127 of every token or image; sums int32, scaled in fp32.
+    """
+
+    FP32 = 1
+    BF16 = 2
+    INT8 = 4
 
 
 @dataclass(eq=False)
@@ -91,7 +106,7 @@ class Product(Op):
         more: zeros behind the last row and column beyond as many.
         border: zeros on both sides of the kernel's rows and columns, that the layer does not have.
         slope: of a leaky ReLU below zero.
-        half: weight and x are rounded to bf16; sums, bias, residual and result stay fp32.
+        precision: of weight and x; bias, residual and result are fp32.
     """
 
     x: Value
@@ -107,7 +122,7 @@ class Product(Op):
     residual: Value | None = None
     activation: Activation = Activation.NONE
     slope: float = 0.0
-    half: bool = False
+    precision: Precision = Precision.FP32
 
     def inputs(self) -> list[Value]:
         return [self.x, *([] if self.residual is None else [self.residual])]

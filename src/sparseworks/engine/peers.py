@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ def peer(
         name: one of `PEERS`.
         model: in evaluation mode.
         example: a batch.
-        dtype: fp32, or bf16 (autocast in torch, the hint in openvino).
+        dtype: fp32; bf16 (autocast in torch, the hint in openvino); or int8 (dynamic quantization,
+            in torch of linear layers).
         threads: of the runtime.
         place: a folder for exported files.
 
@@ -52,7 +53,14 @@ def peer(
     inputs, _ = split(example)
     if name.startswith("torch"):
         run = model
-        if name == "torch.compile":
+        if dtype == torch.int8:
+            if name == "torch.compile":
+                return "fp32 or bf16"
+            try:
+                run = _quantized(model)
+            except Exception as error:  # deprecated, and not for every model
+                return f"no dynamic quantization: {str(error).strip().splitlines()[:1]}"
+        elif name == "torch.compile":
             run = torch.compile(model)  # type: ignore[assignment]
 
         def eager() -> Any:
@@ -63,8 +71,9 @@ def peer(
     package = name
     if importlib.util.find_spec(package) is None:
         return "not installed"
-    if name == "onnxruntime" and dtype != torch.float32:
-        return "fp32 only on CPUs"
+    others = {"onnxruntime": torch.bfloat16, "openvino": torch.int8}
+    if dtype == others[name]:
+        return f"no {str(dtype).removeprefix('torch.')} here"
     names = list(inputs) if isinstance(inputs, Mapping) else []
     tensors = tuple(inputs.values()) if names else (inputs,)
     try:
@@ -77,9 +86,13 @@ def peer(
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            path = _quantized_onnx(path) if dtype == torch.int8 else path
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # of its own kinds, for operators without int8
+            return f"no session: {str(error).strip().splitlines()[:1]}"
         feed = dict(zip((i.name for i in session.get_inputs()), arrays, strict=True))
         return lambda: session.run(None, feed)
     import openvino
@@ -99,3 +112,26 @@ def _exported(model: nn.Module, tensors: tuple[Tensor, ...], place: Path) -> Pat
             warnings.simplefilter("ignore")
             torch.onnx.export(model, tensors, str(path), dynamo=True, verbose=False)
     return path
+
+
+def _quantized(model: nn.Module) -> nn.Module:
+    """Linear layers in int8, inputs scaled in each call."""
+    from torch.ao.quantization import quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-untyped-call]
+    return cast(nn.Module, made)
+
+
+def _quantized_onnx(path: Path) -> Path:
+    """Matrix products and convolutions in int8, inputs scaled in each call."""
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantized = path.with_name("int8.onnx")
+    if not quantized.exists():
+        model = onnx.load(path)
+        del model.graph.value_info[:]  # the quantizer infers shapes anew
+        quantize_dynamic(model, quantized)
+    return quantized

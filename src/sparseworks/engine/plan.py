@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.graph import Captured, Signature
-from sparseworks.engine.ir import Product
+from sparseworks.engine.ir import Precision, Product
 from sparseworks.engine.lowering import Piece, lower
 from sparseworks.engine.measuring import one_thread
 from sparseworks.engine.part import Part, check_shape
@@ -23,6 +23,7 @@ __all__ = ["Plan", "make_plan"]
 # operators that are worth more than one thread of torch
 _HEAVY = ("conv", "linear", "mm", "matmul", "einsum", "attention", "sort")
 _CACHED = 8  # sets of sizes whose results are kept
+_INT8_COLUMNS = (2**31 - 1) // (255 * 127)  # whose sum cannot overflow
 
 
 class Plan:
@@ -137,19 +138,20 @@ def _frees(steps: Sequence[Call | Part], signature: Signature) -> list[list[str]
     return frees[::-1]
 
 
-def make_plan(captured: Captured, threads: int, half: bool = False) -> Plan | None:
+def make_plan(
+    captured: Captured, threads: int, precision: Precision = Precision.FP32
+) -> Plan | None:
     """A plan of a captured model, or None where there is nothing that a program could take.
 
     Args:
-        half: products round weights and inputs to bf16; all else stays fp32.
+        precision: of products, where they can have it; all else is fp32.
     """
     pieces = lower(captured.graph, captured.constants)
     if not pieces:
         return None
     for op in (op for piece in pieces for op in piece.ops if isinstance(op, Product)):
         op.name = captured.names.get(op.name, op.name)
-        copies = op.name == ""
-        op.half = half and not copies and (op.groups == 1 or op.weight.shape[1] % 2 == 0)
+        op.precision = precision if _fits(op, precision) else Precision.FP32
     made: dict[str, tuple[Piece, Part]] = {}
     for piece in pieces:
         part = Part.of(piece, threads)
@@ -161,6 +163,14 @@ def make_plan(captured: Captured, threads: int, half: bool = False) -> Plan | No
     needed |= {o.name for o in signature.outputs if isinstance(o, Ref)}
     constants = {n: t for n, t in captured.constants.items() if n in needed}
     return Plan(signature, steps, constants)
+
+
+def _fits(op: Product, precision: Precision) -> bool:
+    """Whether a product can have a precision: no copy, full words, and sums that int32 can hold."""
+    channels = op.weight.shape[1]
+    if op.name == "" or (op.groups > 1 and channels % precision):
+        return False
+    return precision != Precision.INT8 or (channels >= 3 and op.weight[0].numel() <= _INT8_COLUMNS)
 
 
 def _ordered(outputs: Sequence[Any], made: Mapping[str, tuple[Piece, Part]]) -> list[Call | Part]:

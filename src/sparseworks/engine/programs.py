@@ -21,6 +21,7 @@ from sparseworks.engine.ir import (
     Norm,
     Op,
     Pool,
+    Precision,
     Product,
     Store,
     Upsample,
@@ -33,8 +34,8 @@ __all__ = ["Instance", "build", "lone_product"]
 
 (
     _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS,
-    _GATHER, _UPSAMPLE,
-) = range(13)  # fmt: skip
+    _GATHER, _UPSAMPLE, _RANGE, _QUADS,
+) = range(15)  # fmt: skip
 _BAND = 8  # vectors of a channel in a band, at least
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
@@ -91,11 +92,13 @@ def build(
     return _Builder(ops, sizes, lanes, threads, {} if packed is None else packed).instance()
 
 
-def lone_product(weight: Tensor, kind: str, size: tuple[int, ...], half: bool = False) -> Instance:
+def lone_product(
+    weight: Tensor, kind: str, size: tuple[int, ...], precision: Precision = Precision.FP32
+) -> Instance:
     """One linear layer or convolution by itself, from tensor "x" to "y", on one thread."""
     rows, columns = weight.shape[:2]
     x, y = Value(kind, columns), Value(kind, rows)
-    product = Product(y, x, weight, None, "weight", half=half)
+    product = Product(y, x, weight, None, "weight", precision=precision)
     return build([Load(x, "x"), product, Store(y, "y")], {"x": size}, 1, 1)
 
 
@@ -111,7 +114,7 @@ class _Builder:
     far: set[tuple[int, ...]] = field(
         default_factory=set
     )  # sizes read beyond the pixels next to them
-    beside: set[Value] = field(default_factory=set)  # read one pixel away
+    beside: set[tuple[Precision, Any]] = field(default_factory=set)  # read one pixel away
     uneven: set[tuple[int, ...]] = field(
         default_factory=set
     )  # sizes from or to which a product changes
@@ -189,8 +192,8 @@ class _Builder:
         x = distances(op)
         if self._phased(op):
             x = x // op.stride
-        elif bool((x != 0).any()):
-            self.beside.add(op.x)
+        if bool((x != 0).any()):
+            self.beside.add((op.precision, self._read(op)))
         if int(x.abs().max()) > 1 or made[1] > read[1]:
             self.far.add(read)
         if made != read:
@@ -206,6 +209,10 @@ class _Builder:
 
     def _phased(self, op: Product) -> bool:
         return op.stride > 1 and (self.lanes == 1 or op.stride > 2)
+
+    def _read(self, op: Product) -> Any:
+        """What a product reads, as a key of buffers: its input, or the phases of that."""
+        return ("phases", op.x, op.stride) if self._phased(op) else op.x
 
     def _phase_size(self, op: Product) -> tuple[int, ...]:
         return tuple(-(-n // op.stride) for n in self.shape[op.x])
@@ -230,7 +237,7 @@ class _Builder:
 
     def _shift(self, value: Value) -> int:
         """Floats between a value and its shifted copies; 0 where it has none."""
-        if value not in self.beside or not self._whole(self.shape[value]):
+        if (Precision.FP32, value) not in self.beside or not self._whole(self.shape[value]):
             return 0
         return value.channels * self._of(value).size
 
@@ -305,16 +312,18 @@ class _Builder:
         if self._phased(op):
             given, source, stride = self._phase(op, source)
         whole = self._whole((given.height, given.width)) if op.x.kind == "image" else False
-        if op.half:
-            source = self._pairs(op, source, given)
+        if op.precision != Precision.FP32:
+            source = self._words(op, source, given)
         taps = self._packed(op, given, stride if not self._phased(op) else 0, whole)
         fields: dict[str, Any] = {"in": source, "from": given}
         if given.bands > 1:
             inner = op.stride**2 if self._phased(op) else 1
-            channels = -(-op.x.channels // 2) if op.half else op.x.channels
-            fields["planes"] = channels * inner
+            fields["planes"] = -(-op.x.channels // op.precision) * inner
             if max(op.weight.shape[2:], default=1) > 1:
-                fields["copies"] = 3 if op.x in self.beside or inner > 1 else 1
+                copied = (op.precision, self._read(op)) in self.beside
+                fields["copies"] = 3 if copied else 1
+        if op.precision == Precision.INT8:
+            fields |= self._range(op.x)
         if op.residual is not None:
             fields["other"] = self._buffer(op.residual)
         if op.bias is not None:
@@ -330,7 +339,7 @@ class _Builder:
             self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
-        self.products[len(self.native)] = (op, work * (32 if op.half else 16))
+        self.products[len(self.native)] = (op, work * 16 * op.precision)
         self.groups[len(self.native)] = taps["group"]
         self.inputs[len(self.native)] = self.shape[op.x]
         self._add(
@@ -349,9 +358,10 @@ class _Builder:
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
         g = self._geometry(self._phase_size(op))
         planes = op.x.channels * op.stride**2
-        key = ("phases", op.x, op.stride)
+        key = self._read(op)
         done = key in self.buffers
-        shift = planes * g.size if self._whole(self._phase_size(op)) else 0
+        copied = (Precision.FP32, key) in self.beside and self._whole(self._phase_size(op))
+        shift = planes * g.size if copied else 0
         buffer = self._buffer(key, planes * g.size + 2 * shift)
         if not done:
             self._add(
@@ -361,23 +371,42 @@ class _Builder:
             self._buffer(key)
         return g, buffer, 1
 
-    def _pairs(self, op: Product, source: int, given: Geometry) -> int:
-        """The input of a product in bf16."""
+    def _words(self, op: Product, source: int, given: Geometry) -> int:
+        """The input of a product in bf16 or int8, several channels in 32 bits."""
         inner = op.stride**2 if self._phased(op) else 1
-        key = ("pairs", op.x, inner)
+        key = (op.precision, self._read(op))
         done = key in self.buffers
-        shift = op.x.channels * inner * given.size
+        fields: dict[str, Any] = {"in": source}
+        if op.precision == Precision.INT8:
+            fields |= self._range(op.x)
+            self.lives[source][1] = len(self.native)
         copied = op.x.kind == "image" and self._whole((given.height, given.width))
-        copied = copied and (inner > 1 or op.x in self.beside)
-        floats = -(-op.x.channels // 2) * inner * given.size * (3 if copied else 1)
-        buffer = self._buffer(key, floats)
+        copied = copied and key in self.beside
+        floats = -(-op.x.channels // op.precision) * inner * given.size
+        shift = floats if copied else 0
+        buffer = self._buffer(key, floats + 2 * shift)
         if not done:
+            kind = _PAIRS if op.precision == Precision.BF16 else _QUADS
             self._add(
-                _PAIRS, floats // 4, **{"in": source}, out=buffer, to=given, window=inner,
-                channels=op.x.channels, shift=shift if copied else 0,
+                kind, (floats + shift) // 4, out=buffer, to=given, window=inner,
+                channels=op.x.channels, shift=shift, **fields,
             )  # fmt: skip
             self._buffer(key)
         return buffer
+
+    def _range(self, x: Value) -> dict[str, Any]:
+        """Fields of an operation that reads the largest magnitudes of a value."""
+        key, g = ("range", x), self._of(x)
+        slots = 0 if x.kind == "tokens" else self.threads
+        done = key in self.buffers
+        buffer = self._buffer(key, 16 * slots if slots else g.plane)
+        if not done:
+            self._add(
+                _RANGE, x.channels * g.size // 16, **{"in": self._buffer(x), "from": g},
+                out=buffer, channels=x.channels, slots=slots,
+            )  # fmt: skip
+            self._buffer(key)
+        return {"extra": buffer, "slots": slots}
 
     def _pool(self, op: Pool) -> None:
         given = self._of(op.x)

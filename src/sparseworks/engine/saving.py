@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import fields
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class _Writer:
             return {"tensor": self.tensor(value)}
         if isinstance(value, (list, tuple)):
             return [self._encoded(v) for v in value]
-        return int(value) if isinstance(value, ir.Activation) else value
+        return int(value) if isinstance(value, IntEnum) else value
 
 
 def _read(about: dict[str, Any], tensors: dict[str, Tensor], threads: int) -> Plan:
@@ -172,5 +173,7 @@ def _read_part(held: dict[str, Any], tensors: dict[str, Tensor], threads: int) -
         given = {k: decoded(v) for k, v in content.items()}
         if "activation" in given:
             given["activation"] = ir.Activation(given["activation"])
+        if "precision" in given:
+            given["precision"] = ir.Precision(given["precision"])
         ops.append(_OPS[name](**given))
     return Part(held["kind"], ops, held["inputs"], held["masks"], held["outputs"], threads)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.engine.geometry import Geometry
-from sparseworks.engine.ir import Product
+from sparseworks.engine.ir import Precision, Product
 
 __all__ = ["distances", "run_vectors", "taps_of"]
 
@@ -40,8 +40,12 @@ def taps_of(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str,
     weight, kept = op.weight.detach().float(), op.weight.detach() != 0
     if weight.ndim == 2:
         weight, kept = weight[:, :, None, None], kept[:, :, None, None]
-    if op.half:
+    rounded: dict[str, Tensor] = {}
+    if op.precision == Precision.BF16:
         weight, kept = _in_pairs(weight), _in_pairs(kept.float()) != 0
+    elif op.precision == Precision.INT8:
+        weight, rounded = _in_quads(weight)
+        kept = weight != 0
     rows, per_group, kh, kw = weight.shape
     first, local = _places(op, weight.shape, given, stride, whole)
     flat, kept = weight.reshape(rows, -1), kept.reshape(rows, -1)
@@ -66,14 +70,18 @@ def taps_of(op: Product, given: Geometry, stride: int, whole: bool) -> dict[str,
         values.append(by_group[row, low + column].reshape(-1))
         orders.append(order.to(torch.int32))
     ordered = {} if blocks == 1 else {"order": torch.cat(orders), "chunk": chunk}
-    return ordered | {
-        "start": torch.cat(starts).cumsum(0),
-        "offset": torch.cat(offsets),
-        "value": torch.cat(values).contiguous().view(torch.float32),
-        "pairs": int(op.half),
-        "group": group,
-        "blocks": blocks,
-    }
+    return (
+        ordered
+        | rounded
+        | {
+            "start": torch.cat(starts).cumsum(0),
+            "offset": torch.cat(offsets),
+            "value": torch.cat(values).contiguous().view(torch.float32),
+            "word": int(op.precision),
+            "group": group,
+            "blocks": blocks,
+        }
+    )
 
 
 def _places(
@@ -116,6 +124,24 @@ def _in_pairs(weight: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, odd))
     bits = padded.bfloat16().view(torch.int16).int() & 0xFFFF
     return bits[:, ::2] | bits[:, 1::2] << 16
+
+
+def _in_quads(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Channels four by four: `[rows, channels, ...]` to `[rows, channels / 4, ...]` of int32.
+
+    Returns:
+        Words of four int8; and by rows the scale of sums for inputs of magnitude 1, and what sums
+        begin with because inputs are moved by 128.
+    """
+    largest = weight.abs().amax((1, 2, 3))
+    scale = largest / 127
+    whole = (weight / scale.where(scale > 0, 1.0)[:, None, None, None]).round()
+    missing = -weight.shape[1] % 4
+    padded = torch.nn.functional.pad(whole, (0, 0, 0, 0, 0, missing)).to(torch.int8)
+    by_four = padded.view(len(padded), -1, 4, *padded.shape[2:]).movedim(2, -1)
+    words = by_four.flatten().view(torch.int32).view(by_four.shape[:-1])
+    zero = -128 * whole.sum((1, 2, 3), dtype=torch.float64)
+    return words, {"scale": scale / 127, "zero": zero.to(torch.int32)}
 
 
 def run_vectors(given: Geometry) -> int:

@@ -1,0 +1,2 @@
+#define RUN_OP run_op_vnni
+#include "ops_impl.h"
