@@ -26,13 +26,11 @@ void transpose(const float* in, int64_t in_stride, int rows, int columns, float*
     for (int c = 0; c < columns; ++c) out[c * out_stride + r] = in[r * in_stride + c];
 }
 
-// Row y of the pixels of channel c, of a value with `channels`.
+// Row y of the pixels of channel c.
 template <typename T>
-inline T* row_at(T* value, const Geometry& g, int channels, int c, int y) {
-  const int rows = g.rows();
-  const int band = g.bands == 1 ? 0 : y / rows;
-  return value + (static_cast<int64_t>(band) * channels + c) * g.plane + g.origin +
-         (y - band * rows) * g.pitch;
+inline T* row_at(T* value, const Op& op, const Geometry& g, int c, int y) {
+  const int rows = g.rows(), band = g.bands == 1 ? 0 : y / rows;
+  return value + band * op.apart + c * g.plane + g.origin + (y - band * rows) * g.pitch;
 }
 
 // The first image of a group of 16; missing ones are read as the last one and never written.
@@ -72,7 +70,7 @@ void load_tensor(const Op& op, const int64_t* where, float* arena, const Call& c
   }
   const auto [first, last] = share(g.bands * op.channels, part, parts);
   for (int i = first; i < last; ++i) {
-    float* plane = out + i * g.plane;
+    float* plane = plane_at(out, op, g, op.channels, i);
     clear_padding(plane, g, true);
     const int c = i % op.channels, above = i / op.channels * g.rows();
     for (int y = 0; y < g.rows(); ++y) {
@@ -118,7 +116,7 @@ void store_tensor(const Op& op, const int64_t* where, float* arena, const Call& 
   for (int c = begin; c < end; ++c)
     for (int y = 0; y < g.height; ++y) {
       const int64_t pixel = (static_cast<int64_t>(c) * g.height + y) * g.width;
-      const float* row = row_at(in, g, op.channels, c, y);
+      const float* row = row_at(in, op, g, c, y);
       if (g.lanes == 1) {
         std::copy_n(row, g.width, t.data + item * t.size + pixel);
         continue;
@@ -166,13 +164,13 @@ void pool_of(const Op& op, const int64_t* where, float* arena, int part, int par
   const auto [begin, end] = share(to.bands * op.channels, part, parts);
   for (int i = begin; i < end; ++i) {
     const int c = i % op.channels, above = i / op.channels * to.rows();
-    float* plane = arena + where[op.out] + i * to.plane;
+    float* plane = plane_at(arena + where[op.out], op, to, op.channels, i);
     clear_padding(plane, to, true);
     for (int y = 0; y < to.rows(); ++y) {
       const int top = (above + y) * op.stride - op.padding;
       std::fill_n(folded, wide, none);
       for (int v = std::max(top, 0); v < std::min(top + op.window, from.height); ++v) {
-        const float* row = row_at(arena + where[op.in], from, op.channels, c, v);
+        const float* row = row_at(arena + where[op.in], op, from, c, v);
         fold_row(row, 1, 1, wide, folded, f);
       }
       float* out = plane + to.origin + y * to.pitch;
@@ -203,7 +201,7 @@ void mean(const Op& op, const int64_t* where, float* arena, int part, int parts)
     const int64_t width = static_cast<int64_t>(from.width) * from.lanes;
     Vec total{};
     for (int y = 0; y < from.height; ++y) {
-      const float* row = row_at(arena + where[op.in], from, op.channels, c, y);
+      const float* row = row_at(arena + where[op.in], op, from, c, y);
       int64_t x = 0;
       for (; x + kLanes <= width; x += kLanes) total += load(row + x);
       if (x < width) total += kept(load(row + x), (1 << (width - x)) - 1);
@@ -223,10 +221,11 @@ void combine(const Op& op, const int64_t* where, float* arena, int part, int par
   with_activation(op.activation, [&](auto a) {
     constexpr Activation A = decltype(a)::value;
     for (int i = begin; i < end; ++i) {
-      const float* x = arena + where[op.in] + i * g.plane;
-      float* out = arena + where[op.out] + i * g.plane;
+      const float* x = plane_at(arena + where[op.in], op, g, op.channels, i);
+      float* out = plane_at(arena + where[op.out], op, g, op.channels, i);
       const int other = op.broadcast ? i % op.channels : i;
-      const float* y = op.other < 0 ? nullptr : arena + where[op.other] + other * op.from.plane;
+      const float* y = op.other < 0 ? nullptr
+                                    : plane_at(arena + where[op.other], op, op.from, op.channels, other);
       for (int64_t p = 0; p < g.plane; p += kLanes) {
         Vec v = load(x + p);
         if (y != nullptr) {
@@ -245,9 +244,9 @@ void gather(const Op& op, const int64_t* where, float* arena, int part, int part
   const int64_t plane = op.to.plane;
   const auto [begin, end] = share(op.to.bands * op.channels, part, parts);
   for (int i = begin; i < end; ++i) {
-    const int64_t band = i / op.channels, c = i % op.channels;
-    std::copy_n(arena + where[op.in] + (band * op.planes + op.q + c) * plane, plane,
-                arena + where[op.out] + (band * op.heads + op.k + c) * plane);
+    const float* in = plane_at(arena + where[op.in] + op.q * plane, op, op.to, op.channels, i);
+    float* out = plane_at(arena + where[op.out] + op.k * plane, op, op.to, op.channels, i);
+    std::copy_n(in, plane, out);
   }
 }
 
@@ -257,10 +256,10 @@ void upsample(const Op& op, const int64_t* where, float* arena, int part, int pa
   const auto [begin, end] = share(to.bands * op.channels, part, parts);
   for (int i = begin; i < end; ++i) {
     const int c = i % op.channels, above = i / op.channels * to.rows();
-    float* out = arena + where[op.out] + i * to.plane;
+    float* out = plane_at(arena + where[op.out], op, to, op.channels, i);
     clear_padding(out, to, true);
     for (int y = 0; y < to.rows(); ++y) {
-      const float* row = row_at(arena + where[op.in], from, op.channels, c, (above + y) / op.window);
+      const float* row = row_at(arena + where[op.in], op, from, c, (above + y) / op.window);
       float* o = out + to.origin + y * to.pitch;
       for (int x = 0; x < to.width; ++x)
         std::copy_n(row + x / op.window * to.lanes, to.lanes, o + x * to.lanes);
@@ -275,11 +274,11 @@ void pairs(const Op& op, const int64_t* where, float* arena, int part, int parts
   const int inner = op.window, count = (op.channels + 1) / 2 * inner;
   const auto [begin, end] = share(op.to.bands * count, part, parts);
   for (int i = begin; i < end; ++i) {
-    const int band = i / count, channel = i % count / inner * 2;
-    const int64_t first = (static_cast<int64_t>(band) * op.channels + channel) * inner;
-    const float* a = arena + where[op.in] + (first + i % inner) * plane;
+    const int channel = i % count / inner * 2;
+    const float* a = arena + i / count * op.apart + where[op.in] +
+                     (static_cast<int64_t>(channel) * inner + i % inner) * plane;
     const float* b = channel + 1 < op.channels ? a + inner * plane : nullptr;
-    float* out = arena + where[op.out] + i * plane;
+    float* out = plane_at(arena + where[op.out], op, op.to, count, i);
     for (int64_t p = 0; p < plane; p += kLanes)
       store(out + p, paired(load(a + p), b == nullptr ? Vec{} : load(b + p)));
     if (op.shift > 0) shift_words(out, op.to, op.shift, Vec{});
@@ -301,7 +300,8 @@ void phases(const Op& op, const int64_t* where, float* arena, int part, int part
   for (int i = begin; i < end; ++i)
     for (int phase = 0; phase < s * s; ++phase) {
       const int c = i % op.channels, above = i / op.channels * to.rows();
-      float* out = arena + where[op.out] + (static_cast<int64_t>(i) * s * s + phase) * to.plane;
+      float* out = arena + i / op.channels * op.apart + where[op.out] +
+                   (static_cast<int64_t>(c) * s * s + phase) * to.plane;
       const int py = phase / s, px = phase % s;
       const int height = (from.height - py + s - 1) / s;  // that the input has of this phase
       const int width = std::max(0, (from.width - px + s - 1) / s);
@@ -310,7 +310,7 @@ void phases(const Op& op, const int64_t* where, float* arena, int part, int part
         float* row = out + to.origin + y * to.pitch;
         const int count = above + y < height ? width : 0;
         const float* source =
-            row_at(arena + where[op.in], from, op.channels, c, (above + y) * s + py) + px * lanes;
+            row_at(arena + where[op.in], op, from, c, (above + y) * s + py) + px * lanes;
         if (s == 2 && lanes == 1) every_second(source, count, row);
         else
           for (int x = 0; x < count; ++x) std::copy_n(source + x * s * lanes, lanes, row + x * lanes);

@@ -359,6 +359,12 @@ inline int cut(const Taps& w, int part, int parts) {
   return std::min(groups, (low + w.chunk / 2) / w.chunk * w.chunk);
 }
 
+// Plane i of a value with `planes` in each band.
+template <typename T>
+inline T* plane_at(T* value, const Op& op, const Geometry& g, int planes, int i) {
+  return value + i / planes * op.apart + i % planes * g.plane;
+}
+
 // Zeros round rows [first, last) of the pixels of one plane: above its first row and below its last
 // one, and between the rows only where they are not written anyway.
 inline void clear_padding(float* plane, const Geometry& g, bool between, int first, int last) {
@@ -388,7 +394,7 @@ void shifted(const Op& op, const int64_t* where, float* arena, int part, int par
   const int columns = static_cast<int>(g.pitch / kLanes);
   const auto [begin, end] = share(g.bands * op.channels, part, parts);
   for (int c = begin; c < end; ++c) {
-    float* plane = arena + where[op.out] + c * g.plane;
+    float* plane = plane_at(arena + where[op.out], op, g, op.channels, c);
     for (int copy = 1; copy < 3; ++copy) clear_padding(plane + copy * op.shift, g, false);
     shift_run(plane + g.origin, op.shift, 0, g.rows() * columns, columns, g.width);
   }
@@ -446,17 +452,17 @@ void multiply(const Op& op, const Piece& piece, const float* in, const float* re
 // The rows of pixels beyond the ends of a band, from the bands above and below, with their copies.
 inline void borrow_rows(const Op& op, float* in, int band) {
   const Geometry& g = op.from;
-  const int64_t apart = op.planes * g.plane, rows = g.rows() * g.pitch;
+  const int64_t shift = op.planes * g.plane, rows = g.rows() * g.pitch;
   const int columns = static_cast<int>(g.pitch / kLanes);
   const Vec zero = op.taps.channels == 4 ? reinterpret_cast<Vec>(Bits{} + kZeros) : Vec{};
   const auto borrow = [&](const float* row, float* to) {
     for (int64_t i = 0; i < g.pitch; i += kLanes) store(to + i, load(row + i));
-    if (op.copies > 1) shift_run(to, apart * g.bands, 0, columns, columns, g.width, zero);
+    if (op.copies > 1) shift_run(to, shift, 0, columns, columns, g.width, zero);
   };
   for (int c = 0; c < op.planes; ++c) {
-    float* first = in + band * apart + c * g.plane + g.origin;
-    if (band > 0) borrow(first - apart + rows - g.pitch, first - g.pitch);
-    if (band + 1 < g.bands) borrow(first + apart, first + rows);
+    float* first = in + c * g.plane + g.origin;
+    if (band > 0) borrow(first - op.apart + rows - g.pitch, first - g.pitch);
+    if (band + 1 < g.bands) borrow(first + op.apart, first + rows);
   }
 }
 
@@ -466,17 +472,15 @@ inline const float* range_at(const Op& op, const int64_t* where, const float* ar
 
 void product_of_band(const Op& op, const int64_t* where, float* arena, int band) {
   const Geometry& to = op.to;
-  float* in = arena + where[op.in];
+  float* own = arena + band * op.apart;
+  float *in = own + where[op.in], *out = own + where[op.out];
   if (op.copies > 0) borrow_rows(op, in, band);
-  const int64_t at = static_cast<int64_t>(band) * op.channels * to.plane;
-  float* out = arena + where[op.out] + at;
   const int top = band == 0 ? 0 : 1, bottom = band + 1 == to.bands ? to.rows() : to.rows() - 1;
   for (int c = 0; c < op.channels; ++c)
     for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
       clear_padding(out + copy * op.shift + c * to.plane, to, false, top, bottom);
-  multiply(op, {0, cut(op.taps, 1, 1), 0, 1, 0, vectors_of(op)},
-           in + band * op.planes * op.from.plane + op.from.origin,
-           op.other < 0 ? nullptr : arena + where[op.other] + at, range_at(op, where, arena), out);
+  multiply(op, {0, cut(op.taps, 1, 1), 0, 1, 0, vectors_of(op)}, in + op.from.origin,
+           op.other < 0 ? nullptr : own + where[op.other], range_at(op, where, arena), out);
 }
 
 // Pieces are bands or runs of positions, or rows of the weight where there are few positions.

@@ -39,7 +39,7 @@ enum class Kind : int {
   kQuads,      // channels four by four, as int8 moved by 128
 };
 
-// All strides in floats. A value is [copy][band][channel][plane]; a band has its share of the rows, with
+// All strides in floats. A band of a value is [copy][channel][plane], with its share of the rows and
 // padding above and below.
 struct Geometry {
   int height = 1, width = 1, pad = 0, lanes = 1;
@@ -76,6 +76,7 @@ struct Op {
   int stride = 1;
   bool flat = false;  // kProduct: all rows of pixels as one run (equal pitches, lanes = 1)
   Geometry from, to;
+  int64_t apart = 0;           // floats from a band of any value to the next one
   int planes = 0, copies = 0;  // of a band of `in`; copies are 0 where no other band is read
   Taps taps;
   const float* bias = nullptr;      // kProduct: [rows]; kNorm: beta
@@ -85,7 +86,7 @@ struct Op {
   int window = 0, padding = 0;      // kPool; kPhases: the padding of its convolution; kUpsample
   bool flag = false;   // kPool: max; kCombine: product; kAttention: causal
   bool broadcast = false;           // kCombine: `other` has one position; kPool: count pads
-  int heads = 0, groups = 0;        // query heads, key heads; kGather: heads are channels of `out`
+  int heads = 0, groups = 0;        // query heads, key heads
   int q = 0, k = 0, v = 0;  // first channels in `in`, `other`, `extra`; kGather: in `in` and `out`
   int mask = -1;  // kAttention: an input tensor, [items or 1, keys (, queries)]; empty: none
   int keys = 0;

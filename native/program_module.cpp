@@ -64,6 +64,7 @@ Op parse(Held& held, const nb::dict& d) {
   op.channels = number(d, "channels", 0);
   op.stride = number(d, "stride", 1);
   op.flat = number(d, "flat", 0) != 0;
+  op.apart = d.contains("apart") ? nb::cast<int64_t>(d["apart"]) : 0;
   op.planes = number(d, "planes", 0);
   op.copies = number(d, "copies", 0);
   op.from = geometry(d, "from");

@@ -43,7 +43,7 @@ void range(const Op& op, const int64_t* where, float* arena, int part, int parts
     IntVec most{};
     for (int i = begin; i < end; ++i)
       for (int y = 0; y < g.rows(); ++y) {
-        const float* row = in + i * g.plane + g.origin + y * g.pitch;
+        const float* row = plane_at(in, op, g, op.channels, i) + g.origin + y * g.pitch;
         int x = 0;
         for (; x + kLanes <= width; x += kLanes) most = larger(most, magnitude(load(row + x)));
         if (rest > 0) most = larger(most, magnitude(kept(load(row + x), (1 << rest) - 1)));
@@ -70,9 +70,9 @@ void quads(const Op& op, const int64_t* where, float* arena, int part, int parts
     for (int i = begin; i < end; ++i) {
       const int band = i / count, channel = i % count / inner * 4;
       const int there = std::min(4, op.channels - channel);
-      const int64_t from = (static_cast<int64_t>(band) * op.channels + channel) * inner + i % inner;
-      const float* in = arena + where[op.in] + first + from * plane;
-      float* words = out + i * plane + first;
+      const float* in = arena + band * op.apart + where[op.in] + first +
+                        (static_cast<int64_t>(channel) * inner + i % inner) * plane;
+      float* words = plane_at(out, op, op.to, count, i) + first;
       const auto write = [&](auto four) {
         for (int v = 0; v < vectors; ++v) {
           Bits word = zero;
@@ -87,7 +87,7 @@ void quads(const Op& op, const int64_t* where, float* arena, int part, int parts
   }
   if (op.shift > 0)
     for (int i = begin; i < end; ++i)
-      shift_words(out + i * plane, op.to, op.shift, reinterpret_cast<Vec>(zero));
+      shift_words(plane_at(out, op, op.to, count, i), op.to, op.shift, reinterpret_cast<Vec>(zero));
 }
 
 }  // namespace

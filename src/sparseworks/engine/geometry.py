@@ -1,6 +1,6 @@
 """Sizes of a program's values, and where each lies in its working memory.
 
-A value takes channels x size floats. An image has `pad` zero pixels to its left, shared with the
+A value takes channels x plane floats. An image has `pad` zero pixels to its left, shared with the
 right end of the row before, and `pad` zero rows above and below; `lanes` is 1, or 16 images whose
 pixels lie side by side. All images of one height and width have the same padding, so that they can
 be added as they lie.
@@ -9,10 +9,10 @@ Where rows nearly fill whole vectors and taps reach one pixel to either side, an
 between its rows. Behind its channels come copies of them, moved by one pixel to the right and to
 the left: so that every load of a convolution is aligned.
 
-Where several threads work on such an image it is cut into bands of rows, one for each thread, which
-lie apart ([copy][band][channel]): what one core writes should not share memory that is fetched
-ahead with what another one reads. The padding between two bands holds a copy of the other row,
-which is made where it is needed.
+Where several threads work on such an image it is cut into bands of rows, one for each thread, and
+each band lies in working memory of its own, at the same place: cores that write near to each other
+get in each other's way. The padding between two bands holds a copy of the other band's row, which
+is made where it is needed.
 """
 
 from __future__ import annotations

@@ -137,7 +137,10 @@ class _Builder:
         for op in self.ops:
             self._emit(op)
         where, arena = arrange(self.floats, [(a, b) for a, b in self.lives])
-        program = module().Program(where, arena, self.lanes, self.native)  # type: ignore[union-attr]
+        bands = max((self._geometry(shape).bands for shape in self.pads), default=1)
+        for fields in self.native:
+            fields["apart"] = arena
+        program = module().Program(where, arena * bands, self.lanes, self.native)  # type: ignore[union-attr]
         return Instance(
             program, self.lanes, self.tensors, self.tensor_shapes, self.products, self.groups,
             self.inputs, self.outputs,
@@ -239,7 +242,7 @@ class _Builder:
         """Floats between a value and its shifted copies; 0 where it has none."""
         if (Precision.FP32, value) not in self.beside or not self._whole(self.shape[value]):
             return 0
-        return value.channels * self._of(value).size
+        return value.channels * self._of(value).plane
 
     def _of(self, value: Value) -> Geometry:
         return self._geometry(self.shape[value])
@@ -252,7 +255,7 @@ class _Builder:
         if key not in self.buffers:
             self.buffers[key] = len(self.floats)
             if isinstance(key, Value):
-                floats = key.channels * self._of(key).size + 2 * self._shift(key)
+                floats = key.channels * self._of(key).plane + 2 * self._shift(key)
             self.floats.append(floats)
             self.lives.append([now, now])
         at = self.buffers[key]
@@ -335,7 +338,7 @@ class _Builder:
         if other is not None and self.last[other] is op:
             at = self.buffers[other]  # each sum is read before it is made
             self.buffers[op.out] = at
-            size = op.out.channels * made.size + 2 * self._shift(op.out)
+            size = op.out.channels * made.plane + 2 * self._shift(op.out)
             self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
@@ -349,8 +352,7 @@ class _Builder:
         )  # fmt: skip
 
     def _packed(self, op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
-        layout = given.plane, given.pitch, given.lanes, given.bands
-        key = (id(op), *layout, run_vectors(given), stride, whole)
+        key = (id(op), given.plane, given.pitch, given.lanes, run_vectors(given), stride, whole)
         if key not in self.packed:
             self.packed[key] = taps_of(op, given, stride, whole)
         return self.packed[key]
@@ -361,8 +363,8 @@ class _Builder:
         key = self._read(op)
         done = key in self.buffers
         copied = (Precision.FP32, key) in self.beside and self._whole(self._phase_size(op))
-        shift = planes * g.size if copied else 0
-        buffer = self._buffer(key, planes * g.size + 2 * shift)
+        shift = planes * g.plane if copied else 0
+        buffer = self._buffer(key, planes * g.plane + 2 * shift)
         if not done:
             self._add(
                 _PHASES, planes * g.size // 4, **{"in": source, "from": self._of(op.x)},
@@ -382,13 +384,13 @@ class _Builder:
             self.lives[source][1] = len(self.native)
         copied = op.x.kind == "image" and self._whole((given.height, given.width))
         copied = copied and key in self.beside
-        floats = -(-op.x.channels // op.precision) * inner * given.size
+        floats = -(-op.x.channels // op.precision) * inner * given.plane
         shift = floats if copied else 0
         buffer = self._buffer(key, floats + 2 * shift)
         if not done:
             kind = _PAIRS if op.precision == Precision.BF16 else _QUADS
             self._add(
-                kind, (floats + shift) // 4, out=buffer, to=given, window=inner,
+                kind, (floats + shift) * given.bands // 4, out=buffer, to=given, window=inner,
                 channels=op.x.channels, shift=shift, **fields,
             )  # fmt: skip
             self._buffer(key)
@@ -443,8 +445,7 @@ class _Builder:
         for value, first, count in op.parts:
             self._add(
                 _GATHER, count * made.size // 8, **{"in": self._buffer(value)}, to=made,
-                out=self._buffer(op.out), channels=count, q=first, planes=value.channels,
-                k=done, heads=op.out.channels,
+                out=self._buffer(op.out), channels=count, q=first, k=done,
             )  # fmt: skip
             done += count
 

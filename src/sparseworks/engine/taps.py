@@ -98,7 +98,7 @@ def _places(
         y, x = y // s, x // s
         step = per_group * s * s
     if whole:  # the copy moved to the right has the pixel to the left
-        side = torch.tensor([2, 0, 1])[1 - x] * (step * op.groups * given.size)
+        side = torch.tensor([2, 0, 1])[1 - x] * (step * op.groups * given.plane)
     else:
         side = x * given.lanes
     shift = y[:, None] * given.pitch + side[None, :]
