@@ -1,4 +1,4 @@
-"""The encoder and the ResNet of the README through `sparseworks bench`, fp32 and bf16.
+"""The encoder and the ResNet of the README through `sparseworks bench`, fp32, bf16 and int8.
 
     python benchmarks/speed.py [--out FOLDER] [--repeat 25]
 
@@ -26,7 +26,11 @@ def cases() -> dict[str, Options]:
         "minilm-blocks-bf16": Options(
             "minilm", sparsity=(0.75,), pattern="block16x32", batch=(16,), dtype="bf16", peers=PEERS
         ),
-    }
+        "minilm-int8": Options(
+            "minilm", sparsity=(0.75,), pattern="block16x32", batch=(1, 16), dtype="int8",
+            peers=("torch", "onnxruntime"),
+        ),
+    }  # fmt: skip
 
 
 def main() -> None:
