@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseworks.core.errors import ModelError
-from sparseworks.engine.geometry import Geometry, arrange, fills, image, tokens, whole_rows
+from sparseworks.engine.geometry import Geometry, arrange
 from sparseworks.engine.ir import (
     Attention,
     Combine,
@@ -27,7 +26,8 @@ from sparseworks.engine.ir import (
     Upsample,
     Value,
 )
-from sparseworks.engine.taps import distances, run_vectors, taps_of
+from sparseworks.engine.layout import Layout
+from sparseworks.engine.taps import run_vectors, taps_of
 from sparseworks.kernels.native import module
 
 __all__ = ["Instance", "build", "lone_product"]
@@ -36,7 +36,6 @@ __all__ = ["Instance", "build", "lone_product"]
     _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS,
     _GATHER, _UPSAMPLE, _RANGE, _QUADS,
 ) = range(15)  # fmt: skip
-_BAND = 8  # vectors of a channel in a band, at least
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
@@ -109,15 +108,7 @@ class _Builder:
     lanes: int
     threads: int
     packed: dict[Any, dict[str, Any]]
-    shape: dict[Value, tuple[int, ...]] = field(default_factory=dict)
-    pads: dict[tuple[int, ...], int] = field(default_factory=dict)
-    far: set[tuple[int, ...]] = field(
-        default_factory=set
-    )  # sizes read beyond the pixels next to them
-    beside: set[tuple[Precision, Any]] = field(default_factory=set)  # read one pixel away
-    uneven: set[tuple[int, ...]] = field(
-        default_factory=set
-    )  # sizes from or to which a product changes
+    layout: Layout = field(init=False)
     buffers: dict[Any, int] = field(default_factory=dict)
     floats: list[int] = field(default_factory=list)
     lives: list[list[int]] = field(default_factory=list)
@@ -131,123 +122,19 @@ class _Builder:
     last: dict[Value, Op] = field(default_factory=dict)  # who reads a value last
 
     def instance(self) -> Instance:
+        self.layout = Layout(self.ops, self.sizes, self.lanes, self.threads)
         for op in self.ops:
-            self._size(op)
             self.last.update(dict.fromkeys(op.inputs(), op))
         for op in self.ops:
             self._emit(op)
         where, arena = arrange(self.floats, [(a, b) for a, b in self.lives])
-        bands = max((self._geometry(shape).bands for shape in self.pads), default=1)
         for fields in self.native:
             fields["apart"] = arena
-        program = module().Program(where, arena * bands, self.lanes, self.native)  # type: ignore[union-attr]
+        program = module().Program(where, arena * self.layout.bands, self.lanes, self.native)  # type: ignore[union-attr]
         return Instance(
             program, self.lanes, self.tensors, self.tensor_shapes, self.products, self.groups,
             self.inputs, self.outputs,
         )  # fmt: skip
-
-    # sizes
-
-    def _size(self, op: Op) -> None:
-        shape = self.shape
-        if isinstance(op, Load):
-            shape[op.out] = self.sizes[op.source]
-        elif isinstance(op, Product):
-            shape[op.out] = self._convolved(op)
-        elif isinstance(op, Pool):
-            height, width = (_pooled(n, op) for n in shape[op.x])
-            shape[op.out] = (height, width)
-        elif isinstance(op, Mean):
-            shape[op.out] = (1, 1)
-        elif isinstance(op, Attention):
-            shape[op.out] = shape[op.q.value]
-        elif isinstance(op, Combine):
-            shape[op.out] = shape[op.x]
-            if op.y is not None and shape[op.y] not in (shape[op.x], (1, 1)):
-                raise ModelError(f"sizes {shape[op.x]} and {shape[op.y]} do not fit together")
-        elif isinstance(op, Norm):
-            shape[op.out] = shape[op.x]
-        elif isinstance(op, Gather):
-            shape[op.out] = shape[op.parts[0][0]]
-            if any(shape[value] != shape[op.out] for value in op.inputs()):
-                raise ModelError("images of different sizes are put one behind the other")
-        elif isinstance(op, Upsample):
-            height, width = shape[op.x]
-            shape[op.out] = (op.factor * height, op.factor * width)
-        if len(shape[op.out]) == 2:
-            self.pads.setdefault(shape[op.out], 0)
-
-    def _convolved(self, op: Product) -> tuple[int, ...]:
-        given = self.shape[op.x]
-        if len(given) == 1:
-            return given
-        kernel = tuple(op.weight.shape[2:]) or (1, 1)
-        reach = [op.dilation * (k - 1) for k in kernel]
-        made = tuple(
-            (n + 2 * op.padding + op.more - r - 1) // op.stride + 1
-            for n, r in zip(given, reach, strict=True)
-        )
-        if min(made) < 1:
-            raise ModelError(f"{op.name}: an image of {given} pixels is smaller than the kernel")
-        if op.residual is not None and self.shape[op.residual] != made:
-            raise ModelError(f"{op.name}: sizes {made} and {self.shape[op.residual]} are added")
-        read = self._phase_size(op) if self._phased(op) else given
-        x = distances(op)
-        if self._phased(op):
-            x = x // op.stride
-        if bool((x != 0).any()):
-            self.beside.add((op.precision, self._read(op)))
-        if int(x.abs().max()) > 1 or made[1] > read[1]:
-            self.far.add(read)
-        if made != read:
-            self.uneven.update((made, read))
-        for n, out, r in zip(read, made, reach, strict=True):
-            step = 1 if self._phased(op) else op.stride
-            first = op.padding // op.stride + (op.padding % op.stride > 0)
-            left = first if self._phased(op) else op.padding
-            last = (r - op.padding) // op.stride if self._phased(op) else r - op.padding
-            right = (out - 1) * step + last - (n - 1)
-            self.pads[read] = max(self.pads.get(read, 0), left, right)
-        return made
-
-    def _phased(self, op: Product) -> bool:
-        return op.stride > 1 and (self.lanes == 1 or op.stride > 2)
-
-    def _read(self, op: Product) -> Any:
-        """What a product reads, as a key of buffers: its input, or the phases of that."""
-        return ("phases", op.x, op.stride) if self._phased(op) else op.x
-
-    def _phase_size(self, op: Product) -> tuple[int, ...]:
-        return tuple(-(-n // op.stride) for n in self.shape[op.x])
-
-    def _geometry(self, shape: tuple[int, ...]) -> Geometry:
-        if len(shape) == 1:
-            return tokens(shape[0])
-        if self._whole(shape):
-            return whole_rows(shape[0], shape[1], self.pads[shape], self._bands(shape))
-        return image(shape[0], shape[1], self.pads[shape], self.lanes)
-
-    def _whole(self, shape: tuple[int, ...]) -> bool:
-        """Whether images of this size lie in whole vectors, with shifted copies."""
-        near = self.pads[shape] == 1 and shape not in self.far
-        return self.lanes == 1 and near and fills(shape[1])
-
-    def _bands(self, shape: tuple[int, ...]) -> int:
-        """Into how many bands whole rows are cut: one for each thread, where that is even."""
-        height, vectors = shape[0], shape[0] * -(-shape[1] // 16)
-        even = height % self.threads == 0 and shape not in self.uneven
-        return self.threads if even and vectors >= _BAND * self.threads else 1
-
-    def _shift(self, value: Value) -> int:
-        """Floats between a value and its shifted copies; 0 where it has none."""
-        if (Precision.FP32, value) not in self.beside or not self._whole(self.shape[value]):
-            return 0
-        return value.channels * self._of(value).plane
-
-    def _of(self, value: Value) -> Geometry:
-        return self._geometry(self.shape[value])
-
-    # operations
 
     def _buffer(self, key: Any, floats: int = 0) -> int:
         """The buffer of a value, which lives until the operation that is being made."""
@@ -255,7 +142,7 @@ class _Builder:
         if key not in self.buffers:
             self.buffers[key] = len(self.floats)
             if isinstance(key, Value):
-                floats = key.channels * self._of(key).plane + 2 * self._shift(key)
+                floats = key.channels * self.layout.of(key).plane + 2 * self.layout.shift(key)
             self.floats.append(floats)
             self.lives.append([now, now])
         at = self.buffers[key]
@@ -278,15 +165,15 @@ class _Builder:
     def _emit(self, op: Op) -> None:
         emit = getattr(self, "_" + type(op).__name__.lower())
         emit(op)
-        shift = 0 if isinstance(op, Store | Product) else self._shift(op.out)
+        shift = 0 if isinstance(op, Store | Product) else self.layout.shift(op.out)
         if shift:
             self._add(
-                _SHIFT, shift // 8, out=self._buffer(op.out), to=self._of(op.out),
+                _SHIFT, shift // 8, out=self._buffer(op.out), to=self.layout.of(op.out),
                 channels=op.out.channels, shift=shift,
             )  # fmt: skip
 
     def _load(self, op: Load) -> None:
-        g = self._of(op.out)
+        g = self.layout.of(op.out)
         self._add(
             _LOAD, op.out.channels * g.size // 16, out=self._buffer(op.out), to=g,
             channels=op.out.channels, tensor=self._tensor(op.source, self._shape(op)),
@@ -294,7 +181,7 @@ class _Builder:
         )  # fmt: skip
 
     def _store(self, op: Store) -> None:
-        g, channels = self._of(op.out), op.out.channels
+        g, channels = self.layout.of(op.out), op.out.channels
         self._add(
             _STORE, channels * g.size // 16, **{"in": self._buffer(op.out), "from": g},
             channels=channels, tensor=self._tensor(op.target, self._shape(op)),
@@ -304,27 +191,26 @@ class _Builder:
 
     def _shape(self, op: Load | Store) -> tuple[int, ...]:
         """Of a caller's tensor, for one item."""
-        shape, channels = self.shape[op.out], op.out.channels
+        shape, channels = self.layout.shape[op.out], op.out.channels
         if op.out.kind == "tokens":
             return (self.lanes, *shape, channels)
         return (self.lanes, channels) if op.vector else (self.lanes, channels, *shape)
 
     def _product(self, op: Product) -> None:
-        made, given = self._of(op.out), self._of(op.x)
+        made, given = self.layout.of(op.out), self.layout.of(op.x)
         source, stride = self._buffer(op.x), op.stride
-        if self._phased(op):
+        if self.layout.phased(op):
             given, source, stride = self._phase(op, source)
-        whole = self._whole((given.height, given.width)) if op.x.kind == "image" else False
+        whole = self.layout.whole((given.height, given.width)) if op.x.kind == "image" else False
         if op.precision != Precision.FP32:
             source = self._words(op, source, given)
-        taps = self._packed(op, given, stride if not self._phased(op) else 0, whole)
+        taps = self._packed(op, given, stride if not self.layout.phased(op) else 0, whole)
         fields: dict[str, Any] = {"in": source, "from": given}
         if given.bands > 1:
-            inner = op.stride**2 if self._phased(op) else 1
+            inner = self.layout.phases(op)
             fields["planes"] = -(-op.x.channels // op.precision) * inner
             if max(op.weight.shape[2:], default=1) > 1:
-                copied = (op.precision, self._read(op)) in self.beside
-                fields["copies"] = 3 if copied else 1
+                fields["copies"] = 3 if self.layout.copied(op, op.precision) else 1
         if op.precision == Precision.INT8:
             fields |= self._range(op.x)
         if op.residual is not None:
@@ -332,23 +218,23 @@ class _Builder:
         if op.bias is not None:
             fields["bias"] = op.bias.float().contiguous()
         flat = made.lanes == 1 and made.pitch == given.pitch and stride == 1
-        if made.lanes == 1 and len(self.shape[op.out]) == 2 and made.pitch != made.width:
+        if made.lanes == 1 and len(self.layout.shape[op.out]) == 2 and made.pitch != made.width:
             fields["live"] = _live(made, flat)
         other = None if op.residual is op.x or taps["blocks"] > 1 else op.residual
         if other is not None and self.last[other] is op:
             at = self.buffers[other]  # each sum is read before it is made
             self.buffers[op.out] = at
-            size = op.out.channels * made.plane + 2 * self._shift(op.out)
+            size = op.out.channels * made.plane + 2 * self.layout.shift(op.out)
             self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
         self.products[len(self.native)] = (op, work * 16 * op.precision)
         self.groups[len(self.native)] = taps["group"]
-        self.inputs[len(self.native)] = self.shape[op.x]
+        self.inputs[len(self.native)] = self.layout.shape[op.x]
         self._add(
             _PRODUCT, work, out=self._buffer(op.out), to=made, channels=op.out.channels,
             stride=stride, flat=int(flat), activation=int(op.activation), number=op.slope,
-            shift=self._shift(op.out), **taps, **fields,
+            shift=self.layout.shift(op.out), **taps, **fields,
         )  # fmt: skip
 
     def _packed(self, op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
@@ -358,16 +244,15 @@ class _Builder:
         return self.packed[key]
 
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
-        g = self._geometry(self._phase_size(op))
+        g = self.layout.geometry(self.layout.phase_size(op))
         planes = op.x.channels * op.stride**2
-        key = self._read(op)
+        key = self.layout.read(op)
         done = key in self.buffers
-        copied = (Precision.FP32, key) in self.beside and self._whole(self._phase_size(op))
-        shift = planes * g.plane if copied else 0
+        shift = planes * g.plane if self.layout.copied(op, Precision.FP32) else 0
         buffer = self._buffer(key, planes * g.plane + 2 * shift)
         if not done:
             self._add(
-                _PHASES, planes * g.size // 4, **{"in": source, "from": self._of(op.x)},
+                _PHASES, planes * g.size // 4, **{"in": source, "from": self.layout.of(op.x)},
                 out=buffer, to=g, channels=op.x.channels, stride=op.stride, shift=shift,
             )  # fmt: skip
             self._buffer(key)
@@ -375,17 +260,15 @@ class _Builder:
 
     def _words(self, op: Product, source: int, given: Geometry) -> int:
         """The input of a product in bf16 or int8, several channels in 32 bits."""
-        inner = op.stride**2 if self._phased(op) else 1
-        key = (op.precision, self._read(op))
+        inner = self.layout.phases(op)
+        key = (op.precision, self.layout.read(op))
         done = key in self.buffers
         fields: dict[str, Any] = {"in": source}
         if op.precision == Precision.INT8:
             fields |= self._range(op.x)
             self.lives[source][1] = len(self.native)
-        copied = op.x.kind == "image" and self._whole((given.height, given.width))
-        copied = copied and key in self.beside
         floats = -(-op.x.channels // op.precision) * inner * given.plane
-        shift = floats if copied else 0
+        shift = floats if self.layout.copied(op, op.precision) else 0
         buffer = self._buffer(key, floats + 2 * shift)
         if not done:
             kind = _PAIRS if op.precision == Precision.BF16 else _QUADS
@@ -398,7 +281,7 @@ class _Builder:
 
     def _range(self, x: Value) -> dict[str, Any]:
         """Fields of an operation that reads the largest magnitudes of a value."""
-        key, g = ("range", x), self._of(x)
+        key, g = ("range", x), self.layout.of(x)
         slots = 0 if x.kind == "tokens" else self.threads
         done = key in self.buffers
         buffer = self._buffer(key, 16 * slots if slots else g.plane)
@@ -411,29 +294,29 @@ class _Builder:
         return {"extra": buffer, "slots": slots}
 
     def _pool(self, op: Pool) -> None:
-        given = self._of(op.x)
+        given = self.layout.of(op.x)
         self._add(
             _POOL, op.x.channels * given.size * op.window // 16,
             **{"in": self._buffer(op.x), "from": given}, out=self._buffer(op.out),
-            to=self._of(op.out), channels=op.out.channels, stride=op.stride, window=op.window,
+            to=self.layout.of(op.out), channels=op.out.channels, stride=op.stride, window=op.window,
             padding=op.padding, flag=int(op.largest), broadcast=int(op.count_padding),
         )  # fmt: skip
 
     def _mean(self, op: Mean) -> None:
-        given = self._of(op.x)
+        given = self.layout.of(op.x)
         self._add(
             _MEAN, op.x.channels * given.size // 16,
             **{"in": self._buffer(op.x), "from": given}, out=self._buffer(op.out),
-            to=self._of(op.out), channels=op.out.channels,
+            to=self.layout.of(op.out), channels=op.out.channels,
         )  # fmt: skip
 
     def _combine(self, op: Combine) -> None:
-        made = self._of(op.out)
+        made = self.layout.of(op.out)
         fields: dict[str, Any] = {"in": self._buffer(op.x)}
         if op.y is not None:
             fields["other"] = self._buffer(op.y)
-            fields["from"] = self._of(op.y)
-            fields["broadcast"] = int(self.shape[op.y] != self.shape[op.x])
+            fields["from"] = self.layout.of(op.y)
+            fields["broadcast"] = int(self.layout.shape[op.y] != self.layout.shape[op.x])
         self._add(
             _COMBINE, op.out.channels * made.size // 8, out=self._buffer(op.out), to=made,
             channels=op.out.channels, flag=int(op.multiply), activation=int(op.activation),
@@ -441,7 +324,7 @@ class _Builder:
         )  # fmt: skip
 
     def _gather(self, op: Gather) -> None:
-        made, done = self._of(op.out), 0
+        made, done = self.layout.of(op.out), 0
         for value, first, count in op.parts:
             self._add(
                 _GATHER, count * made.size // 8, **{"in": self._buffer(value)}, to=made,
@@ -450,15 +333,15 @@ class _Builder:
             done += count
 
     def _upsample(self, op: Upsample) -> None:
-        made = self._of(op.out)
+        made = self.layout.of(op.out)
         self._add(
             _UPSAMPLE, op.out.channels * made.size // 8, **{"in": self._buffer(op.x)}, to=made,
-            **{"from": self._of(op.x)}, out=self._buffer(op.out), channels=op.out.channels,
+            **{"from": self.layout.of(op.x)}, out=self._buffer(op.out), channels=op.out.channels,
             window=op.factor,
         )  # fmt: skip
 
     def _norm(self, op: Norm) -> None:
-        made = self._of(op.out)
+        made = self.layout.of(op.out)
         fields = {"in": self._buffer(op.x)}
         for name, tensor in (("scale", op.gamma), ("bias", op.beta)):
             if tensor is not None:
@@ -469,7 +352,7 @@ class _Builder:
         )  # fmt: skip
 
     def _attention(self, op: Attention) -> None:
-        queries, keys = self._of(op.q.value), self._of(op.k.value)
+        queries, keys = self.layout.of(op.q.value), self.layout.of(op.k.value)
         fields: dict[str, Any] = {"from": queries, "to": keys, "in": self._buffer(op.q.value)}
         fields["other"], fields["extra"] = self._buffer(op.k.value), self._buffer(op.v.value)
         if op.mask is not None:
@@ -485,14 +368,6 @@ class _Builder:
 def _layout(op: Load | Store) -> int:
     """Of the caller's tensor, as the native code numbers them."""
     return 2 if op.columns else int(op.out.kind == "tokens")
-
-
-def _pooled(n: int, op: Pool) -> int:
-    span = n + 2 * op.padding - op.window
-    count = (-(-span // op.stride) if op.ceil else span // op.stride) + 1
-    if op.ceil and (count - 1) * op.stride >= n + op.padding:
-        count -= 1
-    return count
 
 
 def _live(g: Geometry, flat: bool) -> Tensor:
