@@ -9,7 +9,7 @@ namespace {
 
 // exp(x): 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 inline Vec exponential(Vec x) {
-  x = minimum(maximum(x, all(-87.0f)), all(88.0f));
+  x = minimum(all(88.0f), maximum(all(-87.0f), x));
   const Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to nearest in the low bits
   const Vec n = shifted - 12582912.0f;
   const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -45,17 +45,17 @@ inline Vec logistic(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 // `slope` is of a leaky ReLU, from 0 to 1.
 template <Activation A>
 inline Vec activate(Vec x, float slope = 0.0f) {
-  if constexpr (A == Activation::kRelu) return maximum(x, Vec{});
-  if constexpr (A == Activation::kRelu6) return minimum(maximum(x, Vec{}), all(6.0f));
+  if constexpr (A == Activation::kRelu) return maximum(Vec{}, x);
+  if constexpr (A == Activation::kRelu6) return minimum(all(6.0f), maximum(Vec{}, x));
   if constexpr (A == Activation::kGelu)
     return x * 0.5f * (1.0f + error_function(x * 0.70710678118654752f));
   if constexpr (A == Activation::kGeluTanh)
     return x * logistic(1.5957691216057308f * (x + 0.044715f * x * x * x));
   if constexpr (A == Activation::kSilu) return x * logistic(x);
   if constexpr (A == Activation::kHardswish)
-    return x * minimum(maximum(x + 3.0f, Vec{}), all(6.0f)) * (1.0f / 6.0f);
+    return x * minimum(all(6.0f), maximum(Vec{}, x + 3.0f)) * (1.0f / 6.0f);
   if constexpr (A == Activation::kHardsigmoid)
-    return minimum(maximum(x + 3.0f, Vec{}), all(6.0f)) * (1.0f / 6.0f);
+    return minimum(all(6.0f), maximum(Vec{}, x + 3.0f)) * (1.0f / 6.0f);
   if constexpr (A == Activation::kSigmoid) return logistic(x);
   if constexpr (A == Activation::kTanh) return 2.0f * logistic(2.0f * x) - 1.0f;
   if constexpr (A == Activation::kLeakyRelu) return maximum(x, x * slope);

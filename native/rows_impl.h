@@ -101,7 +101,7 @@ inline void finish(const Target& to, const Stage& stage, int row, int64_t at, in
     }
     const Vec floor = all(to.floor);
 #pragma GCC unroll 32
-    for (int v = 0; v < P; ++v) sum[v] = maximum(sum[v], floor);
+    for (int v = 0; v < P; ++v) sum[v] = maximum(floor, sum[v]);
     if (to.live != nullptr) {
       const uint16_t* live = to.live + index;
 #pragma GCC unroll 32

@@ -19,6 +19,7 @@ inline Vec all(float x) { return x - Vec{}; }  // 0 + x would have to turn -0 in
 
 typedef int IntVec __attribute__((vector_size(64), aligned(64)));
 
+// What is not a number comes through as the second one.
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import sparseworks as sw
+from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.graph import capture
 from sparseworks.engine.plan import make_plan
 from sparseworks.engine.saving import load_compiled
 from sparseworks.engine.views import base_view
-from sparseworks.kernels.native import available
+from sparseworks.kernels.native import available, instruction_set
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels are not built")
 
@@ -113,8 +115,6 @@ def test_the_encoder_of_torch(norm_first, tmp_path):
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(3, 17, 24)
     plan = planned(model, x)
     assert len(plan.parts) == 1 and not any("attention" in c for c in calls(plan))
-    import sparseworks as sw
-
     compiled = sw.compile(model, x)
     if compiled.plan is not None:
         compiled.save(tmp_path / "plan")
@@ -179,3 +179,23 @@ def test_a_spelt_out_gelu():
     torch.manual_seed(0)
     plan = planned(Spelt(), torch.randn(3, 7, 12))
     assert len(plan.parts) == 1 and not calls(plan)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "base"])
+@pytest.mark.parametrize(
+    "activation",
+    [nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.Hardsigmoid(), nn.Sigmoid(),
+     nn.SiLU(), nn.GELU(), nn.Tanh()],
+    ids=lambda a: type(a).__name__,
+)  # fmt: skip
+def test_what_is_not_a_number_stays_so(activation, isa, monkeypatch):
+    monkeypatch.setenv("SPARSEWORKS_ISA", isa)
+    try:
+        instruction_set()
+    except InvalidArgument as reason:
+        pytest.skip(str(reason))
+    model = nn.Sequential(nn.Linear(8, 6), activation, nn.Linear(6, 5)).eval()
+    plan = make_plan(capture(model, (torch.randn(4, 8),), {}), 1)
+    x = torch.randn(4, 8)
+    x[1, 3] = float("nan")
+    assert plan is not None and plan(x).isnan().any(1).tolist() == [False, True, False, False]
