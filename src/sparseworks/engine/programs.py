@@ -228,7 +228,8 @@ class _Builder:
             self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
         work = taps["value"].numel() * vectors
-        self.products[len(self.native)] = (op, work * 16 * op.precision)
+        positions = made.height * made.width * made.lanes
+        self.products[len(self.native)] = (op, taps["value"].numel() * positions * op.precision)
         self.groups[len(self.native)] = taps["group"]
         self.inputs[len(self.native)] = self.layout.shape[op.x]
         self._add(
