@@ -22,6 +22,9 @@ def cases() -> dict[str, Options]:
     resnet = str(data_root() / "models" / "resnet56-cifar10.safetensors")
     return {
         "resnet56": Options(resnet, sparsity=(0.8, 0.9), batch=(1, 64), peers=PEERS),
+        "resnet56-onnxruntime": Options(
+            resnet, sparsity=(0.8, 0.9), batch=(1, 64), peers=("onnxruntime",)
+        ),
         "minilm": Options("minilm", sparsity=(0.8, 0.9), batch=(1, 16), peers=PEERS),
         "minilm-blocks-bf16": Options(
             "minilm", sparsity=(0.75,), pattern="block16x32", batch=(16,), dtype="bf16", peers=PEERS
