@@ -6,18 +6,19 @@ import copy
 
 import pytest
 import torch
+from convolutions import CONVOLUTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import sparseworks as sw
-from sparseworks.core.errors import CheckpointError, InvalidArgument
+from sparseworks.core.errors import CheckpointError
 from sparseworks.engine import compiling
 from sparseworks.engine.compiling import Compiled
 from sparseworks.engine.graph import capture
 from sparseworks.engine.ir import Precision, Product
 from sparseworks.engine.plan import make_plan
-from sparseworks.kernels.native import available, instruction_set
+from sparseworks.kernels.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels are not built")
 
@@ -25,12 +26,8 @@ SETS = ("avx512", "avx512vbmi2", "avx512f", "avx2", "base")
 
 
 @pytest.fixture(params=SETS)
-def on_each_set(request, monkeypatch):
-    monkeypatch.setenv("SPARSEWORKS_ISA", request.param)
-    try:
-        instruction_set()
-    except InvalidArgument:
-        pytest.skip(f"this processor has no {request.param}")
+def on_each_set(request, force_isa):
+    force_isa(request.param)
 
 
 def rounded(x, axes):
@@ -110,18 +107,11 @@ def test_products_are_what_their_definition_says(on_each_set, layer, shape, spar
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kernel=st.integers(1, 5),
-    stride=st.integers(1, 3),
-    padding=st.integers(0, 3),
-    dilation=st.integers(1, 2),
-    groups=st.sampled_from([1, 1, 2, 4]),
+    **CONVOLUTIONS,
     inputs=st.integers(1, 3),
     outputs=st.integers(1, 5),
-    height=st.integers(9, 20),
-    width=st.integers(9, 37),
     batch=st.sampled_from([1, 2, 16, 19]),
     sparsity=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
-    threads=st.integers(1, 4),
 )
 def test_convolutions(
     kernel, stride, padding, dilation, groups, inputs, outputs, height, width, batch, sparsity,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.products import SparseLinear
-from sparseworks.kernels import available, instruction_set
+from sparseworks.kernels import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels are not built")
 
@@ -29,13 +29,8 @@ def problem(rows, columns, tokens, density, seed):
 
 
 @pytest.fixture(params=["avx512", "avx2", "base"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("SPARSEWORKS_ISA", request.param)
-    try:
-        instruction_set()
-    except InvalidArgument as reason:
-        pytest.skip(str(reason))
-    return request.param
+def isa(request, force_isa):
+    force_isa(request.param)
 
 
 @given(SIZES, SIZES, SIZES, st.sampled_from([0.0, 0.05, 0.3, 1.0]), st.integers(1, 4),

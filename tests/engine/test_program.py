@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from convolutions import CONVOLUTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,15 +17,11 @@ from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.graph import capture
 from sparseworks.engine.ir import Precision
 from sparseworks.engine.plan import make_plan
-from sparseworks.kernels.native import available, instruction_set
+from sparseworks.kernels.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels are not built")
 
 SETS = ("avx512", "avx2", "base")
-
-
-def sets_here():
-    return SETS[SETS.index(instruction_set()) :]
 
 
 def agrees(model, *batches, threads=2, parts=1):
@@ -54,27 +51,18 @@ def thinned(model, sparsity, seed=0):
 
 
 @pytest.fixture(params=SETS)
-def on_each_set(request, monkeypatch):
-    if request.param not in sets_here():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("SPARSEWORKS_ISA", request.param)
+def on_each_set(request, force_isa):
+    force_isa(request.param)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kernel=st.integers(1, 5),
-    stride=st.integers(1, 3),
-    padding=st.integers(0, 3),
-    dilation=st.integers(1, 2),
-    groups=st.sampled_from([1, 1, 2, 4]),
+    **CONVOLUTIONS,
     inputs=st.integers(1, 4),
     outputs=st.integers(1, 5),
-    height=st.integers(9, 20),
-    width=st.integers(9, 37),
     batch=st.sampled_from([1, 2, 16, 19, 33]),
     sparsity=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
     bias=st.booleans(),
-    threads=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
 def test_convolutions(
