@@ -274,10 +274,8 @@ void pairs(const Op& op, const int64_t* where, float* arena, int part, int parts
   const int inner = op.window, count = (op.channels + 1) / 2 * inner;
   const auto [begin, end] = share(op.to.bands * count, part, parts);
   for (int i = begin; i < end; ++i) {
-    const int channel = i % count / inner * 2;
-    const float* a = arena + i / count * op.apart + where[op.in] +
-                     (static_cast<int64_t>(channel) * inner + i % inner) * plane;
-    const float* b = channel + 1 < op.channels ? a + inner * plane : nullptr;
+    const auto [a, there] = channels_of_word(op, arena + where[op.in], 2, i);
+    const float* b = there > 1 ? a + inner * plane : nullptr;
     float* out = plane_at(arena + where[op.out], op, op.to, count, i);
     for (int64_t p = 0; p < plane; p += kLanes)
       store(out + p, paired(load(a + p), b == nullptr ? Vec{} : load(b + p)));
@@ -300,8 +298,7 @@ void phases(const Op& op, const int64_t* where, float* arena, int part, int part
   for (int i = begin; i < end; ++i)
     for (int phase = 0; phase < s * s; ++phase) {
       const int c = i % op.channels, above = i / op.channels * to.rows();
-      float* out = arena + i / op.channels * op.apart + where[op.out] +
-                   (static_cast<int64_t>(c) * s * s + phase) * to.plane;
+      float* out = plane_at(arena + where[op.out], op, to, op.channels * s * s, i * s * s + phase);
       const int py = phase / s, px = phase % s;
       const int height = (from.height - py + s - 1) / s;  // that the input has of this phase
       const int width = std::max(0, (from.width - px + s - 1) / s);

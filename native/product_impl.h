@@ -71,6 +71,15 @@ inline T* plane_at(T* value, const Op& op, const Geometry& g, int planes, int i)
   return value + i / planes * op.apart + i % planes * g.plane;
 }
 
+// Of plane i of words, that hold `size` channels each: the first of their planes in `in`, and how many
+// of these channels there are. A channel has `window` planes (its phases).
+inline std::pair<const float*, int> channels_of_word(const Op& op, const float* in, int size, int i) {
+  const int inner = op.window, count = (op.channels + size - 1) / size * inner;
+  const int channel = i % count / inner * size;
+  const int64_t plane = static_cast<int64_t>(channel) * inner + i % inner;
+  return {in + i / count * op.apart + plane * op.to.plane, std::min(size, op.channels - channel)};
+}
+
 // Zeros round rows [first, last) of the pixels of one plane: above its first row and below its last
 // one, and between the rows only where they are not written anyway.
 inline void clear_padding(float* plane, const Geometry& g, bool between, int first, int last) {
@@ -116,6 +125,14 @@ inline int vectors_of(const Op& op) {
   const int64_t length =
       op.flat ? (g.rows() - 1) * g.pitch + g.width : static_cast<int64_t>(g.width) * g.lanes;
   return static_cast<int>((length + kLanes - 1) / kLanes);
+}
+
+// The padding of what a product makes of channels [begin, end), and of their shifted copies.
+inline void clear_round(const Op& op, float* out, int begin, int end, int top, int bottom) {
+  for (int c = begin; c < end; ++c)
+    for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
+      clear_padding(out + copy * op.shift + c * op.to.plane, op.to, !op.flat && op.shift == 0, top,
+                    bottom);
 }
 
 // `range`: of the magnitudes of inputs in int8.
@@ -182,9 +199,7 @@ void product_of_band(const Op& op, const int64_t* where, float* arena, int band)
   float *in = own + where[op.in], *out = own + where[op.out];
   if (op.copies > 0) borrow_rows(op, in, band);
   const int top = band == 0 ? 0 : 1, bottom = band + 1 == to.bands ? to.rows() : to.rows() - 1;
-  for (int c = 0; c < op.channels; ++c)
-    for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
-      clear_padding(out + copy * op.shift + c * to.plane, to, false, top, bottom);
+  clear_round(op, out, 0, op.channels, top, bottom);
   multiply(op, {0, cut(op.taps, 1, 1), 0, 1, 0, vectors_of(op)}, in + op.from.origin,
            op.other < 0 ? nullptr : own + where[op.other], range_at(op, where, arena), out);
 }
@@ -216,9 +231,8 @@ void product(const Op& op, const int64_t* where, float* arena, int part, int par
   // a piece clears round what it makes, so that a thread finds its lines in its own cache
   const int top = runs > 1 ? piece.first_run : piece.first == 0 ? 0 : 1;
   const int bottom = runs > 1 ? piece.last_run : piece.last == vectors ? to.height : 1;
-  for (int c = piece.begin * op.taps.group; c < std::min(piece.end * op.taps.group, op.taps.rows); ++c)
-    for (int copy = 0; copy < (op.shift == 0 ? 1 : 3); ++copy)
-      clear_padding(out + copy * op.shift + c * to.plane, to, !op.flat && op.shift == 0, top, bottom);
+  clear_round(op, out, piece.begin * op.taps.group,
+              std::min(piece.end * op.taps.group, op.taps.rows), top, bottom);
   multiply(op, piece, arena + where[op.in] + from.origin,
            op.other < 0 ? nullptr : arena + where[op.other], range_at(op, where, arena), out);
 }

@@ -77,7 +77,7 @@ struct Op {
   bool flat = false;  // kProduct: all rows of pixels as one run (equal pitches, lanes = 1)
   Geometry from, to;
   int64_t apart = 0;           // floats from a band of any value to the next one
-  int planes = 0, copies = 0;  // of a band of `in`; copies are 0 where no other band is read
+  int planes = 0, copies = 0;  // kProduct, of a band of `in`; copies are 0 where no other band is read
   Taps taps;
   const float* bias = nullptr;      // kProduct: [rows]; kNorm: beta
   const float* scale = nullptr;     // kNorm: gamma; kProduct in int8: [rows]

@@ -68,10 +68,8 @@ void quads(const Op& op, const int64_t* where, float* arena, int part, int parts
     for (int v = 0; v < vectors; ++v)
       step[v] = op.slots == 0 ? steps(load(range + first + v * kLanes)) : shared;
     for (int i = begin; i < end; ++i) {
-      const int band = i / count, channel = i % count / inner * 4;
-      const int there = std::min(4, op.channels - channel);
-      const float* in = arena + band * op.apart + where[op.in] + first +
-                        (static_cast<int64_t>(channel) * inner + i % inner) * plane;
+      const auto [plane_of_word, there] = channels_of_word(op, arena + where[op.in], 4, i);
+      const float* in = plane_of_word + first;
       float* words = plane_at(out, op, op.to, count, i) + first;
       const auto write = [&](auto four) {
         for (int v = 0; v < vectors; ++v) {

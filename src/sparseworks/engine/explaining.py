@@ -110,9 +110,10 @@ def layer_lines(layers: Sequence[LayerPlan]) -> list[str]:
 
 def _own(op: Product) -> Tensor:
     """The weight as the layer has it."""
-    rows, columns = op.border
-    ends = [slice(n, -n or None) for n in (rows, columns)]
-    return op.weight[:, :, ends[0], ends[1]] if any(op.border) else op.weight
+    if not any(op.border):
+        return op.weight
+    rows, columns = (slice(n, -n or None) for n in op.border)
+    return op.weight[:, :, rows, columns]
 
 
 def _dense_ms(op: Product, size: tuple[int, ...], lanes: int) -> float:

@@ -106,10 +106,8 @@ class Layout:
             raise ModelError(f"{op.name}: an image of {given} pixels is smaller than the kernel")
         if op.residual is not None and self.shape[op.residual] != made:
             raise ModelError(f"{op.name}: sizes {made} and {self.shape[op.residual]} are added")
-        read = self.phase_size(op) if self.phased(op) else given
-        x = distances(op)
-        if self.phased(op):
-            x = x // op.stride
+        read, phased = self.read_size(op), self.phased(op)
+        x = distances(op) // (op.stride if phased else 1)
         if bool((x != 0).any()):
             self._beside.add((op.precision, self.read(op)))
         if int(x.abs().max()) > 1 or made[1] > read[1]:
@@ -117,10 +115,10 @@ class Layout:
         if made != read:
             self._uneven.update((made, read))
         for n, out, r in zip(read, made, reach, strict=True):
-            step = 1 if self.phased(op) else op.stride
+            step = 1 if phased else op.stride
             first = op.padding // op.stride + (op.padding % op.stride > 0)
-            left = first if self.phased(op) else op.padding
-            last = (r - op.padding) // op.stride if self.phased(op) else r - op.padding
+            left = first if phased else op.padding
+            last = (r - op.padding) // op.stride if phased else r - op.padding
             right = (out - 1) * step + last - (n - 1)
             self._pads[read] = max(self._pads.get(read, 0), left, right)
         return made
@@ -139,12 +137,13 @@ class Layout:
 
     def copied(self, op: Product, precision: Precision) -> bool:
         """Whether what a product reads, in this precision, has shifted copies."""
-        size = self.phase_size(op) if self.phased(op) else self.shape[op.x]
         beside = (precision, self.read(op)) in self._beside
-        return op.x.kind == "image" and beside and self.whole(size)
+        return op.x.kind == "image" and beside and self.whole(self.read_size(op))
 
-    def phase_size(self, op: Product) -> Size:
-        return tuple(-(-n // op.stride) for n in self.shape[op.x])
+    def read_size(self, op: Product) -> Size:
+        """Of what a product reads."""
+        size = self.shape[op.x]
+        return tuple(-(-n // op.stride) for n in size) if self.phased(op) else size
 
     def geometry(self, shape: Size) -> Geometry:
         if len(shape) == 1:

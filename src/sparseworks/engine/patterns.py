@@ -10,7 +10,7 @@ from torch.fx import Node
 
 __all__ = ["gelu_in_parts"]
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 def gelu_in_parts(node: Node) -> tuple[Node, set[Node]] | None:
@@ -28,13 +28,13 @@ def gelu_in_parts(node: Node) -> tuple[Node, set[Node]] | None:
         close = len(plain) == 1 and abs(plain[0] - number) < 1e-6 * abs(number)
         return next((a for a in n.args if isinstance(a, Node)), None) if close else None
 
-    if node.target is not aten.mul.Tensor or len(node.args) != 2:
+    if node.target is not _aten.mul.Tensor or len(node.args) != 2:
         return None
-    mul, add, power = aten.mul.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar
+    mul, add, power = _aten.mul.Tensor, _aten.add.Tensor, _aten.pow.Tensor_Scalar
     for half, rest in (node.args, node.args[::-1]):
         seen.clear()
         x = operands(half, mul, 0.5)
-        tanh = operands(operands(rest, add, 1.0), aten.tanh.default)
+        tanh = operands(operands(rest, add, 1.0), _aten.tanh.default)
         inner = operands(tanh[0], mul, math.sqrt(2 / math.pi)) if tanh else None
         terms = operands(inner, add)
         if x is None or terms is None or x not in terms:

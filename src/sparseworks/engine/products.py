@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,11 +42,12 @@ class SparseLinear(nn.Module):
         bias = None if bias is None else bias.detach()
         product = Product(y, x, weight.detach().contiguous(), bias, "weight")
         count = torch.get_num_threads() if threads is None else threads
+        packed: dict[Any, Any] = {}  # of both
         self.rows, self.positions = (
             Part(
                 "tokens",
                 [Load(x, "x", columns=c), product, Store(y, "y", columns=c)],
-                ["x"], [], ["y"], count,
+                ["x"], [], ["y"], count, packed=packed,
             )
             for c in (False, True)
         )  # fmt: skip

@@ -245,7 +245,7 @@ class _Builder:
         return self.packed[key]
 
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
-        g = self.layout.geometry(self.layout.phase_size(op))
+        g = self.layout.geometry(self.layout.read_size(op))
         planes = op.x.channels * op.stride**2
         key = self.layout.read(op)
         done = key in self.buffers

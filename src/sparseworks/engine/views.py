@@ -97,8 +97,7 @@ class View:
     def whole(self, channels: int) -> bool:
         """Whether the last axis is all channels, in order."""
         others = [run.axis for dim in self.dims[:-1] for run in dim]
-        last = () if channels == 1 else (Run("c", sympy.Integer(channels)),)
-        return self.first == 0 and self.dims[-1] == last and "c" not in others
+        return self.first == 0 and self == self.of(channels) and "c" not in others
 
     def of(self, channels: int) -> View:
         """The same with another number of channels in the last axis."""

@@ -178,15 +178,12 @@ def _slice(state: Lowering, node: Node) -> bool:
     shape = shape_of(node)
     if x not in state.native or shape is None:
         return False
-    if state.native[x].piece.kind == "tokens":
+    if state.native[x].piece.kind == "tokens" or axis % 4 == 1:
         size = (shape_of(x) or ())[axis]
         known = isinstance(size, int) and isinstance(begin or 0, int) and step == 1
         return known and take(state, node, x, axis, (begin or 0) % size, shape[axis])
     if len(shape) != 4:
         return False
-    if axis % 4 == 1 and step == 1 and isinstance(begin or 0, int):
-        channels = shape_of(x)[1]  # type: ignore[index]
-        return take(state, node, x, 1, (begin or 0) % channels, shape[1])
     whole = (begin or 0) == 0 and isinstance(end, int | None) and (end is None or end > 1 << 40)
     if not whole or axis % 4 not in (0, 2, 3) or (axis % 4 == 0 and step != 1):
         return False

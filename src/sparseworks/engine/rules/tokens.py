@@ -117,9 +117,11 @@ def _heads(state: Lowering, known: Native) -> Heads | None:
     if view is None or base is None or len(view.dims) != 4 or len(base.dims) != 3:
         return None
     entries, heads, tokens, channels = view.dims
-    size, count = int(_size(channels)), int(_size(heads))
-    plain = channels in ((), (Run("c", sympy.Integer(size)),))
-    beside = heads in ((), (Run("c", sympy.Integer(count), size),))
+    size, count = _size(channels), _size(heads)
+    if not (size.is_Integer and count.is_Integer):
+        return None
+    plain = channels in ((), (Run("c", size),))
+    beside = heads in ((), (Run("c", count, int(size)),))
     if (entries, tokens) != base.dims[:2] or not plain or not beside:
         return None
-    return Heads(known.value, count, size, view.first)
+    return Heads(known.value, int(count), int(size), view.first)
