@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace sparseworks {
 namespace {
@@ -96,10 +100,22 @@ GroupedProduct grouped_product() {
 
 KeepOnly keep_only() { return choose(keep_only_base, keep_only_avx2, keep_only_avx512); }
 
+const DecoderKernels& decoder() {
+  const Level l = level();
+  if (l == kAvx512 && has_bf16()) return has_amx() ? decoder_amx : decoder_bf16;
+  if (l >= kAvx512Vbmi2 && has(kAvx512Vbmi2)) return decoder_vbmi2;
+  return l == kBase ? decoder_base : decoder_avx2;
+}
+
 bool has_amx() {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool granted = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d >> 22 & 1) == 0) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return granted;
 #else
   return false;
 #endif

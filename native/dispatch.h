@@ -4,6 +4,7 @@
 #include <string>
 
 #include "block.h"
+#include "decoder/model.h"
 #include "gathered.h"
 #include "nm.h"
 #include "program.h"
@@ -30,7 +31,9 @@ GroupedProduct grouped_product();
 
 KeepOnly keep_only();
 
-// Whether the processor has AMX tiles for bf16. No kernel uses them.
+const DecoderKernels& decoder();
+
+// Whether the processor has AMX tiles for bf16 and the system lets this process use them.
 bool has_amx();
 
 }  // namespace sparseworks

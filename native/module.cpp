@@ -13,6 +13,7 @@ void define_gathered(nb::module_& m);  // gathered_module.cpp
 void define_block(nb::module_& m);     // block_module.cpp
 void define_nm(nb::module_& m);        // nm_module.cpp
 void define_zeroing(nb::module_& m);   // zeroing_module.cpp
+void define_decoder(nb::module_& m);   // decoder/module.cpp
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of sparseworks.";
@@ -25,4 +26,5 @@ NB_MODULE(_native, m) {
   define_block(m);
   define_nm(m);
   define_zeroing(m);
+  define_decoder(m);
 }

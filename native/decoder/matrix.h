@@ -1,0 +1,62 @@
+// A weight matrix as the decoder reads it: panels of 16 rows, each one stream of bytes, the 16 rows
+// side by side in the lanes of a vector.
+//
+// Columns come in groups of `group` (the last one is filled up with zeros). A panel of integers
+// begins with 16 floats: for each row, sum of scale * code over its columns. Then follow the groups:
+//   kFloat       a column: 16 floats
+//   kHalf        two columns: 16 pairs of bf16
+//   kInt8        16 fp16 scales; four columns: 16 x 4 codes
+//   kInt4        16 fp16 scales; eight columns: 16 x 4 bytes, codes of columns 0-3 in the low
+//                halves, of 4-7 in the high ones
+//   kMaskedHalf  two columns: 32 bits (row * 2 + column), for all of a group; then the bf16 kept
+//   kMaskedInt8  16 fp16 scales; four columns: 64 bits (row * 4 + column), for all of a group;
+//                then the codes kept
+//   kMaskedInt4  the same with codes of 4 bits: of eight columns, the kept ones of 0-3 in the low
+//                halves of the bytes and those of 4-7 in the high ones
+//   kGroupInt4   a group is kept or not in each row: 16 bits; fp16 scales of the kept; their zero
+//                points (one byte each, where `zeros`); for each eight columns the kept rows' four
+//                bytes, as in kInt4
+// weight = scale * code, or scale * (code - zero). Codes of 4 bits are two's complement.
+// kReadAhead bytes that may be read follow the last panel.
+#pragma once
+
+#include <cstdint>
+
+namespace sparseworks {
+
+constexpr int kPanel = 16;
+constexpr int kReadAhead = 64;  // bytes after the last panel
+
+enum class Format : int {
+  kFloat, kHalf, kInt8, kInt4, kMaskedHalf, kMaskedInt8, kMaskedInt4, kGroupInt4,
+};
+
+struct Matrix {
+  Format format = Format::kFloat;
+  int rows = 0;
+  int columns = 0;  // of the matrix
+  int group = 1;    // columns that share a scale, or that are kept together
+  bool zeros = false;
+  const uint8_t* data = nullptr;
+  const int64_t* offset = nullptr;  // [panels + 1], in bytes
+
+  int panels() const { return (rows + kPanel - 1) / kPanel; }
+  int padded() const { return (columns + group - 1) / group * group; }
+  bool integers() const {
+    return format != Format::kFloat && format != Format::kHalf && format != Format::kMaskedHalf;
+  }
+};
+
+// One vector that matrices are multiplied with. Integers: value = unit * ((high - 128) * 256 +
+// (low - 128)). Filled up with zeros to a multiple of `kWidest` columns.
+constexpr int kWidest = 256;
+
+struct Input {
+  const float* value;
+  const uint8_t* high;
+  const uint8_t* low;
+  const float* sums;  // of high * 256 + low, over 16 columns each
+  float unit;
+};
+
+}  // namespace sparseworks

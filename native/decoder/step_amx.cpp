@@ -1,0 +1,2 @@
+#define DECODER decoder_amx
+#include "step_impl.h"

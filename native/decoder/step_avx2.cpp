@@ -1,0 +1,2 @@
+#define DECODER decoder_avx2
+#include "step_impl.h"

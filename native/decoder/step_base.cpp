@@ -1,0 +1,2 @@
+#define DECODER decoder_base
+#include "step_impl.h"

@@ -1,0 +1,2 @@
+#define DECODER decoder_bf16
+#include "step_impl.h"

@@ -1,0 +1,2 @@
+#define DECODER decoder_vbmi2
+#include "step_impl.h"

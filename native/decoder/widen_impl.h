@@ -1,0 +1,277 @@
+// Groups of columns of a panel as floats or bf16, whatever the format.
+#pragma once
+
+#include "../bf16.h"
+#include "half.h"
+#include "matrix.h"
+
+namespace sparseworks {
+namespace {
+
+inline uint32_t word32(const uint8_t* p) {
+  uint32_t v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline uint64_t word64(const uint8_t* p) {
+  uint64_t v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline uint16_t word16(const uint8_t* p) {
+  uint16_t v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline int low4(uint8_t byte) { return static_cast<int8_t>(byte << 4) >> 4; }
+inline int high4(uint8_t byte) { return static_cast<int8_t>(byte) >> 4; }
+inline float half_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+
+inline const uint8_t* panel_start(const Matrix& m, int panel) {
+  return m.data + m.offset[panel] + (m.integers() ? kPanel * sizeof(float) : 0);
+}
+
+// Writes one group as [group][16] floats and returns where the next group begins.
+inline const uint8_t* widen_plainly(const Matrix& m, const uint8_t* at, float* out) {
+  const int group = m.group;
+  const auto place = [&](int column, int row) -> float& { return out[column * kPanel + row]; };
+  float scale[kPanel];
+  const auto scales = [&] {
+    for (int r = 0; r < kPanel; ++r) scale[r] = from_half(word16(at + 2 * r));
+    at += 2 * kPanel;
+  };
+  switch (m.format) {
+    case Format::kFloat:
+      std::memcpy(out, at, sizeof(float) * kPanel * group);
+      return at + sizeof(float) * kPanel * group;
+    case Format::kHalf:
+      for (int c = 0; c < group; ++c)
+        for (int r = 0; r < kPanel; ++r)
+          place(c, r) = half_to_float(word16(at + ((c / 2 * kPanel + r) * 2 + c % 2) * 2));
+      return at + 2 * kPanel * group;
+    case Format::kInt8:
+      scales();
+      for (int c = 0; c < group; ++c)
+        for (int r = 0; r < kPanel; ++r)
+          place(c, r) = scale[r] * static_cast<int8_t>(at[(c / 4 * kPanel + r) * 4 + c % 4]);
+      return at + kPanel * group;
+    case Format::kInt4:
+      scales();
+      for (int c = 0; c < group; ++c)
+        for (int r = 0; r < kPanel; ++r) {
+          const uint8_t byte = at[(c / 8 * kPanel + r) * 4 + c % 4];
+          place(c, r) = scale[r] * (c % 8 < 4 ? low4(byte) : high4(byte));
+        }
+      return at + kPanel * group / 2;
+    case Format::kMaskedHalf: {
+      const uint8_t* mask = at;
+      at += 4 * (group / 2);
+      for (int c = 0; c < group; c += 2) {
+        const uint32_t bits = word32(mask + c / 2 * 4);
+        for (int i = 0; i < 32; ++i) {
+          const bool kept = bits >> i & 1;
+          place(c + i % 2, i / 2) = kept ? half_to_float(word16(at)) : 0.0f;
+          at += 2 * kept;
+        }
+      }
+      return at;
+    }
+    case Format::kMaskedInt8: {
+      scales();
+      const uint8_t* mask = at;
+      at += 2 * group;
+      for (int c = 0; c < group; c += 4) {
+        const uint64_t bits = word64(mask + c / 4 * 8);
+        for (int i = 0; i < 64; ++i) {
+          const bool kept = bits >> i & 1;
+          place(c + i % 4, i / 4) = kept ? scale[i / 4] * static_cast<int8_t>(*at) : 0.0f;
+          at += kept;
+        }
+      }
+      return at;
+    }
+    case Format::kMaskedInt4: {
+      scales();
+      const uint8_t* mask = at;
+      at += 2 * group;
+      for (int c = 0; c < group; c += 8) {
+        int most = 0;
+        for (int part = 0; part < 2; ++part) {
+          const uint64_t bits = word64(mask + (c / 4 + part) * 8);
+          int used = 0;
+          for (int i = 0; i < 64; ++i) {
+            const bool kept = bits >> i & 1;
+            const int code = kept ? (part ? high4(at[used]) : low4(at[used])) : 0;
+            place(c + part * 4 + i % 4, i / 4) = scale[i / 4] * code;
+            used += kept;
+          }
+          most = used > most ? used : most;
+        }
+        at += most;
+      }
+      return at;
+    }
+    case Format::kGroupInt4: {
+      const uint16_t bits = word16(at);
+      at += 2;
+      const int kept = __builtin_popcount(bits);
+      const uint8_t *scale_at = at, *zero_at = at + 2 * kept;
+      at += kept * (m.zeros ? 3 : 2);
+      for (int r = 0, k = 0; r < kPanel; ++r) {
+        const bool here = bits >> r & 1;
+        const float s = here ? from_half(word16(scale_at + 2 * k)) : 0.0f;
+        const int zero = here && m.zeros ? static_cast<int8_t>(zero_at[k]) : 0;
+        for (int c = 0; c < group; ++c) {
+          const uint8_t byte = here ? at[(c / 8 * kept + k) * 4 + c % 4] : 0;
+          place(c, r) = here ? s * ((c % 8 < 4 ? low4(byte) : high4(byte)) - zero) : 0.0f;
+        }
+        k += here;
+      }
+      return at + kept * group / 2;
+    }
+  }
+  return at;
+}
+
+#if defined(__AVX512VBMI2__)
+
+// Four columns of 16 rows, scale * code - less with a code a byte in every 32-bit lane, as two rows
+// of pairs.
+inline void pairs_of(__m512i codes, __m512 scale, uint16_t* out, __m512 less = __m512{}) {
+  const __m512i magic = _mm512_set1_epi32(0x3f800000), keep = _mm512_set1_epi32(0xff << 15);
+  const __m512i moved = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));  // code + 128
+  const __m512 wide = _mm512_mul_ps(scale, _mm512_set1_ps(256.0f));
+  const __m512 zero = _mm512_fmadd_ps(scale, _mm512_set1_ps(384.0f), less);  // (1 + 1/2) * 256
+  const auto value = [&](__m512i placed) {  // 1 + (code + 128) / 256, scaled
+    const __m512 one = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(placed, keep, magic, 0xea));
+    return _mm512_castps_si512(_mm512_fmsub_ps(one, wide, zero));
+  };
+  const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32(0xffff0000);
+  const auto pair = [&](__m512i even, __m512i odd, uint16_t* p) {
+    even = _mm512_srli_epi32(_mm512_add_epi32(even, half), 16);
+    odd = _mm512_add_epi32(odd, half);
+    _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(odd, top, even, 0xea));
+  };
+  pair(value(_mm512_slli_epi32(moved, 15)), value(_mm512_slli_epi32(moved, 7)), out);
+  pair(value(_mm512_srli_epi32(moved, 1)), value(_mm512_srli_epi32(moved, 9)), out + 32);
+}
+
+// Bytes that hold 16 times the code, of the low or the high halves.
+inline __m512i low_codes(__m512i v) {
+  return _mm512_and_si512(_mm512_slli_epi16(v, 4), _mm512_set1_epi8(static_cast<char>(0xf0)));
+}
+inline __m512i high_codes(__m512i v) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xf0)));
+}
+
+inline __m512 scales_at(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// What comes before the codes of a group in kGroupInt4, with zeros for the rows without it.
+struct KeptGroup {
+  __mmask16 rows;
+  int count;
+  __m512 scale, zero;
+  const uint8_t* codes;
+  KeptGroup(const Matrix& m, const uint8_t* at) : rows(word16(at)), zero(_mm512_setzero_ps()) {
+    count = __builtin_popcount(rows);
+    const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 2));
+    scale = _mm512_cvtph_ps(_mm256_maskz_expand_epi16(rows, s));
+    codes = at + 2 + 2 * count;
+    if (m.zeros) {
+      const __m128i z = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+      zero = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_expand_epi8(rows, z)));
+      codes += count;
+    }
+  }
+};
+
+// Writes one group as [group / 2][16] pairs of bf16 and returns where the next group begins.
+inline const uint8_t* widen(const Matrix& m, const uint8_t* at, uint16_t* out) {
+  const int group = m.group;
+  const __m512 sixteenth = _mm512_set1_ps(1.0f / 16);
+  switch (m.format) {
+    case Format::kHalf:
+      std::memcpy(out, at, 2 * kPanel * group);
+      return at + 2 * kPanel * group;
+    case Format::kInt8: {
+      const __m512 scale = scales_at(at);
+      at += 32;
+      for (int c = 0; c < group; c += 4, at += 64)
+        pairs_of(_mm512_loadu_si512(at), scale, out + c * kPanel);
+      return at;
+    }
+    case Format::kInt4: {
+      const __m512 scale = _mm512_mul_ps(scales_at(at), sixteenth);
+      at += 32;
+      for (int c = 0; c < group; c += 8, at += 64) {
+        const __m512i v = _mm512_loadu_si512(at);
+        pairs_of(low_codes(v), scale, out + c * kPanel);
+        pairs_of(high_codes(v), scale, out + (c + 4) * kPanel);
+      }
+      return at;
+    }
+    case Format::kMaskedHalf: {
+      const uint8_t* mask = at;
+      at += 2 * group;
+      for (int c = 0; c < group; c += 2) {
+        const uint32_t bits = word32(mask + 2 * c);
+        _mm512_storeu_si512(out + c * kPanel,
+                            _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(at)));
+        at += 2 * __builtin_popcount(bits);
+      }
+      return at;
+    }
+    case Format::kMaskedInt8: {
+      const __m512 scale = scales_at(at);
+      const uint8_t* mask = at + 32;
+      at = mask + 2 * group;
+      for (int c = 0; c < group; c += 4) {
+        const uint64_t bits = word64(mask + 2 * c);
+        pairs_of(_mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(at)), scale, out + c * kPanel);
+        at += __builtin_popcountll(bits);
+      }
+      return at;
+    }
+    case Format::kMaskedInt4: {
+      const __m512 scale = _mm512_mul_ps(scales_at(at), sixteenth);
+      const uint8_t* mask = at + 32;
+      at = mask + 2 * group;
+      for (int c = 0; c < group; c += 8) {
+        const uint64_t a = word64(mask + 2 * c), b = word64(mask + 2 * c + 8);
+        const __m512i v = _mm512_loadu_si512(at);
+        pairs_of(_mm512_maskz_expand_epi8(a, low_codes(v)), scale, out + c * kPanel);
+        pairs_of(_mm512_maskz_expand_epi8(b, high_codes(v)), scale, out + (c + 4) * kPanel);
+        const int used = __builtin_popcountll(a), other = __builtin_popcountll(b);
+        at += used > other ? used : other;
+      }
+      return at;
+    }
+    case Format::kGroupInt4: {
+      const KeptGroup kept(m, at);
+      const __m512 scale = _mm512_mul_ps(kept.scale, sixteenth);
+      const __m512 less = _mm512_mul_ps(kept.scale, kept.zero);
+      at = kept.codes;
+      for (int c = 0; c < group; c += 8, at += 4 * kept.count) {
+        const __m512i v = _mm512_maskz_expand_epi32(kept.rows, _mm512_loadu_si512(at));
+        pairs_of(low_codes(v), scale, out + c * kPanel, less);
+        pairs_of(high_codes(v), scale, out + (c + 4) * kPanel, less);
+      }
+      return at;
+    }
+    case Format::kFloat:
+      break;  // never rounded
+  }
+  return at;
+}
+
+#endif
+
+}  // namespace
+}  // namespace sparseworks

@@ -1,0 +1,207 @@
+"""Which format each matrix of a decoder takes, and what rounding costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.engine.decoder.spec import LinearSpec, MixtureSpec, ModelSpec, Weight
+from sparseworks.kernels.native import module
+from sparseworks.kernels.panels import Format, Packed, Panels, pack_panels, panel_product
+
+__all__ = ["DTYPES", "Line", "Report", "pack_model", "read_bandwidth"]
+
+DTYPES = {
+    "fp32": (Format.FLOAT,),
+    "bf16": (Format.HALF, Format.MASKED_HALF),
+    "int8": (Format.INT8, Format.MASKED_INT8),
+    "int4": (Format.INT4, Format.MASKED_INT4, Format.GROUP_INT4),
+}
+_CLOSE = 1.05  # ratio of times below which the smaller format is taken
+_PROBE = 1 << 26  # floats that are read to measure the memory
+
+
+@dataclass(frozen=True)
+class Line:
+    """One matrix of a decoder.
+
+    Attributes:
+        error: relative, of the rounded weights; with `data`, weighed by the mean squares of inputs.
+        seconds: of one vector, warm and with the bandwidth of the memory.
+    """
+
+    name: str
+    format: str
+    rows: int
+    columns: int
+    kept: int
+    nbytes: int
+    error: float
+    seconds: float
+
+
+@dataclass
+class Report:
+    """What a decoder is made of."""
+
+    lines: list[Line] = field(default_factory=list)
+    bandwidth: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(line.nbytes for line in self.lines)
+
+    def text(self) -> str:
+        """A line a matrix, and the sums."""
+        width = max((len(line.name) for line in self.lines), default=6)
+        out = [f"{'matrix':<{width}}  format        kept      MB  bits/w    error      ms  of memory"]
+        for x in self.lines:
+            size = x.rows * x.columns
+            share = x.nbytes / x.seconds / self.bandwidth if x.seconds else 0.0
+            out.append(
+                f"{x.name:<{width}}  {x.format:<11} {x.kept / size:6.1%}  {x.nbytes / 1e6:6.2f}  "
+                f"{8 * x.nbytes / size:6.2f}  {x.error:7.1e}  {1e3 * x.seconds:6.3f}  {share:8.0%}"
+            )
+        size = sum(x.rows * x.columns for x in self.lines)
+        out.append(
+            f"all: {self.nbytes / 1e6:.1f} MB a token without experts that are not chosen, "
+            f"{8 * self.nbytes / max(size, 1):.2f} bits a weight; the memory gives "
+            f"{self.bandwidth / 1e9:.1f} GB/s"
+        )
+        return "\n".join([*out, *self.notes])
+
+
+@cache
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that threads together read from memory: a buffer of 256 MiB, best of 5."""
+    code = module()
+    if code is None:
+        raise ModelError("the native kernels are not built here")
+    memory = torch.zeros(_PROBE)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        code.decoder.read(memory, threads)
+        best = min(best, time.perf_counter() - start)
+    return memory.nbytes / best
+
+
+def pack_model(
+    spec: ModelSpec,
+    dtype: str,
+    head: str | None,
+    threads: int,
+    importance: Callable[[str], Tensor | None] = lambda name: None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Pack every matrix of `spec` in place, each in the format that is fastest for one vector.
+
+    Formats that read fewer bytes win unless they were measured to be slower; matrices of the same
+    size and density take the same one.
+
+    Args:
+        dtype: of weights, a key of `DTYPES`.
+        head: of the output head; None: as `dtype`.
+        importance: the mean squares of the inputs of a module, by its name.
+        progress: called with the name of each matrix.
+
+    Raises:
+        InvalidArgument: an unknown dtype.
+        ModelError: weights that are not finite.
+    """
+    for given in (dtype, head):
+        if given is not None and given not in DTYPES:
+            raise InvalidArgument(f"dtype {given!r}: use one of {', '.join(DTYPES)}")
+    report = Report(bandwidth=read_bandwidth(threads))
+    chosen: dict[tuple[object, ...], Format] = {}
+    routers = {
+        id(l.mlp.router) for l in spec.layers if isinstance(l.mlp, MixtureSpec)
+    }
+    first_of_mixture: dict[int, Format] = {}
+    for layer in spec.layers:  # all experts of a layer share one format
+        if isinstance(layer.mlp, MixtureSpec):
+            for part in ("up", "down"):
+                lines = [getattr(e, part) for e in layer.mlp.experts]
+                for line in lines:
+                    first_of_mixture[id(line)] = _leading(lines[0], dtype, chosen, threads, report)
+    for linear in spec.linears():
+        if progress is not None:
+            progress(linear.name)
+        wanted = dtype if linear is not spec.head or head is None else head
+        if id(linear) in routers:
+            wanted = "fp32"
+        _pack(linear, wanted, chosen, threads, report, importance, first_of_mixture.get(id(linear)))
+    return report
+
+
+def _leading(linear: LinearSpec, dtype: str, chosen: dict[tuple[object, ...], Format],
+             threads: int, report: Report) -> Format:  # fmt: skip
+    assert isinstance(linear.weight, Weight)
+    return _choose(linear.weight.make(), dtype, chosen, threads, report)[0]
+
+
+def _pack(
+    linear: LinearSpec, dtype: str, chosen: dict[tuple[object, ...], Format], threads: int,
+    report: Report, importance: Callable[[str], Tensor | None], format: Format | None,
+) -> None:  # fmt: skip
+    source = linear.weight
+    assert isinstance(source, Weight)
+    dense = source.make()
+    squares = importance(source.names[0]) if source.names else None
+    try:
+        if format is None:
+            format, _ = _choose(dense, dtype, chosen, threads, report)
+        packed = pack_panels(dense, format, importance=squares)
+    except InvalidArgument as error:
+        raise ModelError(f"{linear.name}: {error}; nothing was compiled") from None
+    linear.weight = packed.panels
+    report.lines.append(
+        Line(linear.name, format.text, packed.panels.rows, packed.panels.columns, packed.kept,
+             packed.panels.nbytes, packed.error, _seconds(packed.panels, threads, report))
+    )  # fmt: skip
+
+
+def _choose(
+    dense: Tensor, dtype: str, chosen: dict[tuple[object, ...], Format], threads: int, report: Report
+) -> tuple[Format, Packed | None]:
+    """The format that takes the least time for one vector, of those that may serve."""
+    density = int(torch.count_nonzero(dense)) / dense.numel()
+    groups = torch.nn.functional.pad(dense, (0, -dense.shape[1] % 16)) != 0
+    live = float(groups.view(dense.shape[0], -1, 16).any(2).float().mean())
+    key = (dtype, dense.shape, round(density, 2), round(live, 2))
+    if key in chosen:
+        return chosen[key], None
+    tried = [f for f in DTYPES[dtype] if _may_serve(f, density, live)]
+    best, least = tried[0], float("inf")
+    sample = dense[: max(16, min(dense.shape[0], (1 << 21) // dense.shape[1] // 16 * 16))]
+    for format in tried if len(tried) > 1 else []:
+        panels = pack_panels(sample, format).panels
+        seconds = _seconds(panels, threads, report)
+        if seconds * _CLOSE < least:
+            best, least = format, seconds
+    chosen[key] = best
+    return best, None
+
+
+def _may_serve(format: Format, density: float, live: float) -> bool:
+    if format == Format.GROUP_INT4:
+        return live < 0.9
+    return not format.masked or density < 0.95
+
+
+def _seconds(panels: Panels, threads: int, report: Report) -> float:
+    """Of one vector: the kernel on what caches hold, or the memory's share, whichever is more."""
+    x = torch.randn(1, panels.columns)
+    least = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        panel_product(panels, x, threads)
+        least = min(least, time.perf_counter() - start)
+    return max(least, panels.nbytes / report.bandwidth)

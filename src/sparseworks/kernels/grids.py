@@ -1,0 +1,111 @@
+"""Rounding weights to integers with a scale for each group of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Grid", "round_groups"]
+
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the largest weight, that its code stands for
+
+
+@dataclass(frozen=True)
+class Grid:
+    """weight = scale * (code - zero).
+
+    Args:
+        codes: int8 `[rows, groups, columns of a group]`.
+        scale: fp16 `[rows, groups]`.
+        zero: int8 `[rows, groups]`, or None for 0.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """`[rows, columns]`, fp32."""
+        codes = self.codes.float()
+        if self.zero is not None:
+            codes = codes - self.zero.float()[..., None]
+        return (codes * self.scale.float()[..., None]).flatten(1)
+
+
+def round_groups(
+    weight: Tensor,
+    kept: Tensor,
+    group: int,
+    bits: int,
+    importance: Tensor | None = None,
+    zeros: bool = False,
+) -> Grid:
+    """Codes and scales that leave the least sum h (w - scale (code - zero))^2 in each group.
+
+    Scales are tried from that of the largest weight (for 4 bits with its code at either end) down
+    to 0.8 of it. Where all kept weights are whole multiples of one of them, that one leaves no
+    error, so what was rounded before stays as it is.
+
+    Args:
+        weight: fp32 `[rows, columns]`, columns a multiple of `group`; 0 where not kept.
+        kept: bool, the same shape.
+        group: columns that share a scale.
+        bits: of a code, 4 or 8.
+        importance: `[columns]`, h; None: 1.
+        zeros: also find a zero point, from the smallest and largest kept weight.
+    """
+    rows, columns = weight.shape
+    w = weight.view(rows, columns // group, group)
+    m = kept.view_as(w)
+    h = None if importance is None else importance.view(1, -1, group)
+    top = 2 ** (bits - 1) - 1
+    if zeros:
+        return _with_zeros(w, m, bits)
+    largest = w.abs().amax(2)
+    ends = [(largest / top, 1)]
+    if bits < 8:  # the code -8 has no partner, so that it may stand for the largest
+        signed = w.gather(2, w.abs().argmax(2, keepdim=True)).squeeze(2)
+        ends.append((signed / -(top + 1), 1))
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for base, _ in ends:
+        for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:
+            scale = (base * shrink).half()
+            codes = _codes(w, scale, top)
+            error = (w - codes * scale.float()[..., None]).square_()
+            if h is not None:
+                error *= h
+            total = error.sum(2)
+            if best is None:
+                best = (codes.to(torch.int8), scale, total)
+            else:
+                better = total < best[2]
+                best = (
+                    torch.where(better[..., None], codes.to(torch.int8), best[0]),
+                    torch.where(better, scale, best[1]),
+                    torch.where(better, total, best[2]),
+                )
+    assert best is not None
+    return Grid(best[0], best[1])
+
+
+def _codes(w: Tensor, scale: Tensor, top: int) -> Tensor:
+    wide = scale.float()
+    inverse = torch.where(wide == 0, 0.0, 1 / wide)
+    return (w * inverse[..., None]).round_().clamp_(-top - 1 if top < 127 else -top, top)
+
+
+def _with_zeros(w: Tensor, m: Tensor, bits: int) -> Grid:
+    """Group by group scale = (max - min) / (2^b - 1), zero = round(-min / scale), of kept weights."""
+    low = torch.where(m, w, torch.inf).amin(2)
+    high = torch.where(m, w, -torch.inf).amax(2)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # 0 is on the grid
+    scale = ((high - low) / (2**bits - 1)).half()
+    wide = scale.float()
+    inverse = torch.where(wide == 0, 0.0, 1 / wide)
+    half = 2 ** (bits - 1)
+    zero = (-low * inverse).round_().clamp_(0, 2**bits - 1) - half
+    codes = (w * inverse[..., None]).round_() + zero[..., None]
+    codes = codes.clamp_(-half, half - 1)
+    return Grid(codes.to(torch.int8), scale, zero.to(torch.int8))
