@@ -71,13 +71,19 @@ struct TileConfig {
   }
 };
 
-// Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 panels.
+// Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 panels. What others on this thread had configured
+// (llama.cpp does so once and for all) is put back.
 struct Tiles {
+  TileConfig before;
   Tiles() {
+    _tile_storeconfig(&before);
     const TileConfig config;
     _tile_loadconfig(&config);
   }
-  ~Tiles() { _tile_release(); }
+  ~Tiles() {
+    if (before.palette != 0) _tile_loadconfig(&before);
+    else _tile_release();
+  }
 };
 
 template <int Tokens, int Panels>
