@@ -38,6 +38,7 @@ _LAZY = {
     "compile": "sparseworks.engine",
     "compile_decoder": "sparseworks.engine",
     "load_compiled": "sparseworks.engine",
+    "load_decoder": "sparseworks.engine",
     "audit": "sparseworks.diagnostics.audit",
     "masks": "sparseworks.core.masks",
     "attach": "sparseworks.core.masks",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Grid", "round_groups"]
+__all__ = ["Grid", "round_groups", "row_steps"]
 
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the largest weight, that its code stands for
 
@@ -41,12 +41,12 @@ def round_groups(
     bits: int,
     importance: Tensor | None = None,
     zeros: bool = False,
+    steps: Tensor | None = None,
 ) -> Grid:
     """Codes and scales that leave the least sum h (w - scale (code - zero))^2 in each group.
 
     Scales are tried from that of the largest weight (for 4 bits with its code at either end) down
-    to 0.8 of it. Where all kept weights are whole multiples of one of them, that one leaves no
-    error, so what was rounded before stays as it is.
+    to 0.8 of it, and `steps`.
 
     Args:
         weight: fp32 `[rows, columns]`, columns a multiple of `group`; 0 where not kept.
@@ -55,6 +55,7 @@ def round_groups(
         bits: of a code, 4 or 8.
         importance: `[columns]`, h; None: 1.
         zeros: also find a zero point, from the smallest and largest kept weight.
+        steps: `[rows]`, scales to be tried as well (see `row_steps`).
     """
     rows, columns = weight.shape
     w = weight.view(rows, columns // group, group)
@@ -64,30 +65,45 @@ def round_groups(
     if zeros:
         return _with_zeros(w, m, bits)
     largest = w.abs().amax(2)
-    ends = [(largest / top, 1)]
+    tried = [largest / top]
     if bits < 8:  # the code -8 has no partner, so that it may stand for the largest
         signed = w.gather(2, w.abs().argmax(2, keepdim=True)).squeeze(2)
-        ends.append((signed / -(top + 1), 1))
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for base, _ in ends:
-        for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:
-            scale = (base * shrink).half()
-            codes = _codes(w, scale, top)
-            error = (w - codes * scale.float()[..., None]).square_()
-            if h is not None:
-                error *= h
-            total = error.sum(2)
-            if best is None:
-                best = (codes.to(torch.int8), scale, total)
-            else:
-                better = total < best[2]
-                best = (
-                    torch.where(better[..., None], codes.to(torch.int8), best[0]),
-                    torch.where(better, scale, best[1]),
-                    torch.where(better, total, best[2]),
-                )
+        tried = [base * s for base in (*tried, signed / -(top + 1)) for s in _SHRINK]
+    if steps is not None:
+        tried.append(steps[:, None].expand_as(largest))
+    best: tuple[Tensor, Tensor] | None = None
+    for base in tried:
+        scale = base.half()
+        codes = _codes(w, scale, top)
+        error = (codes * scale.float()[..., None]).sub_(w).square_()
+        total = error.sum(2) if h is None else (error * h).sum(2)
+        if best is None:
+            best, least, kept_codes = (scale, total), total, codes.to(torch.int8)
+            continue
+        better = total < least
+        least = torch.where(better, total, least)
+        best = (torch.where(better, scale, best[0]), least)
+        kept_codes = torch.where(better[..., None], codes.to(torch.int8), kept_codes)
     assert best is not None
-    return Grid(best[0], best[1])
+    return Grid(kept_codes, best[0])
+
+
+def row_steps(weight: Tensor, most: int = 512) -> Tensor | None:
+    """`[rows]`: the distance of neighbouring values, where rows hold few values; None elsewhere.
+
+    Rows that were rounded to a grid before hold few values, all whole multiples of one step; the
+    least distance between two of them is that step in all but odd cases.
+    """
+    if weight.shape[1] < 64:
+        return None
+    some = weight[:: max(1, weight.shape[0] // 4)][:4].float()
+    if any(row.unique().numel() > min(most, weight.shape[1] // 4) for row in some):
+        return None
+    ordered = weight.float().abs().sort(1).values
+    gaps = torch.diff(ordered, dim=1, prepend=torch.zeros(weight.shape[0], 1))
+    gaps[gaps <= 1e-6 * ordered[:, -1:]] = torch.inf
+    found = gaps.amin(1)
+    return torch.where(torch.isfinite(found), found, 0.0)
 
 
 def _codes(w: Tensor, scale: Tensor, top: int) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.kernels.grids import Grid, round_groups
+from sparseworks.kernels.grids import Grid, round_groups, row_steps
 from sparseworks.kernels.native import instruction_set, module
 
 __all__ = ["Format", "Packed", "Panels", "pack_panels", "panel_product", "panel_product_reference",
@@ -164,7 +164,7 @@ def pack_panels(
         weight: `[rows, columns]`, any floating dtype.
         format: of the result. Codes are round(w / scale), with the scale of a group, among some,
             that leaves the least error, sum h (w - scale * code)^2. Weights that lie on such a grid
-            already are packed as they are.
+            already, with an fp16 step for each row, are packed as they are.
         mask: `[rows, columns]` bool, what is kept; None: the non-zeros. Formats without a mask take
             masked weights as 0.
         importance: `[columns]`, h of the error: the mean square of each input; None: 1.
@@ -181,6 +181,7 @@ def pack_panels(
         raise InvalidArgument(f"mask {list(mask.shape)} for a matrix {list(weight.shape)}")
     if importance is not None and importance.shape != (columns,):
         raise InvalidArgument(f"importance {list(importance.shape)} for {columns} columns")
+    steps = row_steps(weight) if format.bits else None
     step = max(1, _CHUNK // (_ROWS * columns)) * _ROWS
     if importance is not None:
         importance = F.pad(importance.float(), (0, -columns % format.group), value=1.0)
@@ -196,7 +197,8 @@ def pack_panels(
         fill = (0, -columns % format.group, 0, -part.shape[0] % _ROWS)
         part, kept = F.pad(part, fill), F.pad(kept, fill)
         part = part * kept
-        data, size, rounded = _packed(part, kept, format, importance, zeros)
+        given = None if steps is None else F.pad(steps[first : first + step], (0, fill[3]))
+        data, size, rounded = _packed(part, kept, format, importance, zeros, given)
         parts.append(data)
         sizes.append(size)
         h = 1.0 if importance is None else importance.double()
@@ -211,8 +213,9 @@ def pack_panels(
 
 
 def _packed(
-    weight: Tensor, kept: Tensor, format: Format, importance: Tensor | None, zeros: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor, kept: Tensor, format: Format, importance: Tensor | None, zeros: bool,
+    steps: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Bytes of whole panels, how many each has, and the weights they stand for."""
     panels, columns = weight.shape[0] // _ROWS, weight.shape[1]
     if format == Format.FLOAT:
@@ -228,9 +231,9 @@ def _packed(
         return *made, value.float()
     if format == Format.GROUP_INT4:
         live = kept.view(-1, columns // 16, 16).any(2)
-        grid = round_groups(weight, kept, 16, 4, importance, zeros)
+        grid = round_groups(weight, kept, 16, 4, importance, zeros, steps)
         return *_grouped(grid, live, panels), grid.weight() * live.repeat_interleave(16, 1)
-    grid = round_groups(weight, kept, format.group, format.bits, importance, False)
+    grid = round_groups(weight, kept, format.group, format.bits, importance, False, steps)
     codes = grid.codes.view(weight.shape)
     scale = grid.scale.view(panels, _ROWS, -1).transpose(1, 2).contiguous()  # [panels, groups, 16]
     total = (grid.scale.double() * grid.codes.sum(-1, dtype=torch.float64)).sum(1)

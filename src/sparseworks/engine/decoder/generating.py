@@ -124,6 +124,9 @@ class Decoder(PreTrainedModel, GenerationMixin):
                  generation_config: Any = None) -> None:  # fmt: skip
         super().__init__(config)
         self.native, self.report = native, report
+        # as transformers' Phi-3; other models with two sets of angles keep the keys that they have
+        again = str(getattr(config, "model_type", "")).startswith("phi")
+        self._turns = [r.limit or 0 for r in native.spec.rotary if r.long is not None and again]
         if generation_config is not None:
             self.generation_config = generation_config
         super().train(False)
@@ -157,14 +160,24 @@ class Decoder(PreTrainedModel, GenerationMixin):
         if model_kwargs.get(_CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[_CACHE] = DecoderCache(self.native)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *rest: Any, **named: Any) -> Any:
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Only the tokens that the cache has not seen, and what `forward` takes."""
-        cache = named.get(_CACHE)
-        seen = cache.get_seq_length() if cache is not None else 0
-        mask = named.get("attention_mask")
-        given = {"input_ids": input_ids[:, seen:], "attention_mask": mask, _CACHE: cache,
-                 "use_cache": cache is not None}  # fmt: skip
-        keep = named.get("logits_to_keep")
+        if kwargs.get("inputs_embeds") is not None:
+            raise InvalidArgument("a compiled decoder takes input_ids, not inputs_embeds")
+        past = kwargs.get(_CACHE)
+        seen = 0 if past is None else past.get_seq_length()
+        if past is not None and any(seen <= x < input_ids.shape[1] for x in self._turns):
+            past.reset()  # keys of a text that grew long turn by other angles: all anew
+            seen = 0
+        given = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, _CACHE: past,
+                 "use_cache": past is not None}  # fmt: skip
+        keep = kwargs.get("logits_to_keep")
         return given if keep is None else {**given, "logits_to_keep": keep}
 
     def forward(

@@ -213,7 +213,7 @@ def row_grid(weight: Tensor, bits: int) -> Quantize:
     levels = (1 << bits) - 1
     low = weight.amin(1).clamp_max(0.0)
     high = weight.amax(1).clamp_min(0.0)
-    scale = ((high - low) / levels).clamp_min(math.ulp(0.0) * 2**100)
+    scale = ((high - low) / levels).clamp_min(2.0**-24).half().float()  # as formats store it
     zero = torch.round(-low / scale)
 
     def quantize(column: Tensor) -> Tensor:
