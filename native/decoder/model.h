@@ -123,6 +123,8 @@ struct DecoderKernels {
   void (*step)(const Model&, const Cache&, const Step&, Workspace&);
   // y [tokens, rows] = x [tokens, columns] W^T
   void (*product)(const Matrix& w, const float* x, int tokens, float* y, int threads);
+  // Seconds of one vector on one thread, with the matrix in the caches it fits: least of `repeats`.
+  double (*time)(const Matrix& w, int repeats);
   // Reads memory as fast as it can, and gives the sum of what it read as floats.
   float (*read)(const float* p, int64_t count, int threads);
 };

@@ -299,6 +299,10 @@ void define_decoder(nb::module_& module) {
   nb::class_<Workspace>(d, "Workspace").def(nb::init<>());
   d.def("run", &run);
   d.def("product", &product);
+  d.def("time", [](const Matrix& w, int repeats) {
+    nb::gil_scoped_release release;
+    return decoder().time(w, repeats);
+  });
   d.def("read", [](const Floats& memory, int threads) {
     nb::gil_scoped_release release;
     return decoder().read(memory.data(), count(memory), threads);

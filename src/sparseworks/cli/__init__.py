@@ -17,6 +17,7 @@ COMMANDS = {
     "slim": "cut channels and heads: a smaller dense model for any runtime",
     "tickets": "train a classifier several times: lottery tickets and sparse soups",
     "compile": "make a sparse model skip its zeros on CPUs, and say what runs",
+    "generate": "text from a language model, by the native decoder",
     "bench": "time a model beside torch, onnxruntime and openvino",
     "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
     "compare": "methods x sparsities on one model and metric: table, CSV, plot",

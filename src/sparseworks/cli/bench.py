@@ -50,7 +50,18 @@ class Options:
     dtype: str = "fp32"
     """fp32, bf16 or int8."""
     peers: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
-    """What to compare with; also torch.compile, which takes a minute to build."""
+    """What to compare with; also torch.compile, which takes a minute to build. With --decode:
+    llama.cpp, transformers."""
+    decode: bool = False
+    """Time a causal language model token by token, beside llama.cpp and transformers."""
+    decode_dtypes: tuple[str, ...] = ("bf16", "int8", "int4")
+    """With --decode: what weights are kept in."""
+    head: str | None = None
+    """With --decode: the dtype of the output head, where it is another one."""
+    context: int = 0
+    """With --decode: tokens before the decoding that is timed; 0: 64."""
+    data: str | None = None
+    """With --decode: a text whose perplexity is measured."""
     repeat: int = 15
     """Calls of each candidate, at least."""
     out: Path | None = None
@@ -67,13 +78,15 @@ def run(options: Options) -> dict[str, Any]:
     from sparseworks.cli.examples import random_example
     from sparseworks.cli.loading import load_model, parse_precision
     from sparseworks.diagnostics.claims import machine
+    from sparseworks.diagnostics.decoding import DECODERS
     from sparseworks.engine.peers import PEERS, peer
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks bench minilm")
-    odd = sorted(set(options.peers) - set(PEERS))
+    known = (*PEERS, *DECODERS) if options.decode else PEERS
+    odd = sorted(set(options.peers) - set(known))
     if odd or options.repeat < 1:
-        raise InvalidArgument(f"peers are {', '.join(PEERS)}, not {odd}" if odd
+        raise InvalidArgument(f"peers are {', '.join(known)}, not {odd}" if odd
                               else f"repeat={options.repeat} must be at least 1")  # fmt: skip
     dtype = parse_precision(options.dtype)
     if options.weights is not None and options.sparsity:
@@ -81,6 +94,10 @@ def run(options: Options) -> dict[str, Any]:
     loaded = load_model(options.model)
     if options.weights is not None:
         sw.load(options.weights, loaded.model)
+    if options.decode:
+        from sparseworks.cli.decoding import bench_decoding
+
+        return bench_decoding(options, loaded)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for sparsity in options.sparsity or (None,):

@@ -30,8 +30,13 @@ class Options:
     """Tokens of each text of the example."""
     input_shape: tuple[int, ...] = ()
     """Shape of one sample (3 224 224) where the model does not tell."""
-    dtype: str = "fp32"
-    """fp32, or bf16 or int8: products may round to that where it is faster."""
+    dtype: str | None = None
+    """fp32 (the default), or bf16 or int8: products may round to that where it is faster. Of a
+    causal language model, what its weights are kept in: bf16 (the default), int8, int4 or fp32."""
+    head: str | None = None
+    """Of a causal language model: the dtype of its output head."""
+    cache: str = "fp16"
+    """Of a causal language model: the dtype of keys and values."""
     threads: int | None = None
     """Of the native kernels; as many as torch uses where not given."""
     out: Path | None = None
@@ -53,10 +58,12 @@ def run(options: Options) -> dict[str, Any]:
     loaded = load_model(options.model)
     if options.weights is not None:
         sw.load(options.weights, loaded.model)
+    if loaded.kind == "causal":
+        return _decoder(options, loaded)
     example = random_example(
         loaded, options.batch, tokens=options.tokens, input_shape=options.input_shape
     )
-    dtype = parse_precision(options.dtype)
+    dtype = parse_precision(options.dtype or "fp32")
     compiled = sw.compile(loaded.model, example, dtype=dtype, threads=options.threads)
     if options.out is not None:
         compiled.save(options.out)
@@ -76,4 +83,33 @@ def run(options: Options) -> dict[str, Any]:
     print(compiled.explain())
     if options.out is not None:
         print(f"wrote {options.out}; sparseworks.load_compiled({str(options.out)!r}) reads it")
+    return result
+
+
+def _decoder(options: Options, loaded: Any) -> dict[str, Any]:
+    """A causal language model as a decoder."""
+    import sparseworks as sw
+
+    decoder = sw.compile_decoder(
+        loaded.model, dtype=options.dtype or "bf16", head=options.head, cache=options.cache,
+        threads=options.threads,
+    )  # fmt: skip
+    if options.out is not None:
+        decoder.save(options.out)
+    report = getattr(decoder, "report", None)
+    result = {
+        "model": loaded.name, "kind": "layers" if report is None else "decoder",
+        "bytes": None if report is None else report.nbytes,
+        "notes": decoder.notes if report is None else report.notes,
+        "out": None if options.out is None else str(options.out),
+    }  # fmt: skip
+    if options.json:
+        import json
+
+        print(json.dumps(result, indent=1))
+        return result
+    print(decoder.explain())
+    if options.out is not None:
+        print(f"wrote {options.out}; sparseworks.load_decoder({str(options.out)!r}) reads it, and "
+              f"sparseworks generate {options.out} --prompt ...")  # fmt: skip
     return result

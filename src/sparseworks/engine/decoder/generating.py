@@ -248,6 +248,11 @@ class Decoder(PreTrainedModel, GenerationMixin):
         kept = past if use_cache is not False else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: kept})
 
+    @property
+    def tokenizer_name(self) -> str | None:
+        """Folder or hub name of the model that this was made from, where it is known."""
+        return getattr(self.config, "_name_or_path", None) or None
+
     def explain(self) -> str:
         """A line a matrix: format, bytes, bits a weight, what is kept, and the rounding error."""
         return self.report.text()

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.decoder.spec import LinearSpec, MixtureSpec, ModelSpec, Weight
 from sparseworks.kernels.native import module
-from sparseworks.kernels.panels import Format, Packed, Panels, pack_panels, panel_product
+from sparseworks.kernels.panels import Format, Panels, pack_panels
 
 __all__ = ["DTYPES", "Line", "Report", "pack_model", "read_bandwidth"]
 
@@ -24,6 +24,9 @@ DTYPES = {
     "int4": (Format.INT4, Format.MASKED_INT4, Format.GROUP_INT4),
 }
 _CLOSE = 1.05  # ratio of times below which the smaller format is taken
+_ROWS = 16
+_SAMPLE = 1 << 19  # weights that a format is tried on
+_REPEATS = 5
 _PROBE = 1 << 26  # floats that are read to measure the memory
 
 
@@ -144,7 +147,7 @@ def pack_model(
 def _leading(linear: LinearSpec, dtype: str, chosen: dict[tuple[object, ...], Format],
              threads: int, report: Report) -> Format:  # fmt: skip
     assert isinstance(linear.weight, Weight)
-    return _choose(linear.weight.make(), dtype, chosen, threads, report)[0]
+    return _choose(linear.weight.make(), dtype, chosen, threads, report)
 
 
 def _pack(
@@ -157,7 +160,7 @@ def _pack(
     squares = importance(source.names[0]) if source.names else None
     try:
         if format is None:
-            format, _ = _choose(dense, dtype, chosen, threads, report)
+            format = _choose(dense, dtype, chosen, threads, report)
         packed = pack_panels(dense, format, importance=squares)
     except InvalidArgument as error:
         raise ModelError(f"{linear.name}: {error}; nothing was compiled") from None
@@ -170,24 +173,24 @@ def _pack(
 
 def _choose(
     dense: Tensor, dtype: str, chosen: dict[tuple[object, ...], Format], threads: int, report: Report
-) -> tuple[Format, Packed | None]:
+) -> Format:
     """The format that takes the least time for one vector, of those that may serve."""
     density = int(torch.count_nonzero(dense)) / dense.numel()
     groups = torch.nn.functional.pad(dense, (0, -dense.shape[1] % 16)) != 0
     live = float(groups.view(dense.shape[0], -1, 16).any(2).float().mean())
     key = (dtype, dense.shape, round(density, 2), round(live, 2))
     if key in chosen:
-        return chosen[key], None
+        return chosen[key]
     tried = [f for f in DTYPES[dtype] if _may_serve(f, density, live)]
-    best, least = tried[0], float("inf")
-    sample = dense[: max(16, min(dense.shape[0], (1 << 21) // dense.shape[1] // 16 * 16))]
+    rows = max(_ROWS, min(dense.shape[0], _SAMPLE // dense.shape[1] // _ROWS * _ROWS))
+    found = []
     for format in tried if len(tried) > 1 else []:
-        panels = pack_panels(sample, format).panels
-        seconds = _seconds(panels, threads, report)
-        if seconds * _CLOSE < least:
-            best, least = format, seconds
-    chosen[key] = best
-    return best, None
+        panels = pack_panels(dense[:rows], format).panels
+        found.append((_seconds(panels, threads, report), panels.nbytes, format))
+    least = min((seconds for seconds, _, _ in found), default=0.0)
+    close = [(size, format) for seconds, size, format in found if seconds <= _CLOSE * least]
+    chosen[key] = min(close)[1] if close else tried[0]
+    return chosen[key]
 
 
 def _may_serve(format: Format, density: float, live: float) -> bool:
@@ -197,11 +200,9 @@ def _may_serve(format: Format, density: float, live: float) -> bool:
 
 
 def _seconds(panels: Panels, threads: int, report: Report) -> float:
-    """Of one vector: the kernel on what caches hold, or the memory's share, whichever is more."""
-    x = torch.randn(1, panels.columns)
-    least = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        panel_product(panels, x, threads)
-        least = min(least, time.perf_counter() - start)
-    return max(least, panels.nbytes / report.bandwidth)
+    """Of one vector: the kernel on what caches hold, shared by threads, or the memory's share,
+    whichever is more."""
+    code = module()
+    assert code is not None  # `read_bandwidth` has asked
+    warm: float = code.decoder.time(panels.native, _REPEATS) / threads
+    return max(warm, panels.nbytes / report.bandwidth)

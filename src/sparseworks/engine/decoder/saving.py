@@ -49,6 +49,7 @@ def save_decoder(decoder: Any, path: str | os.PathLike[str]) -> None:
         "report": {"lines": [asdict(x) for x in report.lines], "bandwidth": report.bandwidth,
                    "notes": report.notes},
         "config": decoder.config.to_dict(),
+        "source": decoder.tokenizer_name,
         "generation_config": decoder.generation_config.to_dict(),
     }  # fmt: skip
     with atomic_file(Path(path)) as file:
@@ -83,6 +84,7 @@ def load_decoder(
             spec = _decode(about["spec"], file)
         config = dict(about["config"])
         made = AutoConfig.for_model(config.pop("model_type"), **config)
+        made._name_or_path = about.get("source") or ""
         report = Report([Line(**x) for x in about["report"]["lines"]],
                         about["report"]["bandwidth"], about["report"]["notes"])  # fmt: skip
         native = NativeDecoder(spec, cache or about["cache"], threads)

@@ -12,7 +12,6 @@ sub-blocks of 32 columns and of blocks of 128, so that nearly all work is matrix
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch

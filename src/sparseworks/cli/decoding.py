@@ -1,0 +1,124 @@
+"""`sparseworks bench --decode`: table, CSV, JSON and a picture of how language models decode."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["bench_decoding"]
+
+_WINDOWS = 16  # of 256 tokens, for perplexity
+
+
+def bench_decoding(options: Any, loaded: Any) -> dict[str, Any]:
+    """Compile, time in turn, draw. `options`: of `sparseworks bench`."""
+    import torch
+
+    import sparseworks as sw
+    from sparseworks.diagnostics import decoding
+    from sparseworks.diagnostics.claims import machine
+    from sparseworks.engine.decoder.packing import DTYPES, read_bandwidth
+
+    if loaded.kind != "causal":
+        raise InvalidArgument(f"--decode times causal language models; {loaded.name} is none")
+    odd = sorted(set(options.decode_dtypes) - set(DTYPES))
+    if odd:
+        raise InvalidArgument(f"dtypes are {', '.join(DTYPES)}, not {odd[0]}")
+    names = [p for p in options.peers if p in decoding.DECODERS] or list(decoding.DECODERS)
+    threads = torch.get_num_threads()
+    text = None
+    if options.data is not None:
+        if loaded.tokenizer is None:
+            raise InvalidArgument("--data needs a tokenizer for the text")
+        from sparseworks.data.text import read_text, token_ids
+
+        ids = token_ids(read_text(options.data), loaded.tokenizer)
+        text = ids[: ids.numel() // 256 * 256].view(-1, 256)[:_WINDOWS]
+    notes: list[str] = []
+    model = loaded.model
+    candidates: list[Any] = []
+    for dtype in options.decode_dtypes:
+        candidates.append(_ours(f"ours, {dtype}", model, dtype, options, notes))
+    for sparsity in options.sparsity:
+        pruned = copy.deepcopy(model)
+        sw.prune(pruned, "magnitude", sparsity=sparsity, pattern=options.pattern)
+        for dtype in options.decode_dtypes:
+            name = f"ours, {sparsity:.0%} {options.pattern}, {dtype}"
+            candidates.append(_ours(name, pruned, dtype, options, notes))
+        del pruned
+    with tempfile.TemporaryDirectory() as place:
+        candidates += decoding.peers(model, names, threads, Path(place), notes)
+        rows = decoding.measure_decoding(
+            [c for c in candidates if c is not None], model.config.vocab_size,
+            context=options.context, repeat=max(1, options.repeat // 3), text=text,
+        )  # fmt: skip
+    result = {
+        "machine": machine(), "model": Path(loaded.name).name,
+        "read_gb_per_second": read_bandwidth(threads) / 1e9, "rows": rows,
+        "notes": sorted(set(notes)),
+    }  # fmt: skip
+    if options.out is not None:
+        _write(options.out, result)
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _show(result)
+    return result
+
+
+def _ours(name: str, model: Any, dtype: str, options: Any, notes: list[str]) -> Any:
+    import sparseworks as sw
+    from sparseworks.diagnostics.decoding import our_candidate
+
+    decoder = sw.compile_decoder(model, dtype=dtype, head=options.head)
+    if not hasattr(decoder, "native"):
+        notes.extend(decoder.notes)
+        return None
+    return our_candidate(name, decoder)
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['model']}, {result['machine']['cpu']}, "
+                        f"{result['read_gb_per_second']:.1f} GB/s read")  # fmt: skip
+    lengths = [k for k in result["rows"][0] if k.startswith("prompt_")] if result["rows"] else []
+    heads = ["candidate", "MB", "tokens a second", "10-90 %"]
+    heads += [f"prompt of {k.split('_')[1]}" for k in lengths] + ["perplexity"]
+    for heading in heads:
+        table.add_column(heading, justify="left" if heading == "candidate" else "right")
+    for row in result["rows"]:
+        told = row.get("perplexity")
+        table.add_row(
+            row["candidate"], f"{row['bytes'] / 1e6:.1f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['decode_p10']:.0f}-{row['decode_p90']:.0f}",
+            *(f"{row[k]:.0f}" for k in lengths), "" if told is None else f"{told:.2f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    for note in result["notes"]:
+        console.print(f"  {note}", markup=False)
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    from sparseworks.cli.running import write_json
+    from sparseworks.io.atomic import atomic_file
+    from sparseworks.report.decoding import decoding_figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "decode.json", result)
+    names = list(dict.fromkeys(k for row in result["rows"] for k in row))
+    with atomic_file(out / "decode.csv") as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names or ["candidate"])
+        writer.writeheader()
+        writer.writerows(result["rows"])
+    with atomic_file(out / "decode.html") as path:
+        decoding_figure(result).write_html(path, include_plotlyjs=True)
