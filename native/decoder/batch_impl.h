@@ -30,10 +30,10 @@ struct Widened {
 // out [tokens][16], in fp32.
 inline void batch_plainly(const Matrix& m, int panel, const Batch& x, float* out, Widened& wide) {
   constexpr int kColumns = kBlock / 2, kSide = 8;
-  const uint8_t* at = panel_start(m, panel);
+  Stream from(m, panel);
   for (int first = 0; first < m.padded(); first += kColumns) {
     const int columns = std::min(kColumns, m.padded() - first);
-    for (int c = 0; c < columns; c += m.group) at = widen_plainly(m, at, wide.value + c * kPanel);
+    for (int c = 0; c < columns; c += m.group) widen_plainly(m, from, wide.value + c * kPanel);
     for (int t = 0; t < x.tokens; t += kSide) {
       Vec sum[kSide];
       for (int i = 0; i < kSide; ++i) sum[i] = first ? load(out + (t + i) * kPanel) : Vec{};
@@ -52,8 +52,8 @@ inline void batch_plainly(const Matrix& m, int panel, const Batch& x, float* out
 constexpr bool kRoundsBatches = true;
 
 // Writes columns [first, first + columns) of a panel, filled up to 32 columns, and moves on.
-inline void widen_block(const Matrix& m, const uint8_t*& at, int columns, uint16_t* out) {
-  for (int c = 0; c < columns; c += m.group) at = widen(m, at, out + c * kPanel);
+inline void widen_block(const Matrix& m, Stream& from, int columns, uint16_t* out) {
+  for (int c = 0; c < columns; c += m.group) widen(m, from, out + c * kPanel);
   if (columns % 32 != 0) std::memset(out + columns * kPanel, 0, 32 * kPanel);
 }
 
@@ -169,16 +169,15 @@ inline void block_product(const Batch& x, int first, int columns, const uint16_t
 // Panels [panel, panel + Panels), each out [tokens][16].
 template <int Panels>
 inline void rounded_batch(const Matrix& m, int panel, const Batch& x, float* out, Widened& wide) {
-  const uint8_t* at[Panels];
+  Stream from[2] = {Stream(m, panel), Stream(m, panel + Panels - 1)};
   float* to[Panels];
   for (int p = 0; p < Panels; ++p) {
-    at[p] = panel_start(m, panel + p);
     to[p] = out + static_cast<int64_t>(p) * x.tokens * kPanel;
   }
   const uint16_t* w[2] = {wide.half[0], wide.half[1]};
   for (int first = 0; first < m.padded(); first += kBlock) {
     const int columns = std::min(kBlock, m.padded() - first);
-    for (int p = 0; p < Panels; ++p) widen_block(m, at[p], columns, wide.half[p]);
+    for (int p = 0; p < Panels; ++p) widen_block(m, from[p], columns, wide.half[p]);
     block_product<Panels>(x, first, columns, w, to);
   }
 }

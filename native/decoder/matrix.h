@@ -13,9 +13,9 @@
 //                then the codes kept
 //   kMaskedInt4  the same with codes of 4 bits: of eight columns, the kept ones of 0-3 in the low
 //                halves of the bytes and those of 4-7 in the high ones
-//   kGroupInt4   a group is kept or not in each row: 16 bits; fp16 scales of the kept; their zero
-//                points (one byte each, where `zeros`); for each eight columns the kept rows' four
-//                bytes, as in kInt4
+//   kGroupInt4   a group is kept or not in each row: 16 bits, for all groups first; then of each
+//                group fp16 scales of the kept, their zero points (one byte each, where `zeros`), and
+//                for each eight columns the kept rows' four bytes, as in kInt4
 // weight = scale * code, or scale * (code - zero). Codes of 4 bits are two's complement.
 // kReadAhead bytes that may be read follow the last panel.
 #pragma once

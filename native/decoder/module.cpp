@@ -24,8 +24,9 @@ uint64_t bits_at(const uint8_t* p, int bytes) {
   return v;
 }
 
-// Bytes of the group that begins at `p`, of which `left` may be read; -1 where it does not fit.
-int64_t group_bytes(const Matrix& m, const uint8_t* p, int64_t left) {
+// Bytes of the group that begins at `p`, of which `left` may be read, with the `rows` that have it in
+// kGroupInt4; -1 where it does not fit.
+int64_t group_bytes(const Matrix& m, const uint8_t* p, int64_t left, const uint8_t* rows) {
   const int64_t g = m.group;
   int64_t size = 0;
   switch (m.format) {
@@ -51,8 +52,7 @@ int64_t group_bytes(const Matrix& m, const uint8_t* p, int64_t left) {
                          __builtin_popcountll(bits_at(p + 40 + 16 * c, 8)));
       break;
     case Format::kGroupInt4:
-      if (left < 2) return -1;
-      size = 2 + __builtin_popcountll(bits_at(p, 2)) * ((m.zeros ? 3 : 2) + g / 2);
+      size = __builtin_popcountll(bits_at(rows, 2)) * ((m.zeros ? 3 : 2) + g / 2);
       break;
   }
   return size <= left ? size : -1;
@@ -77,9 +77,12 @@ Matrix make_matrix(int format, int rows, int columns, int group, bool zeros,
        "the bytes of a matrix end too early");
   for (int p = 0; p < m.panels(); ++p) {
     int64_t at = m.offset[p] + (m.integers() ? 64 : 0);
-    for (int c = 0; c < m.padded(); c += group) {
+    const uint8_t* kept = m.data + at;
+    if (m.format == Format::kGroupInt4) at += m.padded() / group * 2;
+    need(m.offset[p] >= 0 && at <= m.offset[p + 1], "a panel of a matrix is longer than its bytes");
+    for (int c = 0; c < m.padded(); c += group, kept += 2) {
       const int64_t size = at <= m.offset[p + 1]
-                               ? group_bytes(m, m.data + at, m.offset[p + 1] - at) : -1;
+                               ? group_bytes(m, m.data + at, m.offset[p + 1] - at, kept) : -1;
       need(size >= 0, "a panel of a matrix is longer than its bytes");
       at += size;
     }

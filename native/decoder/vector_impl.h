@@ -11,10 +11,10 @@ constexpr float kMiddle = 128.0f * 256.0f + 128.0f;  // of an Input's integers
 // Through floats; serves every processor.
 inline Vec panel_plainly(const Matrix& m, int panel, const Input& x) {
   alignas(64) float wide[kWidest * kPanel];
-  const uint8_t* at = panel_start(m, panel);
+  Stream from(m, panel);
   Vec sum[4] = {};
   for (int c = 0; c < m.padded(); c += m.group) {
-    at = widen_plainly(m, at, wide);
+    widen_plainly(m, from, wide);
     for (int i = 0; i < m.group; i += 4)
       for (int k = 0; k < 4; ++k) sum[k] += load(wide + (i + k) * kPanel) * x.value[c + i + k];
   }
@@ -123,10 +123,11 @@ inline __m512 masked_int4_panel(const Matrix& m, const uint8_t* at, const Input&
 
 // Codes are 16 times what they stand for, as in the other layouts of 4 bits.
 template <bool Zeros>
-inline __m512 group_int4_panel(const Matrix& m, const uint8_t* at, const Input& x) {
+inline __m512 group_int4_panel(const Matrix& m, Stream from, const Input& x) {
   __m512 sum = _mm512_setzero_ps();
-  for (int c = 0; c < m.padded(); c += m.group) {
-    const KeptGroup kept(m, at);
+  for (int c = 0; c < m.padded(); c += m.group, from.rows += 2) {
+    const KeptGroup kept(m, from);
+    const uint8_t*& at = from.at;
     fetch(at);
     fetch(at + 64);
     at = kept.codes;
@@ -195,13 +196,15 @@ inline __m512 float_panel(const Matrix& m, const uint8_t* at, const Input& x) {
   return _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
 }
 
-inline __m512 integer_panel(const Matrix& m, const uint8_t* at, const Input& x) {
+inline __m512 integer_panel(const Matrix& m, const Stream& from, const Input& x) {
+  const uint8_t* at = from.at;
   switch (m.format) {
     case Format::kInt8: return int8_panel(m, at, x);
     case Format::kInt4: return int4_panel(m, at, x);
     case Format::kMaskedInt8: return masked_int8_panel(m, at, x);
     case Format::kMaskedInt4: return masked_int4_panel(m, at, x);
-    default: return m.zeros ? group_int4_panel<true>(m, at, x) : group_int4_panel<false>(m, at, x);
+    default: return m.zeros ? group_int4_panel<true>(m, from, x)
+                              : group_int4_panel<false>(m, from, x);
   }
 }
 
@@ -209,12 +212,13 @@ inline __m512 integer_panel(const Matrix& m, const uint8_t* at, const Input& x) 
 constexpr bool kIntegers = true;
 
 inline Vec panel_product(const Matrix& m, int panel, const Input& x) {
-  const uint8_t* at = panel_start(m, panel);
+  const Stream from(m, panel);
+  const uint8_t* at = from.at;
   if (m.format == Format::kFloat) return reinterpret_cast<Vec>(float_panel(m, at, x));
   if (m.format == Format::kHalf) return reinterpret_cast<Vec>(half_panel(m, at, x));
   if (m.format == Format::kMaskedHalf) return reinterpret_cast<Vec>(masked_half_panel(m, at, x));
   const bool eight = m.format == Format::kInt8 || m.format == Format::kMaskedInt8;
-  const __m512 sum = integer_panel(m, at, x);
+  const __m512 sum = integer_panel(m, from, x);
   const __m512 moved = _mm512_mul_ps(_mm512_loadu_ps(m.data + m.offset[panel]),
                                      _mm512_set1_ps(kMiddle));
   const __m512 found = eight ? _mm512_sub_ps(sum, moved)

@@ -32,12 +32,23 @@ inline float half_to_float(uint16_t bits) {
   return v;
 }
 
-inline const uint8_t* panel_start(const Matrix& m, int panel) {
-  return m.data + m.offset[panel] + (m.integers() ? kPanel * sizeof(float) : 0);
-}
+// Where a panel is read: its groups, and in kGroupInt4 which rows have them.
+struct Stream {
+  const uint8_t* at;
+  const uint8_t* rows;
 
-// Writes one group as [group][16] floats and returns where the next group begins.
-inline const uint8_t* widen_plainly(const Matrix& m, const uint8_t* at, float* out) {
+  Stream(const Matrix& m, int panel) : at(m.data + m.offset[panel]), rows(nullptr) {
+    if (m.integers()) at += kPanel * sizeof(float);
+    if (m.format == Format::kGroupInt4) {
+      rows = at;
+      at += m.padded() / m.group * 2;
+    }
+  }
+};
+
+// Writes one group as [group][16] floats and moves on.
+inline void widen_plainly(const Matrix& m, Stream& from, float* out) {
+  const uint8_t*& at = from.at;
   const int group = m.group;
   const auto place = [&](int column, int row) -> float& { return out[column * kPanel + row]; };
   float scale[kPanel];
@@ -48,18 +59,21 @@ inline const uint8_t* widen_plainly(const Matrix& m, const uint8_t* at, float* o
   switch (m.format) {
     case Format::kFloat:
       std::memcpy(out, at, sizeof(float) * kPanel * group);
-      return at + sizeof(float) * kPanel * group;
+      at += sizeof(float) * kPanel * group;
+      return;
     case Format::kHalf:
       for (int c = 0; c < group; ++c)
         for (int r = 0; r < kPanel; ++r)
           place(c, r) = half_to_float(word16(at + ((c / 2 * kPanel + r) * 2 + c % 2) * 2));
-      return at + 2 * kPanel * group;
+      at += 2 * kPanel * group;
+      return;
     case Format::kInt8:
       scales();
       for (int c = 0; c < group; ++c)
         for (int r = 0; r < kPanel; ++r)
           place(c, r) = scale[r] * static_cast<int8_t>(at[(c / 4 * kPanel + r) * 4 + c % 4]);
-      return at + kPanel * group;
+      at += kPanel * group;
+      return;
     case Format::kInt4:
       scales();
       for (int c = 0; c < group; ++c)
@@ -67,7 +81,8 @@ inline const uint8_t* widen_plainly(const Matrix& m, const uint8_t* at, float* o
           const uint8_t byte = at[(c / 8 * kPanel + r) * 4 + c % 4];
           place(c, r) = scale[r] * (c % 8 < 4 ? low4(byte) : high4(byte));
         }
-      return at + kPanel * group / 2;
+      at += kPanel * group / 2;
+      return;
     case Format::kMaskedHalf: {
       const uint8_t* mask = at;
       at += 4 * (group / 2);
@@ -79,7 +94,7 @@ inline const uint8_t* widen_plainly(const Matrix& m, const uint8_t* at, float* o
           at += 2 * kept;
         }
       }
-      return at;
+      return;
     }
     case Format::kMaskedInt8: {
       scales();
@@ -93,7 +108,7 @@ inline const uint8_t* widen_plainly(const Matrix& m, const uint8_t* at, float* o
           at += kept;
         }
       }
-      return at;
+      return;
     }
     case Format::kMaskedInt4: {
       scales();
@@ -114,11 +129,11 @@ inline const uint8_t* widen_plainly(const Matrix& m, const uint8_t* at, float* o
         }
         at += most;
       }
-      return at;
+      return;
     }
     case Format::kGroupInt4: {
-      const uint16_t bits = word16(at);
-      at += 2;
+      const uint16_t bits = word16(from.rows);
+      from.rows += 2;
       const int kept = __builtin_popcount(bits);
       const uint8_t *scale_at = at, *zero_at = at + 2 * kept;
       at += kept * (m.zeros ? 3 : 2);
@@ -132,10 +147,10 @@ inline const uint8_t* widen_plainly(const Matrix& m, const uint8_t* at, float* o
         }
         k += here;
       }
-      return at + kept * group / 2;
+      at += kept * group / 2;
+      return;
     }
   }
-  return at;
 }
 
 #if defined(__AVX512VBMI2__)
@@ -179,11 +194,12 @@ struct KeptGroup {
   int count;
   __m512 scale, zero;
   const uint8_t* codes;
-  KeptGroup(const Matrix& m, const uint8_t* at) : rows(word16(at)), zero(_mm512_setzero_ps()) {
+  KeptGroup(const Matrix& m, const Stream& from)
+      : rows(word16(from.rows)), zero(_mm512_setzero_ps()) {
     count = __builtin_popcount(rows);
-    const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 2));
+    const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.at));
     scale = _mm512_cvtph_ps(_mm256_maskz_expand_epi16(rows, s));
-    codes = at + 2 + 2 * count;
+    codes = from.at + 2 * count;
     if (m.zeros) {
       const __m128i z = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
       zero = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_expand_epi8(rows, z)));
@@ -192,20 +208,22 @@ struct KeptGroup {
   }
 };
 
-// Writes one group as [group / 2][16] pairs of bf16 and returns where the next group begins.
-inline const uint8_t* widen(const Matrix& m, const uint8_t* at, uint16_t* out) {
+// Writes one group as [group / 2][16] pairs of bf16 and moves on.
+inline void widen(const Matrix& m, Stream& from, uint16_t* out) {
+  const uint8_t*& at = from.at;
   const int group = m.group;
   const __m512 sixteenth = _mm512_set1_ps(1.0f / 16);
   switch (m.format) {
     case Format::kHalf:
       std::memcpy(out, at, 2 * kPanel * group);
-      return at + 2 * kPanel * group;
+      at += 2 * kPanel * group;
+      return;
     case Format::kInt8: {
       const __m512 scale = scales_at(at);
       at += 32;
       for (int c = 0; c < group; c += 4, at += 64)
         pairs_of(_mm512_loadu_si512(at), scale, out + c * kPanel);
-      return at;
+      return;
     }
     case Format::kInt4: {
       const __m512 scale = _mm512_mul_ps(scales_at(at), sixteenth);
@@ -215,7 +233,7 @@ inline const uint8_t* widen(const Matrix& m, const uint8_t* at, uint16_t* out) {
         pairs_of(low_codes(v), scale, out + c * kPanel);
         pairs_of(high_codes(v), scale, out + (c + 4) * kPanel);
       }
-      return at;
+      return;
     }
     case Format::kMaskedHalf: {
       const uint8_t* mask = at;
@@ -226,7 +244,7 @@ inline const uint8_t* widen(const Matrix& m, const uint8_t* at, uint16_t* out) {
                             _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(at)));
         at += 2 * __builtin_popcount(bits);
       }
-      return at;
+      return;
     }
     case Format::kMaskedInt8: {
       const __m512 scale = scales_at(at);
@@ -237,7 +255,7 @@ inline const uint8_t* widen(const Matrix& m, const uint8_t* at, uint16_t* out) {
         pairs_of(_mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(at)), scale, out + c * kPanel);
         at += __builtin_popcountll(bits);
       }
-      return at;
+      return;
     }
     case Format::kMaskedInt4: {
       const __m512 scale = _mm512_mul_ps(scales_at(at), sixteenth);
@@ -251,10 +269,11 @@ inline const uint8_t* widen(const Matrix& m, const uint8_t* at, uint16_t* out) {
         const int used = __builtin_popcountll(a), other = __builtin_popcountll(b);
         at += used > other ? used : other;
       }
-      return at;
+      return;
     }
     case Format::kGroupInt4: {
-      const KeptGroup kept(m, at);
+      const KeptGroup kept(m, from);
+      from.rows += 2;
       const __m512 scale = _mm512_mul_ps(kept.scale, sixteenth);
       const __m512 less = _mm512_mul_ps(kept.scale, kept.zero);
       at = kept.codes;
@@ -263,12 +282,11 @@ inline const uint8_t* widen(const Matrix& m, const uint8_t* at, uint16_t* out) {
         pairs_of(low_codes(v), scale, out + c * kPanel, less);
         pairs_of(high_codes(v), scale, out + (c + 4) * kPanel, less);
       }
-      return at;
+      return;
     }
     case Format::kFloat:
       break;  // never rounded
   }
-  return at;
 }
 
 #endif

@@ -304,14 +304,14 @@ def _grouped(grid: Grid, live: Tensor, panels: int) -> tuple[Tensor, Tensor]:
     moved = grid.codes.double() if grid.zero is None else grid.codes.double() - grid.zero[..., None]
     head = (grid.scale.double() * moved.sum(-1) * live).sum(1).float().view(panels, _ROWS)
     count = kept.sum(2)
-    block = 2 + count * (10 if zero is None else 11)
-    total = block.sum(1) + 64
-    start = _starts(total)[:, None] + 64 + _starts(block, 1)
+    block = count * (10 if zero is None else 11)
+    total = block.sum(1) + 64 + 2 * groups
+    start = _starts(total)[:, None] + 64 + 2 * groups + _starts(block, 1)
     data = torch.zeros(int(total.sum()), dtype=torch.uint8)
     _put(data, _starts(total), _bytes(head).view(panels, 64))
-    _put(data, start.flatten(), _bits(kept).view(-1, 2))
+    _put(data, _starts(total) + 64, _bits(kept).view(panels, -1))
     rank = (kept.cumsum(2) - 1)[kept]
-    begin = (start + 2)[:, :, None].expand_as(kept)[kept]
+    begin = start[:, :, None].expand_as(kept)[kept]
     many = count[:, :, None].expand_as(kept)[kept]
     _put(data, begin + 2 * rank, _bytes(scale[kept]).view(-1, 2))
     begin = begin + 2 * many
@@ -362,14 +362,18 @@ def unpack_panels(panels: Panels) -> Tensor:
     wide = torch.zeros(len(panels.offset) - 1, padded, _ROWS)
     for p in range(wide.shape[0]):
         at = int(panels.offset[p]) + (64 if fmt.bits else 0)
+        live = at
+        if fmt == Format.GROUP_INT4:
+            at += padded // group * 2
         for c in range(0, padded, group):
-            at = _read_group(panels, at, wide[p, c : c + group])
+            at = _read_group(panels, at, live + c // group * 2, wide[p, c : c + group])
     dense = wide.transpose(1, 2).reshape(-1, padded)
     return dense[: panels.rows, : panels.columns].contiguous()
 
 
-def _read_group(panels: Panels, at: int, out: Tensor) -> int:
-    """Fill `out` [columns of a group, 16]; returns where the next group begins."""
+def _read_group(panels: Panels, at: int, live: int, out: Tensor) -> int:
+    """Fill `out` [columns of a group, 16]; returns where the next group begins. `live`: where it
+    says which rows have the group."""
     fmt, group, data = panels.format, panels.format.group, panels.data
 
     def take(count: int, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -390,7 +394,8 @@ def _read_group(panels: Panels, at: int, out: Tensor) -> int:
         out.copy_(pairs.transpose(1, 2).reshape(group, _ROWS))
         return at
     if fmt == Format.GROUP_INT4:
-        kept = flags(_ROWS)
+        bits = panels.data[live : live + 2]
+        kept = ((bits[:, None] >> torch.arange(8)) & 1).flatten().bool()
         count = int(kept.sum())
         scale = take(count, torch.float16).float()
         zero = take(count, torch.int8).float() if panels.zeros else torch.zeros(count)
