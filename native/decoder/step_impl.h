@@ -26,9 +26,9 @@ std::vector<double> shares(int threads) {
 
 // Memory of one thread.
 struct Thread {
-  Widened wide;
-  std::vector<float> out;
-  std::vector<float> attention;
+  Widened* wide;
+  float* out;
+  float* attention;
 };
 
 // A piece of the workspace, zero when it is new.
@@ -83,8 +83,9 @@ class Run {
     threads_ = std::vector<Thread>(static_cast<size_t>(step.threads));
     const int64_t out = 2 * kPanel * std::max<int64_t>((t + kTokens - 1) / kTokens * kTokens, 1);
     for (Thread& one : threads_) {
-      one.out.resize(static_cast<size_t>(out));
-      one.attention.resize(static_cast<size_t>(kQueries) * (queries / 1 + kSpan) + 16);
+      one.wide = piece<Widened>(space, next, 1);
+      one.out = piece<float>(space, next, out);
+      one.attention = piece<float>(space, next, kQueries * (queries + kSpan));
     }
   }
 
@@ -262,8 +263,8 @@ class Run {
         return;
       }
       const Batch x = x_.batch(s_.tokens);
-      float* sum = threads_[static_cast<size_t>(walk.thread())].out.data();
-      batch_product(w, panel, count, x, sum, threads_[static_cast<size_t>(walk.thread())].wide);
+      float* sum = mine(walk).out;
+      batch_product(w, panel, count, x, sum, *mine(walk).wide);
       for (int t = 0; t < s_.tokens; ++t) {
         const Vec a = load(sum + t * kPanel);
         const Vec b = count == 2 ? load(sum + (x.tokens + t) * kPanel) : Vec{};
@@ -407,14 +408,14 @@ class Run {
       make_ready(w, x_, i, !few);
     });
     pieces(walk, w, 1, [&](int panel, int count) {
-      float* sum = threads_[static_cast<size_t>(walk.thread())].out.data();
+      float* sum = mine(walk).out;
       const Batch x = x_.batch(s_.wanted);
       if (few) {
         for (int p = 0; p < count; ++p)
           for (int i = 0; i < s_.wanted; ++i)
             store(sum + (p * x.tokens + i) * kPanel, panel_product(w, panel + p, x_.input(i)));
       } else {
-        batch_product(w, panel, count, x, sum, threads_[static_cast<size_t>(walk.thread())].wide);
+        batch_product(w, panel, count, x, sum, *mine(walk).wide);
       }
       for (int p = 0; p < count; ++p)
         for (int i = 0; i < s_.wanted; ++i) {
@@ -433,11 +434,8 @@ class Run {
     return matrix + at * width;
   }
 
-  float* scratch(Walk& walk) {
-    const auto address =
-        reinterpret_cast<uintptr_t>(threads_[static_cast<size_t>(walk.thread())].attention.data());
-    return reinterpret_cast<float*>((address + 63) / 64 * 64);
-  }
+  Thread& mine(Walk& walk) { return threads_[static_cast<size_t>(walk.thread())]; }
+  float* scratch(Walk& walk) { return mine(walk).attention; }
 
   const Model& m_;
   const Cache& cache_;

@@ -2,7 +2,7 @@
 
 from sparseworks.engine.compiling import Compiled, compile
 from sparseworks.engine.decoder.compiling import compile_decoder
-from sparseworks.engine.decoder.saving import load_decoder
+from sparseworks.engine.decoder.loading import load_decoder
 from sparseworks.engine.layers import LayerPlan
 from sparseworks.engine.saving import load_compiled
 

@@ -45,6 +45,6 @@ def instruction_set() -> str:
 
 
 def has_amx() -> bool:
-    """Whether the processor has AMX tiles for bf16. No kernel uses them."""
+    """Whether the processor has AMX tiles for bf16 and the system lets this process use them."""
     native = module()
     return native is not None and bool(native.has_amx())

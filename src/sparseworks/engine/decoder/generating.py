@@ -223,6 +223,8 @@ class Decoder(PreTrainedModel, GenerationMixin):
         texts, tokens = input_ids.shape
         past.start(texts, tokens)
         assert past.memory is not None
+        if tokens == 1 and position_ids is None and labels is None:
+            return self._one_each(input_ids, attention_mask, past, use_cache)
         real = _real(attention_mask, texts, past.seen, tokens)
         order = real.cumsum(1) - 1 + past.lengths[:, None]
         if position_ids is not None and not bool((position_ids == order)[real].all()):
@@ -247,6 +249,25 @@ class Decoder(PreTrainedModel, GenerationMixin):
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten())
         kept = past if use_cache is not False else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: kept})
+
+    def _one_each(
+        self, input_ids: Tensor, mask: Tensor | None, past: DecoderCache, use_cache: bool | None
+    ) -> CausalLMOutputWithPast:
+        """A token for each text, the many small steps of generation: as `forward`."""
+        texts = input_ids.shape[0]
+        if mask is not None and (
+            mask.shape != (texts, past.seen + 1) or not bool(mask[:, -1].all())
+        ):
+            _real(mask, texts, past.seen, 1)  # says what is wrong
+            raise InvalidArgument("attention_mask hides the only token of a text")
+        memory = past.memory
+        assert memory is not None
+        order = torch.arange(texts)
+        logits = self.native.step(memory, input_ids[:, 0], order, past.lengths, order)
+        past.seen += 1
+        past.lengths = past.lengths + 1
+        kept = past if use_cache is not False else None
+        return CausalLMOutputWithPast(logits=logits[:, None], **{_CACHE: kept})
 
     @property
     def tokenizer_name(self) -> str | None:

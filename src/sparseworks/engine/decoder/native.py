@@ -227,6 +227,12 @@ class NativeDecoder:
         parts = [t.to(torch.int32).contiguous() for t in (token, text, position)]
         want = want.to(torch.int32)
         try:
+            if token.numel() <= _CHUNK:
+                self.code.run(
+                    self._native, memory.native, memory.workspace, *parts, want, logits,
+                    self.threads,
+                )  # fmt: skip
+                return logits
             for begin in range(0, token.numel(), _CHUNK):
                 end = min(begin + _CHUNK, token.numel())
                 low, high = torch.searchsorted(want, torch.tensor([begin, end])).tolist()
