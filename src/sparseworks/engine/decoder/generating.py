@@ -31,7 +31,7 @@ class DecoderCache(Cache):
 
     Attributes:
         seen: columns of the batch so far, padding included.
-        lengths: `[texts]` int64, tokens of each text so far.
+        lengths: `[texts]` int32, tokens of each text so far.
     """
 
     is_compileable = False
@@ -46,7 +46,7 @@ class DecoderCache(Cache):
         self.decoder = decoder
         self.memory: Memory | None = None
         self.seen = 0
-        self.lengths = torch.zeros(0, dtype=torch.int64)
+        self.lengths = torch.zeros(0, dtype=torch.int32)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -69,7 +69,7 @@ class DecoderCache(Cache):
         if self.memory is None:
             room = min(tokens + _ROOM, self.decoder.spec.max_positions)
             self.memory = Memory(self.decoder, texts, max(room, 1))
-            self.lengths = torch.zeros(texts, dtype=torch.int64)
+            self.lengths = torch.zeros(texts, dtype=torch.int32)
         elif self.memory.texts != texts:
             raise InvalidArgument(f"the cache holds {self.memory.texts} texts, {texts} are given")
 
@@ -237,7 +237,7 @@ class Decoder(PreTrainedModel, GenerationMixin):
             past.memory, input_ids[real], where[:, 0], order[real], wanted[real].nonzero()[:, 0]
         )
         past.seen += tokens
-        past.lengths = past.lengths + real.sum(1)
+        past.lengths += real.sum(1).to(torch.int32)
         if texts * keep == found.shape[0]:
             logits = found.view(texts, keep, -1)
         else:
@@ -262,10 +262,9 @@ class Decoder(PreTrainedModel, GenerationMixin):
             raise InvalidArgument("attention_mask hides the only token of a text")
         memory = past.memory
         assert memory is not None
-        order = torch.arange(texts)
-        logits = self.native.step(memory, input_ids[:, 0], order, past.lengths, order)
+        logits = self.native.step_each(memory, input_ids[:, 0], past.lengths)
         past.seen += 1
-        past.lengths = past.lengths + 1
+        past.lengths += 1
         kept = past if use_cache is not False else None
         return CausalLMOutputWithPast(logits=logits[:, None], **{_CACHE: kept})
 
