@@ -49,6 +49,7 @@ def workplace(tmp_path_factory):
         "def score(model):\n    return float(model[1].weight.abs().sum())\n"
         "def broken():\n    net = make()\n    net[1].weight.data[0, 0] = float('nan')\n"
         "    return net\n"
+        "def negative():\n    net = make()\n    net[3].weight.data *= 0.0\n    return net\n"
     )
     return root
 
@@ -190,6 +191,20 @@ def test_skipping_indivisible_tensors(workplace, tmp_path):
     assert main([*base, "--out", str(tmp_path / "a"), "--skip-indivisible"]) == 0
     result = json.loads((tmp_path / "a" / "result.json").read_text())["result"]
     assert "3.weight" in result["skipped"]
+
+
+def test_negative_zeros_are_said_and_can_be_left_out(workplace, tmp_path, capsys):
+    model = f"{workplace / 'net.py'}:negative"
+    costs = {}
+    for out, more in (("signed", []), ("small", ["--no-signed-zeros"])):
+        arguments = ["--method", "magnitude", "--sparsity", "0.5", "--include", "1.weight", *more]
+        assert main(["prune", model, *arguments, "--out", str(tmp_path / out)]) == 0
+        assert main(["inspect", str(tmp_path / out / "model.safetensors")]) == 0
+        said = capsys.readouterr().out.count("telling -0.0 from +0.0")
+        result = json.loads((tmp_path / out / "result.json").read_text())
+        costs[out] = said, result["signed_zero_bytes"] > 0
+        assert all(word in result["command"] for word in more)
+    assert costs == {"signed": (2, True), "small": (0, False)}
 
 
 def test_interruption_leaves_nothing(workplace, tmp_path, monkeypatch, capsys):

@@ -67,6 +67,8 @@ class Options:
     """fp32, bf16 or fp16; default fp32."""
     device: str | None = None
     """Compute blocks there, one at a time (cuda); default: where the model is."""
+    signed_zeros: bool = True
+    """Store the sign of zeros; without, -0.0 is saved as +0.0, which can be smaller."""
     out: Path | None = None
     """Output folder; it must not exist yet, unless --force."""
     force: bool = False
@@ -172,8 +174,8 @@ def command_of(options: Any, command: str = "prune") -> str:
         if field.name == "model" or default or value in ((), None):
             continue
         flag = "--" + field.name.replace("_", "-")
-        if value is True:
-            words.append(flag)
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, tuple):
             words += [flag, *map(str, value)]
         else:
@@ -195,11 +197,17 @@ def write_output(options: Any, loaded: Any, result: Any, summary: dict[str, Any]
         made.mkdir()
         folder = hasattr(loaded.model, "config") and hasattr(loaded.model, "save_pretrained")
         target = made / ("checkpoint" if folder else "model.safetensors")
-        save(loaded.model, target, tokenizer=loaded.tokenizer if folder else None)
+        info = save(
+            loaded.model,
+            target,
+            tokenizer=loaded.tokenizer if folder else None,
+            signed_zeros=options.signed_zeros,
+        )
         files = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
         summary["file_bytes"] = sum(
             f.stat().st_size for f in files if f.suffix not in (".json", ".txt", ".jinja")
         )
+        summary["signed_zero_bytes"] = info.signed_zero_bytes
         summary["checkpoint"] = str(out / target.name)
         write_json(made / "result.json", summary)
         write_json(made / "options.json", plain_options(options))
@@ -218,6 +226,7 @@ def show(summary: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sparseworks.io.summary import signed_zero_note
     from sparseworks.report.text import megabytes
 
     console = Console()
@@ -231,6 +240,8 @@ def show(summary: dict[str, Any], as_json: bool) -> None:
     if "file_bytes" in summary:
         table.add_row("file", megabytes(summary["dense_bytes"]), megabytes(summary["file_bytes"]))
     console.print(table)
+    if note := signed_zero_note(summary.get("signed_zero_bytes", 0), summary.get("file_bytes", 0)):
+        console.print(f"{note}: --no-signed-zeros stores +0.0")
     for warning in result["warnings"]:
         console.print(f"warning: {warning}")
     for name, reason in list(result["skipped"].items())[:5]:

@@ -55,7 +55,11 @@ _SIDE_FILES = (
 
 
 def save_folder(
-    model: nn.Module, path: Path, tokenizer: Any = None, progress: Progress | None = None
+    model: nn.Module,
+    path: Path,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    signed_zeros: bool = True,
 ) -> CheckpointInfo:
     """Write a packed Hugging Face folder; see `save` for the arguments."""
     from sparseworks.io.writing import write_packed
@@ -68,7 +72,7 @@ def save_folder(
             "save to a new folder"
         )
     with atomic_folder(path, last=PACKED_NAME) as temporary:
-        info = write_packed(model, temporary / PACKED_NAME, progress)
+        info = write_packed(model, temporary / PACKED_NAME, progress, signed_zeros)
         record = masks(model)
         note = {
             "version": FORMAT_VERSION,

@@ -40,6 +40,7 @@ def save(
     *,
     format: str | None = None,
     tokenizer: Any = None,
+    signed_zeros: bool = True,
     progress: Progress | None = None,
 ) -> CheckpointInfo:
     """Save a model, every bit of it, in as few bytes as its zeros allow.
@@ -57,10 +58,12 @@ def save(
             generation config and tokenizer), or None: a file if `path` ends in ".safetensors".
         tokenizer: for a folder: a tokenizer or processor, or the folder to copy its files from;
             None: the folder the model was loaded from, where it is known.
+        signed_zeros: False: -0.0 is stored as +0.0, in all tensors; all other bits stay.
+            `weight *= mask` leaves -0.0 in half of the zeros, which costs a bit for each zero.
         progress: called with (tensors done, tensors in all, name).
 
     Returns:
-        What was written, per tensor.
+        What was written, per tensor; its `signed_zero_bytes` is what -0.0 costs.
 
     Raises:
         InvalidArgument: a path or format that cannot be used.
@@ -76,11 +79,11 @@ def save(
     if format == "huggingface":
         from sparseworks.io.folders import save_folder  # imports this module
 
-        return save_folder(model, path, tokenizer, progress)
+        return save_folder(model, path, tokenizer, progress, signed_zeros)
     if tokenizer is not None:
         raise InvalidArgument(f"{path}: a tokenizer can only be saved into a folder")
     with atomic_file(path) as temporary:
-        info = write_packed(model, temporary, progress)
+        info = write_packed(model, temporary, progress, signed_zeros)
     return replace(info, path=path)
 
 
@@ -95,14 +98,16 @@ def refuse_pickle_target(path: Path) -> None:
 
 
 @torch.no_grad()
-def write_packed(model: nn.Module, path: Path, progress: Progress | None = None) -> CheckpointInfo:
+def write_packed(
+    model: nn.Module, path: Path, progress: Progress | None = None, signed_zeros: bool = True
+) -> CheckpointInfo:
     """Write a packed file at `path` (no renaming, no flush) and say what it holds."""
     found = gather(model)
     entries, method = masks_by_tensor(model, found)
-    plans = {
-        name: plan(name, tensor, *entries.get(name, (None, ())))
-        for name, tensor in found.tensors.items()
-    }
+    plans = {}
+    for name, tensor in found.tensors.items():
+        entry, names = entries.get(name, (None, ()))
+        plans[name] = plan(name, tensor, entry, names, signed_zeros)
     parts = lay_out(plans)
     records = {name: replace(p.record, hash=ZERO_DIGEST) for name, p in plans.items()}
     header = _header(parts, records, found, method, type(model).__name__, ZERO_DIGEST)
