@@ -209,7 +209,8 @@ class Job:
         error = solution.error
         if error is None and collectors:
             error = _diagonal_error(view, dense, solution.weight, collectors[0])
-        view.write(solution.weight)
+        # solvers that multiply by masks leave -0.0, which costs a lossless file a bit a zero
+        view.write(torch.where(solution.mask, solution.weight, 0.0))
         mask = view.from_matrix(solution.mask)
         self.record = self.record.with_mask(view.name, mask, str(self.pattern))
         entry = self.record.entry(view.name)
