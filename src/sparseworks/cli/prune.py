@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -185,16 +184,13 @@ def command_of(options: Any, command: str = "prune") -> str:
 
 def write_output(options: Any, loaded: Any, result: Any, summary: dict[str, Any]) -> None:
     """Checkpoint, report and result in one new folder, or nothing at all."""
-    import shutil
-
     from sparseworks.cli.running import plain_options, write_json
     from sparseworks.io import save
+    from sparseworks.io.atomic import replaced_folder
     from sparseworks.report.page import write_report
 
     out: Path = options.out
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as place:
-        made = Path(place) / "out"
-        made.mkdir()
+    with replaced_folder(out) as made:
         folder = hasattr(loaded.model, "config") and hasattr(loaded.model, "save_pretrained")
         target = made / ("checkpoint" if folder else "model.safetensors")
         info = save(
@@ -212,9 +208,6 @@ def write_output(options: Any, loaded: Any, result: Any, summary: dict[str, Any]
         write_json(made / "result.json", summary)
         write_json(made / "options.json", plain_options(options))
         write_report(made / "report.html", summary, loaded.model)
-        if out.exists():
-            shutil.rmtree(out)
-        made.rename(out)
 
 
 def show(summary: dict[str, Any], as_json: bool) -> None:

@@ -200,14 +200,13 @@ def _write(
 ) -> None:
     """Model, result and options in one new folder, or nothing at all."""
     from sparseworks.cli.running import plain_options, write_json
+    from sparseworks.io.atomic import replaced_folder
     from sparseworks.report.slim import write_slim
     from sparseworks.weights.structured import save_slim
 
     out = options.out
     assert out is not None
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as parent:
-        made = Path(parent) / "out"
-        made.mkdir()
+    with replaced_folder(out) as made:
         if result.config is not None:
             loaded.model.save_pretrained(made / "model")
         else:
@@ -220,9 +219,6 @@ def _write(
         write_json(made / "options.json", plain_options(options))
         with contextlib.suppress(MissingDependency):
             write_slim(made / "report.html", summary)
-        if out.exists():
-            shutil.rmtree(out)
-        made.rename(out)
 
 
 def _show(summary: dict[str, Any], result: Any, options: Options) -> None:

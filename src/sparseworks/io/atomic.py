@@ -2,7 +2,7 @@
 
 A file is written under a temporary name in the folder where it will live (a rename is atomic
 only within one file system), flushed to the disk, then renamed. Whatever stood there before is
-untouched until that moment.
+untouched until that moment. What a killed process left is removed when its target is next written.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from sparseworks.core.errors import CheckpointError
+from sparseworks.io.temporary import hidden_name, sweep
 
-__all__ = ["atomic_file", "atomic_folder", "need_space", "sync_folder"]
+__all__ = ["atomic_file", "atomic_folder", "need_space", "replaced_folder", "sync_folder"]
 
 
 def sync_folder(folder: Path) -> None:
@@ -30,7 +30,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    """Where `path` is made; what killed processes left of it goes."""
+    sweep(path.parent, path.name)
+    return hidden_name(path)
 
 
 def _parent(path: Path) -> Path:
@@ -97,4 +99,26 @@ def atomic_folder(path: Path, last: str) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(parent)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it takes the place of `path`, and of all that stood there, when
+    the block ends well."""
+    path = path.absolute()
+    parent = _parent(path)
+    temporary = _temporary(path)
+    old = hidden_name(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     sync_folder(parent)
