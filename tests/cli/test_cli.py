@@ -176,6 +176,40 @@ def test_calibration_data_is_checked_before_metrics_run(workplace, tmp_path, mon
     assert not out.exists()
 
 
+INPUTS = {
+    "prune": ("--data", "--eval-data", "--metric"),
+    "compare": ("--data", "--eval-data", "--metric"),
+    "curve": ("--data", "--eval-data", "--metric"),
+    "slim": ("--data",),
+    "train": ("--data", "--eval-data", "--start"),
+    "tickets": ("--data", "--eval-data", "--start"),
+    "compile": ("--weights",),
+    "bench": ("--weights",),
+}
+
+
+@pytest.mark.parametrize(("command", "flag"), [(c, f) for c, fs in INPUTS.items() for f in fs])
+def test_inputs_that_are_not_there_are_refused_before_a_model_is_loaded(
+    command, flag, tmp_path, monkeypatch, capsys
+):
+    def never(*_):
+        raise AssertionError("the model was loaded before the paths were looked at")
+
+    monkeypatch.setattr("sparseworks.cli.loading.load_model", never)
+    out = tmp_path / "never"
+    given = {
+        "prune": ["--sparsity", "0.5"],
+        "slim": ["--flops", "0.5"],
+        "train": ["--method", "dense"],
+        "tickets": ["--sparsity", "0.5"],
+    }.get(command, [])
+    if command in ("train", "tickets") and flag != "--data":
+        given += ["--data", "digits"]
+    name = "gone.py:score" if flag == "--metric" else "gone"
+    said = fails(capsys, command, "minilm", *given, flag, name, "--out", out)
+    assert "no such file" in said and "gone" in said and not out.exists()
+
+
 def test_an_existing_output_is_not_overwritten(workplace, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()

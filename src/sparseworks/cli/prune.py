@@ -80,7 +80,13 @@ def run(options: Options) -> dict[str, Any]:
     """Prune, measure before and after, save, report."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
-    from sparseworks.cli.preparing import calibration, check_output, make_metrics, parse_options
+    from sparseworks.cli.preparing import (
+        calibration,
+        check_inputs,
+        check_output,
+        make_metrics,
+        parse_options,
+    )
     from sparseworks.cli.running import progress_bar
     from sparseworks.core import registry
     from sparseworks.core.patterns import check_sparsity, parse_pattern
@@ -96,10 +102,11 @@ def run(options: Options) -> dict[str, Any]:
     elif legal.fixed_density is None:
         raise InvalidArgument("give --sparsity (a fraction in [0, 1)) or an N:M --pattern")
     check_output(options.out, options.force)
+    check_inputs(options)
     extra = parse_options(options.option)
     loaded = load_model(options.model, options.dtype)
     names = options.metric or default_metrics(loaded, options.eval_data)
-    # the calibration data first: metrics run the model, and a wrong path is refused at once
+    # the calibration data first: metrics run the model, and data that does not do is refused
     batches = calibration(loaded, options)
     metrics = make_metrics(names, loaded, options.eval_data, options.eval_samples)
     before = {m.name: m(loaded.model) for m in metrics}

@@ -81,7 +81,7 @@ def run(options: Options) -> dict[str, Any]:
     """Trace, cut, time before and after, save."""
     import sparseworks as sw
     from sparseworks.cli.loading import load_model
-    from sparseworks.cli.preparing import check_output, parse_options
+    from sparseworks.cli.preparing import check_inputs, check_output, parse_options
     from sparseworks.cli.prune import command_of
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.core import registry
@@ -93,6 +93,7 @@ def run(options: Options) -> dict[str, Any]:
         raise InvalidArgument("no model given; for example: sparseworks slim minilm --flops 0.6")
     method = registry.resolve(options.method)
     check_output(options.out, options.force)
+    check_inputs(options)
     extra = parse_options(options.option)
     round_to = _multiples(options.round_to)
     loaded = load_model(options.model)

@@ -26,8 +26,10 @@ from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.models.calls import Batch, call, logits_of, move, split
 
 __all__ = [
+    "NAMES",
     "Metric",
     "accuracy",
+    "check_name",
     "embed",
     "fidelity",
     "get_metric",
@@ -35,6 +37,9 @@ __all__ = [
     "perplexity",
     "retrieval",
 ]
+
+
+NAMES = ("perplexity", "fidelity", "retrieval", "accuracy", "pq-index", "gini")
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,20 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
+def check_name(name: str) -> None:
+    """Refuse what `get_metric` does not know.
+
+    Raises:
+        InvalidArgument: neither one of `NAMES` nor a function of a file that is there.
+    """
+    if ".py:" in name:
+        load_function(name)
+    elif name not in NAMES:
+        raise InvalidArgument(
+            f"unknown metric {name!r}; use {', '.join(NAMES)} or file.py:function"
+        )
+
+
 def get_metric(
     name: str | Metric | Callable[[nn.Module], float],
     *,
@@ -214,6 +233,7 @@ def get_metric(
         return Metric(getattr(name, "__name__", "metric"), "", True, name)
     if ".py:" in name:
         return Metric(name.rpartition(":")[2], "", True, load_function(name))
+    check_name(name)
     if name == "perplexity":
         source = data if data is not None else "docstrings"
         return perplexity(
@@ -234,11 +254,6 @@ def get_metric(
         held = docstrings()[1::2][: samples or 500]
         queries = passages([d.summary for d in held], tokenizer, length=128)
         return retrieval(queries, passages([d.body for d in held], tokenizer, length=128))
-    if name in ("pq-index", "gini"):
-        from sparseworks.diagnostics.indices import gini_metric, pq_metric
+    from sparseworks.diagnostics.indices import gini_metric, pq_metric
 
-        return pq_metric() if name == "pq-index" else gini_metric()
-    raise InvalidArgument(
-        f"unknown metric {name!r}; use perplexity, fidelity, retrieval, accuracy, pq-index, gini "
-        "or file.py:function"
-    )
+    return pq_metric() if name == "pq-index" else gini_metric()
