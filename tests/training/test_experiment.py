@@ -226,11 +226,11 @@ def test_a_training_that_swallows_its_end_is_noticed():
 
 
 def test_a_run_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
-    from sparseworks.io import writing
+    from sparseworks.io import saving
 
     fit, whole = Fit(), net()
     sw.experiment(Fit(), whole, Chain())
-    real, seen = writing.save, []
+    real, seen = saving.save, []
 
     def broken(model, path, **options):
         seen.append(path)
@@ -239,7 +239,7 @@ def test_a_run_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatc
             raise OSError("no space left")
         return real(model, path, **options)
 
-    monkeypatch.setattr(writing, "save", broken)
+    monkeypatch.setattr(saving, "save", broken)
     with pytest.raises(CheckpointError, match="no space"):
         sw.experiment(fit, net(), Chain(), folder=tmp_path, about={})
     assert len(list(tmp_path.iterdir())) == 1

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseworks.core.errors import DataError, InvalidArgument
+from sparseworks.diagnostics.indices import gini_metric, pq_metric
+from sparseworks.diagnostics.metric import Metric
 from sparseworks.models.calls import Batch, call, logits_of, move, split
 
 __all__ = [
@@ -40,37 +41,6 @@ __all__ = [
 
 
 NAMES = ("perplexity", "fidelity", "retrieval", "accuracy", "pq-index", "gini")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A named measurement of a model.
-
-    Args:
-        name: public string.
-        unit: "" where the value is a plain number.
-        higher_is_better: direction.
-        measure: `(model) -> float`.
-    """
-
-    name: str
-    unit: str
-    higher_is_better: bool
-    measure: Callable[[nn.Module], float]
-
-    def __call__(self, model: nn.Module) -> float:
-        """Evaluate in eval mode without gradients; the model's mode is restored."""
-        training = {m: m.training for m in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                value = float(self.measure(model))
-        finally:
-            for module, was in training.items():
-                module.training = was
-        if math.isnan(value):
-            raise DataError(f"metric {self.name}: the value is NaN")
-        return value
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -254,6 +224,4 @@ def get_metric(
         held = docstrings()[1::2][: samples or 500]
         queries = passages([d.summary for d in held], tokenizer, length=128)
         return retrieval(queries, passages([d.body for d in held], tokenizer, length=128))
-    from sparseworks.diagnostics.indices import gini_metric, pq_metric
-
     return pq_metric() if name == "pq-index" else gini_metric()

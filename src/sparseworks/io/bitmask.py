@@ -21,7 +21,7 @@ from sparseworks.io.bits import count_true, words
 from sparseworks.io.checkpoint import Checkpoint, Stored
 from sparseworks.io.plain import PlainCheckpoint
 
-__all__ = ["BitmaskCheckpoint", "sparsity_format"]
+__all__ = ["FORMATS", "BitmaskCheckpoint", "sparsity_format"]
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 _PARTS = ("compressed", "bitmask", "shape", "row_offsets")

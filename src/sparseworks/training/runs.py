@@ -127,7 +127,7 @@ class Store:
             self._kept[finished.digest] = state, masks(model), said
             return
         from sparseworks.io.atomic import atomic_folder
-        from sparseworks.io.writing import save
+        from sparseworks.io.saving import save
 
         try:
             with atomic_folder(self.folder / finished.digest, last=_DESCRIPTION) as place:

@@ -15,8 +15,8 @@ from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.core.evidence import Collector, Hessian
 from sparseworks.core.masks import Masks, attach, masks
 from sparseworks.core.patterns import Pattern
-from sparseworks.core.types import TensorResult
-from sparseworks.models.calibration import Calibration, Progress, collect, stream
+from sparseworks.core.types import Progress, TensorResult
+from sparseworks.models.calibration import Calibration, collect, stream
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
 from sparseworks.weights.oneshot.base import OneShot, Solution, Target

@@ -20,8 +20,8 @@ from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.io.atomic import replaced_folder
+from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.configs import has_config
-from sparseworks.weights.structured.cutting import Backup
 from sparseworks.weights.structured.depth import drop
 from sparseworks.weights.structured.result import SlimResult
 
