@@ -19,8 +19,7 @@ from typing import Any
 
 from sparseworks import diagnostics as _diagnostics  # registers the methods; imports no torch
 from sparseworks import weights as _weights
-
-__version__ = "0.1.0"
+from sparseworks.version import __version__
 
 _LAZY = {
     "prune": "sparseworks.weights.oneshot.prune",

@@ -49,6 +49,7 @@ def workplace(tmp_path_factory):
         "def score(model):\n    return float(model[1].weight.abs().sum())\n"
         "def broken():\n    net = make()\n    net[1].weight.data[0, 0] = float('nan')\n"
         "    return net\n"
+        "def negative():\n    net = make()\n    net[3].weight.data *= 0.0\n    return net\n"
     )
     return root
 
@@ -175,6 +176,40 @@ def test_calibration_data_is_checked_before_metrics_run(workplace, tmp_path, mon
     assert not out.exists()
 
 
+INPUTS = {
+    "prune": ("--data", "--eval-data", "--metric"),
+    "compare": ("--data", "--eval-data", "--metric"),
+    "curve": ("--data", "--eval-data", "--metric"),
+    "slim": ("--data",),
+    "train": ("--data", "--eval-data", "--start"),
+    "tickets": ("--data", "--eval-data", "--start"),
+    "compile": ("--weights",),
+    "bench": ("--weights",),
+}
+
+
+@pytest.mark.parametrize(("command", "flag"), [(c, f) for c, fs in INPUTS.items() for f in fs])
+def test_inputs_that_are_not_there_are_refused_before_a_model_is_loaded(
+    command, flag, tmp_path, monkeypatch, capsys
+):
+    def never(*_):
+        raise AssertionError("the model was loaded before the paths were looked at")
+
+    monkeypatch.setattr("sparseworks.cli.loading.load_model", never)
+    out = tmp_path / "never"
+    given = {
+        "prune": ["--sparsity", "0.5"],
+        "slim": ["--flops", "0.5"],
+        "train": ["--method", "dense"],
+        "tickets": ["--sparsity", "0.5"],
+    }.get(command, [])
+    if command in ("train", "tickets") and flag != "--data":
+        given += ["--data", "digits"]
+    name = "gone.py:score" if flag == "--metric" else "gone"
+    said = fails(capsys, command, "minilm", *given, flag, name, "--out", out)
+    assert "no such file" in said and "gone" in said and not out.exists()
+
+
 def test_an_existing_output_is_not_overwritten(workplace, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -190,6 +225,20 @@ def test_skipping_indivisible_tensors(workplace, tmp_path):
     assert main([*base, "--out", str(tmp_path / "a"), "--skip-indivisible"]) == 0
     result = json.loads((tmp_path / "a" / "result.json").read_text())["result"]
     assert "3.weight" in result["skipped"]
+
+
+def test_negative_zeros_are_said_and_can_be_left_out(workplace, tmp_path, capsys):
+    model = f"{workplace / 'net.py'}:negative"
+    costs = {}
+    for out, more in (("signed", []), ("small", ["--no-signed-zeros"])):
+        arguments = ["--method", "magnitude", "--sparsity", "0.5", "--include", "1.weight", *more]
+        assert main(["prune", model, *arguments, "--out", str(tmp_path / out)]) == 0
+        assert main(["inspect", str(tmp_path / out / "model.safetensors")]) == 0
+        said = capsys.readouterr().out.count("telling -0.0 from +0.0")
+        result = json.loads((tmp_path / out / "result.json").read_text())
+        costs[out] = said, result["signed_zero_bytes"] > 0
+        assert all(word in result["command"] for word in more)
+    assert costs == {"signed": (2, True), "small": (0, False)}
 
 
 def test_interruption_leaves_nothing(workplace, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from torch import nn
 import sparseworks as sw
 from sparseworks.core.errors import CheckpointError
 from sparseworks.engine import compiling
-from sparseworks.engine.compiling import Compiled
+from sparseworks.engine.compiled import Compiled
 from sparseworks.engine.graph import capture
 from sparseworks.engine.ir import Precision, Product
 from sparseworks.engine.plan import make_plan

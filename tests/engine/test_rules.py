@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparseworks as sw
+from sparseworks.engine.compiled import load_compiled
 from sparseworks.engine.graph import capture
 from sparseworks.engine.plan import make_plan
-from sparseworks.engine.saving import load_compiled
 from sparseworks.engine.views import base_view
 from sparseworks.kernels.native import available
 

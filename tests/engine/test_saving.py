@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import sparseworks as sw
 from sparseworks.core.errors import CheckpointError, InvalidArgument
-from sparseworks.engine.compiling import Compiled
+from sparseworks.engine.compiled import Compiled
 from sparseworks.engine.graph import capture
 from sparseworks.engine.plan import make_plan
 from sparseworks.engine.steps import Call, decode, encode

@@ -54,9 +54,9 @@ def zeroed(tensor: Tensor, where: Tensor, negative: bool = False) -> Tensor:
     return raw.reshape(-1).view(tensor.dtype).view(tensor.shape)
 
 
-def reload(model: nn.Module, folder: Path) -> nn.Module:
+def reload(model: nn.Module, folder: Path, **options: bool) -> nn.Module:
     """The model saved, and loaded into one whose bits are all different."""
-    sw.save(model, folder / "m.safetensors")
+    sw.save(model, folder / "m.safetensors", **options)
     other = Holder(**{n: torch.empty_like(t) for n, t in model.state_dict().items()})
     for tensor in other.state_dict().values():
         if tensor.numel() and tensor.dtype != torch.bool:
@@ -87,6 +87,43 @@ def test_every_bit_comes_back_without_a_mask(
     back = reload(model, tmp_path_factory.mktemp("rt"))
     assert bits(back.a) == bits(tensor)
     assert sw.masks(back) is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=shapes,
+    dtype=st.sampled_from(ALL_DTYPES),
+    density=st.sampled_from([0.0, 0.5, 0.9]),
+    masked=st.booleans(),
+    pattern=st.sampled_from(["unstructured", "2:4"]),
+    seed=st.integers(0, 2**31),
+)
+def test_without_signed_zeros_all_other_bits_come_back(
+    shape, dtype, density, masked, pattern, seed, tmp_path_factory
+):
+    """Where a number is equal to 0 it comes back as +0.0, for every dtype that has a -0.0."""
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    tensor = random_bits(shape, dtype, seed)
+    if dtype != torch.bool:
+        tensor = zeroed(tensor, ~kept, True)
+    before = bits(tensor)
+    model = Holder(a=tensor)
+    if masked and isinstance(model.a, nn.Parameter):
+        sw.attach(model, Masks.of({"a": kept}, "wanda", pattern))
+    back = reload(model, tmp_path_factory.mktemp("rt"), signed_zeros=False)
+    numbers = torch.view_as_real(tensor) if dtype.is_complex else tensor
+    if numbers.is_floating_point():
+        zero = numbers.to(torch.float64) == 0
+        numbers = zeroed(numbers, zero)
+    assert bits(back.a) == bits(numbers) and bits(model.a) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fnuz])
+def test_a_lone_top_bit_is_a_zero_only_where_it_is_minus_zero(dtype, tmp_path):
+    """The smallest integer, and the NaN of types without -0.0, count as weights."""
+    tensor = zeroed(torch.ones(64).to(dtype), torch.arange(64) % 2 == 0, True)
+    info = sw.save(Holder(a=tensor), tmp_path / "m.safetensors", signed_zeros=False)
+    assert info.tensors[0].sparsity == 0.0 and info.signed_zero_bytes == 0
 
 
 @settings(max_examples=200, deadline=None)

@@ -87,6 +87,26 @@ def test_minus_zero_outside_the_mask_costs_a_bit(tmp_path):
     assert torch.equal(other.weight.view(torch.int32), model.weight.view(torch.int32))
 
 
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_the_cost_of_negative_zeros_is_said_and_can_be_saved(tmp_path, dtype, sparsity, with_mask):
+    """What is said to be the cost is what the file shrinks by; it then is that of +0.0."""
+    model = pruned(96, 130, sparsity, torch.float32)
+    model.weight.data = (torch.randn(96, 130) * sw.masks(model)["weight"]).to(dtype)
+    if not with_mask:
+        sw.attach(model, None)
+    signed = sw.save(model, tmp_path / "signed.safetensors")
+    small = sw.save(model, tmp_path / "small.safetensors", signed_zeros=False)
+    assert small.signed_zero_bytes == 0 and "-0.0" not in str(small)
+    assert (signed.signed_zero_bytes > 0) == (sparsity > 0) == ("-0.0" in str(signed))
+    assert small.tensors[0].nbytes == signed.tensors[0].nbytes - signed.signed_zero_bytes
+    assert inspect(tmp_path / "signed.safetensors") == signed
+    assert signed.to_dict()["signed_zero_bytes"] == signed.signed_zero_bytes
+    model.weight.data = torch.where(model.weight.float() == 0, 0.0, model.weight.float()).to(dtype)
+    assert small.tensors == sw.save(model, tmp_path / "plus.safetensors").tensors
+
+
 def test_inspect_tells_what_is_there(tmp_path):
     model = nn.Sequential(pruned(64, 64, 0.75, torch.float32), nn.BatchNorm1d(64))
     sw.attach(model, Masks.of({"0.weight": sw.masks(model[0])["weight"]}, "wanda"))

@@ -226,11 +226,11 @@ def test_a_training_that_swallows_its_end_is_noticed():
 
 
 def test_a_run_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
-    from sparseworks.io import writing
+    from sparseworks.io import saving
 
     fit, whole = Fit(), net()
     sw.experiment(Fit(), whole, Chain())
-    real, seen = writing.save, []
+    real, seen = saving.save, []
 
     def broken(model, path, **options):
         seen.append(path)
@@ -239,7 +239,7 @@ def test_a_run_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatc
             raise OSError("no space left")
         return real(model, path, **options)
 
-    monkeypatch.setattr(writing, "save", broken)
+    monkeypatch.setattr(saving, "save", broken)
     with pytest.raises(CheckpointError, match="no space"):
         sw.experiment(fit, net(), Chain(), folder=tmp_path, about={})
     assert len(list(tmp_path.iterdir())) == 1
@@ -249,10 +249,12 @@ def test_a_run_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatc
 
 
 def test_what_was_left_long_ago_is_swept_away(tmp_path):
-    old, young = tmp_path / ".a.1.tmp", tmp_path / ".b.2.tmp"
+    """By processes of which nothing is known; `io.temporary` tells the others."""
+    old, young = tmp_path / f".a.{'1' * 12}.tmp", tmp_path / f".b.{'2' * 12}.tmp"
     for place in (old, young):
         place.mkdir()
         (place / "weights.safetensors").write_bytes(b"half")
+    os.utime(old / "weights.safetensors", (0, 0))
     os.utime(old, (0, 0))
     sw.experiment(Fit(), net(), Chain(), folder=tmp_path, about={})
     assert not old.exists() and young.exists()

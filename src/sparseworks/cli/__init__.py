@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
-        from sparseworks import __version__
+        from sparseworks.version import __version__
 
         print(__version__)
         return 0

@@ -77,6 +77,7 @@ def run(options: Options) -> dict[str, Any]:
     import sparseworks as sw
     from sparseworks.cli.examples import random_example
     from sparseworks.cli.loading import load_model, parse_precision
+    from sparseworks.cli.preparing import check_inputs
     from sparseworks.diagnostics.claims import machine
     from sparseworks.diagnostics.decoding import DECODERS
     from sparseworks.engine.peers import PEERS, peer
@@ -91,6 +92,7 @@ def run(options: Options) -> dict[str, Any]:
     dtype = parse_precision(options.dtype)
     if options.weights is not None and options.sparsity:
         raise InvalidArgument("--weights are timed as they are; leave --sparsity out")
+    check_inputs(options)
     loaded = load_model(options.model)
     if options.weights is not None:
         sw.load(options.weights, loaded.model)

@@ -57,6 +57,7 @@ def run(options: Options) -> dict[str, Any]:
     from sparseworks.cli.preparing import (
         CalibrationOptions,
         calibration,
+        check_inputs,
         check_output,
         one_metric,
     )
@@ -70,6 +71,7 @@ def run(options: Options) -> dict[str, Any]:
     for method in options.methods:
         registry.resolve(method)
     check_output(options.out, force=False)
+    check_inputs(options)
     loaded = load_model(options.model, options.dtype)
     metric = one_metric(options, loaded)
     dense = metric(loaded.model)

@@ -50,11 +50,13 @@ def run(options: Options) -> dict[str, Any]:
     import sparseworks as sw
     from sparseworks.cli.examples import random_example
     from sparseworks.cli.loading import load_model, parse_precision
+    from sparseworks.cli.preparing import check_inputs
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks compile minilm")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise InvalidArgument(f"{options.out}: the folder does not exist; create it first")
+    check_inputs(options)
     loaded = load_model(options.model)
     if options.weights is not None:
         sw.load(options.weights, loaded.model)

@@ -71,6 +71,7 @@ def run(options: Options) -> dict[str, Any]:
     from sparseworks.cli.preparing import (
         CalibrationOptions,
         calibration,
+        check_inputs,
         check_output,
         one_metric,
     )
@@ -87,6 +88,7 @@ def run(options: Options) -> dict[str, Any]:
         for method in options.methods
     }
     check_output(options.out, options.force)
+    check_inputs(options)
     loaded = load_model(options.model, options.dtype)
     metric = one_metric(options, loaded)
     curves: list[dict[str, Any]] = []

@@ -41,6 +41,7 @@ def run(options: Options) -> dict[str, Any]:
         "zeros": sum(r["zeros"] for r in prunable),
         "stored_bytes": sum(r["stored_bytes"] for r in rows),
         "dense_bytes": sum(r["dense_bytes"] for r in rows),
+        "signed_zero_bytes": sum(r["signed_zero_bytes"] for r in rows),
         "flops_per_position": sum(r["flops_per_position"] for r in prunable),
         "dense_flops_per_position": sum(2 * r["weights"] for r in prunable),
     }
@@ -83,6 +84,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
                 "zeros": zeros,
                 "stored_bytes": size,
                 "dense_bytes": size,
+                "signed_zero_bytes": 0,
                 "flops_per_position": 2 * (value.numel() - zeros) if key in prunable else None,
             }
         )
@@ -103,6 +105,7 @@ def _row(tensor: Any) -> dict[str, Any]:
         "zeros": zeros,
         "stored_bytes": tensor.nbytes,
         "dense_bytes": tensor.dense_bytes,
+        "signed_zero_bytes": tensor.signed_zero_bytes,
         "flops_per_position": 2 * (weights - zeros) if matrix else None,
     }
 
@@ -111,6 +114,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sparseworks.io.summary import signed_zero_note
     from sparseworks.report.text import megabytes
 
     table = Table()
@@ -136,3 +140,5 @@ def _show(result: dict[str, Any]) -> None:
         f"{megabytes(t['stored_bytes'])} stored, {megabytes(t['dense_bytes'])} dense; "
         f"{t['flops_per_position']:,} FLOPs per token or pixel, {share:.1%} of dense"
     )
+    if note := signed_zero_note(t["signed_zero_bytes"], t["stored_bytes"]):
+        console.print(f"{note}: save with signed_zeros=False to store +0.0")

@@ -13,6 +13,7 @@ from sparseworks.core.errors import InvalidArgument
 __all__ = [
     "CalibrationOptions",
     "calibration",
+    "check_inputs",
     "check_output",
     "make_metrics",
     "one_metric",
@@ -29,6 +30,25 @@ def check_output(out: Path | None, force: bool) -> None:
     parent = out.absolute().parent
     if not parent.is_dir():
         raise InvalidArgument(f"{parent}: no such folder, so --out cannot be made in it")
+
+
+def check_inputs(options: Any) -> None:
+    """Refuse data, weights and metrics that are not there, before a model is loaded and run."""
+    from sparseworks.data.loading import check_source
+    from sparseworks.data.paths import existing
+    from sparseworks.diagnostics.metrics import check_name
+
+    for field, check in (
+        ("data", check_source),
+        ("eval_data", check_source),
+        ("start", existing),
+        ("weights", existing),
+    ):
+        if (given := getattr(options, field, None)) is not None:
+            check(given)
+    named = getattr(options, "metric", None) or ()
+    for name in (named,) if isinstance(named, str) else named:
+        check_name(name)
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +66,8 @@ class Options:
     """fp32, bf16 or fp16; default fp32."""
     device: str | None = None
     """Compute blocks there, one at a time (cuda); default: where the model is."""
+    signed_zeros: bool = True
+    """Store the sign of zeros; without, -0.0 is saved as +0.0, which can be smaller."""
     out: Path | None = None
     """Output folder; it must not exist yet, unless --force."""
     force: bool = False
@@ -79,7 +80,13 @@ def run(options: Options) -> dict[str, Any]:
     """Prune, measure before and after, save, report."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
-    from sparseworks.cli.preparing import calibration, check_output, make_metrics, parse_options
+    from sparseworks.cli.preparing import (
+        calibration,
+        check_inputs,
+        check_output,
+        make_metrics,
+        parse_options,
+    )
     from sparseworks.cli.running import progress_bar
     from sparseworks.core import registry
     from sparseworks.core.patterns import check_sparsity, parse_pattern
@@ -95,10 +102,11 @@ def run(options: Options) -> dict[str, Any]:
     elif legal.fixed_density is None:
         raise InvalidArgument("give --sparsity (a fraction in [0, 1)) or an N:M --pattern")
     check_output(options.out, options.force)
+    check_inputs(options)
     extra = parse_options(options.option)
     loaded = load_model(options.model, options.dtype)
     names = options.metric or default_metrics(loaded, options.eval_data)
-    # the calibration data first: metrics run the model, and a wrong path is refused at once
+    # the calibration data first: metrics run the model, and data that does not do is refused
     batches = calibration(loaded, options)
     metrics = make_metrics(names, loaded, options.eval_data, options.eval_samples)
     before = {m.name: m(loaded.model) for m in metrics}
@@ -172,8 +180,8 @@ def command_of(options: Any, command: str = "prune") -> str:
         if field.name == "model" or default or value in ((), None):
             continue
         flag = "--" + field.name.replace("_", "-")
-        if value is True:
-            words.append(flag)
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, tuple):
             words += [flag, *map(str, value)]
         else:
@@ -183,30 +191,30 @@ def command_of(options: Any, command: str = "prune") -> str:
 
 def write_output(options: Any, loaded: Any, result: Any, summary: dict[str, Any]) -> None:
     """Checkpoint, report and result in one new folder, or nothing at all."""
-    import shutil
-
     from sparseworks.cli.running import plain_options, write_json
     from sparseworks.io import save
+    from sparseworks.io.atomic import replaced_folder
     from sparseworks.report.page import write_report
 
     out: Path = options.out
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as place:
-        made = Path(place) / "out"
-        made.mkdir()
+    with replaced_folder(out) as made:
         folder = hasattr(loaded.model, "config") and hasattr(loaded.model, "save_pretrained")
         target = made / ("checkpoint" if folder else "model.safetensors")
-        save(loaded.model, target, tokenizer=loaded.tokenizer if folder else None)
+        info = save(
+            loaded.model,
+            target,
+            tokenizer=loaded.tokenizer if folder else None,
+            signed_zeros=options.signed_zeros,
+        )
         files = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
         summary["file_bytes"] = sum(
             f.stat().st_size for f in files if f.suffix not in (".json", ".txt", ".jinja")
         )
+        summary["signed_zero_bytes"] = info.signed_zero_bytes
         summary["checkpoint"] = str(out / target.name)
         write_json(made / "result.json", summary)
         write_json(made / "options.json", plain_options(options))
         write_report(made / "report.html", summary, loaded.model)
-        if out.exists():
-            shutil.rmtree(out)
-        made.rename(out)
 
 
 def show(summary: dict[str, Any], as_json: bool) -> None:
@@ -218,6 +226,7 @@ def show(summary: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sparseworks.io.summary import signed_zero_note
     from sparseworks.report.text import megabytes
 
     console = Console()
@@ -231,6 +240,8 @@ def show(summary: dict[str, Any], as_json: bool) -> None:
     if "file_bytes" in summary:
         table.add_row("file", megabytes(summary["dense_bytes"]), megabytes(summary["file_bytes"]))
     console.print(table)
+    if note := signed_zero_note(summary.get("signed_zero_bytes", 0), summary.get("file_bytes", 0)):
+        console.print(f"{note}: --no-signed-zeros stores +0.0")
     for warning in result["warnings"]:
         console.print(f"warning: {warning}")
     for name, reason in list(result["skipped"].items())[:5]:

@@ -81,7 +81,7 @@ def run(options: Options) -> dict[str, Any]:
     """Trace, cut, time before and after, save."""
     import sparseworks as sw
     from sparseworks.cli.loading import load_model
-    from sparseworks.cli.preparing import check_output, parse_options
+    from sparseworks.cli.preparing import check_inputs, check_output, parse_options
     from sparseworks.cli.prune import command_of
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.core import registry
@@ -93,6 +93,7 @@ def run(options: Options) -> dict[str, Any]:
         raise InvalidArgument("no model given; for example: sparseworks slim minilm --flops 0.6")
     method = registry.resolve(options.method)
     check_output(options.out, options.force)
+    check_inputs(options)
     extra = parse_options(options.option)
     round_to = _multiples(options.round_to)
     loaded = load_model(options.model)
@@ -200,14 +201,13 @@ def _write(
 ) -> None:
     """Model, result and options in one new folder, or nothing at all."""
     from sparseworks.cli.running import plain_options, write_json
+    from sparseworks.io.atomic import replaced_folder
     from sparseworks.report.slim import write_slim
     from sparseworks.weights.structured import save_slim
 
     out = options.out
     assert out is not None
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as parent:
-        made = Path(parent) / "out"
-        made.mkdir()
+    with replaced_folder(out) as made:
         if result.config is not None:
             loaded.model.save_pretrained(made / "model")
         else:
@@ -220,9 +220,6 @@ def _write(
         write_json(made / "options.json", plain_options(options))
         with contextlib.suppress(MissingDependency):
             write_slim(made / "report.html", summary)
-        if out.exists():
-            shutil.rmtree(out)
-        made.rename(out)
 
 
 def _show(summary: dict[str, Any], result: Any, options: Options) -> None:

@@ -140,9 +140,11 @@ def model_and_data(options: Any) -> tuple[bool, Any, Any]:
     import torch
 
     from sparseworks.cli.loading import LoadedModel, load_model
+    from sparseworks.cli.preparing import check_inputs
     from sparseworks.data.images import digits, read_images
     from sparseworks.io import load
 
+    check_inputs(options)
     torch.manual_seed(options.seed)
     images: Any = None
     loaded: Any = None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparseworks.core.masks import Masks
 
-__all__ = ["PruneResult", "TensorResult"]
+__all__ = ["Progress", "PruneResult", "TensorResult"]
+
+Progress = Callable[[int, int, str], None]
+"""Told of long work: how much is done, of how much, and what."""
 
 
 @dataclass(frozen=True)

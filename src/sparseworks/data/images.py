@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.errors import DataError, InvalidArgument, MissingDependency
+from sparseworks.data.paths import existing
 
 __all__ = ["ImageSet", "augment", "digits", "read_images"]
 
@@ -88,9 +89,7 @@ def read_images(source: str | os.PathLike[str], *, limit: int | None = None) -> 
     Raises:
         DataError: missing, empty, undecodable, or of different sizes.
     """
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    path = existing(source)
     if path.is_dir():
         classes = sorted(p for p in path.iterdir() if p.is_dir())
         files = [

@@ -12,12 +12,23 @@ from torch import Tensor
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.data.builtin import docstrings, sources
 from sparseworks.data.images import digits, read_images
+from sparseworks.data.paths import existing
 from sparseworks.data.text import passages, random_windows, read_text, token_ids, windows
 
-__all__ = ["BUILTIN", "load"]
+__all__ = ["BUILTIN", "check_source", "load"]
 
 BUILTIN = ("docstrings", "sources", "digits")
 Kind = Literal["windows", "passages", "images"]
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Refuse a source that is not there, without reading one that is.
+
+    Raises:
+        DataError: neither a built-in name nor a file or folder.
+    """
+    if os.fspath(source) not in BUILTIN:
+        existing(source)
 
 
 def load(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.errors import DataError, InvalidArgument, MissingDependency
+from sparseworks.data.paths import existing
 
 __all__ = ["passages", "random_windows", "read_text", "token_ids", "windows"]
 
@@ -23,9 +24,7 @@ def read_text(source: str | os.PathLike[str]) -> str:
     Raises:
         DataError: missing, empty, or not UTF-8 text.
     """
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    path = existing(source)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
         if not files:

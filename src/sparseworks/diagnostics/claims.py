@@ -210,7 +210,7 @@ def machine() -> dict[str, Any]:
     if cpuinfo.is_file():
         lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         name = lines[0].partition(":")[2].strip() if lines else name
-    from sparseworks import __version__
+    from sparseworks.version import __version__
 
     return {
         "cpu": name,

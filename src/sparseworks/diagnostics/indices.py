@@ -7,7 +7,7 @@ from torch import nn
 
 from sparseworks.core.masks import masks
 from sparseworks.core.measures import gini_index, pq_index
-from sparseworks.diagnostics.metrics import Metric
+from sparseworks.diagnostics.metric import Metric
 from sparseworks.models.views import find_prunable
 
 __all__ = ["gini_metric", "pq_metric"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseworks.core.errors import DataError, InvalidArgument
+from sparseworks.diagnostics.indices import gini_metric, pq_metric
+from sparseworks.diagnostics.metric import Metric
 from sparseworks.models.calls import Batch, call, logits_of, move, split
 
 __all__ = [
+    "NAMES",
     "Metric",
     "accuracy",
+    "check_name",
     "embed",
     "fidelity",
     "get_metric",
@@ -37,35 +40,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A named measurement of a model.
-
-    Args:
-        name: public string.
-        unit: "" where the value is a plain number.
-        higher_is_better: direction.
-        measure: `(model) -> float`.
-    """
-
-    name: str
-    unit: str
-    higher_is_better: bool
-    measure: Callable[[nn.Module], float]
-
-    def __call__(self, model: nn.Module) -> float:
-        """Evaluate in eval mode without gradients; the model's mode is restored."""
-        training = {m: m.training for m in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                value = float(self.measure(model))
-        finally:
-            for module, was in training.items():
-                module.training = was
-        if math.isnan(value):
-            raise DataError(f"metric {self.name}: the value is NaN")
-        return value
+NAMES = ("perplexity", "fidelity", "retrieval", "accuracy", "pq-index", "gini")
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -182,6 +157,20 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
+def check_name(name: str) -> None:
+    """Refuse what `get_metric` does not know.
+
+    Raises:
+        InvalidArgument: neither one of `NAMES` nor a function of a file that is there.
+    """
+    if ".py:" in name:
+        load_function(name)
+    elif name not in NAMES:
+        raise InvalidArgument(
+            f"unknown metric {name!r}; use {', '.join(NAMES)} or file.py:function"
+        )
+
+
 def get_metric(
     name: str | Metric | Callable[[nn.Module], float],
     *,
@@ -214,6 +203,7 @@ def get_metric(
         return Metric(getattr(name, "__name__", "metric"), "", True, name)
     if ".py:" in name:
         return Metric(name.rpartition(":")[2], "", True, load_function(name))
+    check_name(name)
     if name == "perplexity":
         source = data if data is not None else "docstrings"
         return perplexity(
@@ -234,11 +224,4 @@ def get_metric(
         held = docstrings()[1::2][: samples or 500]
         queries = passages([d.summary for d in held], tokenizer, length=128)
         return retrieval(queries, passages([d.body for d in held], tokenizer, length=128))
-    if name in ("pq-index", "gini"):
-        from sparseworks.diagnostics.indices import gini_metric, pq_metric
-
-        return pq_metric() if name == "pq-index" else gini_metric()
-    raise InvalidArgument(
-        f"unknown metric {name!r}; use perplexity, fidelity, retrieval, accuracy, pq-index, gini "
-        "or file.py:function"
-    )
+    return pq_metric() if name == "pq-index" else gini_metric()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.engine.measuring import tensors_of
+from sparseworks.io.onnx import onnx_session, write_onnx
 from sparseworks.models.calls import call, split
 
 __all__ = ["PEERS", "peer"]
@@ -77,20 +77,16 @@ def peer(
     names = list(inputs) if isinstance(inputs, Mapping) else []
     tensors = tuple(inputs.values()) if names else (inputs,)
     try:
-        path = _exported(_Flat(model, names), tensors, place)
+        path = place / "model.onnx"
+        if not path.exists():
+            write_onnx(_Flat(model, names), tensors, {}, path)
     except Exception as error:  # whatever the exporter raises on a model it cannot follow
         return f"no ONNX export: {str(error).strip().splitlines()[:1]}"
     arrays = [t.numpy() for t in tensors]
     if name == "onnxruntime":
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
         try:
             path = _quantized_onnx(path) if dtype == torch.int8 else path
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            session = onnx_session(path, threads)
         except Exception as error:  # of its own kinds, for operators without int8
             return f"no session: {str(error).strip().splitlines()[:1]}"
         feed = dict(zip((i.name for i in session.get_inputs()), arrays, strict=True))
@@ -102,16 +98,6 @@ def peer(
         str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
     )
     return lambda: network(arrays)
-
-
-def _exported(model: nn.Module, tensors: tuple[Tensor, ...], place: Path) -> Path:
-    path = place / "model.onnx"
-    if not path.exists():
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(model, tensors, str(path), dynamo=True, verbose=False)
-    return path
 
 
 def _quantized(model: nn.Module) -> nn.Module:

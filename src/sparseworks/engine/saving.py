@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 from sparseworks.core.errors import CheckpointError
 from sparseworks.engine import ir
-from sparseworks.engine.compiling import Compiled
 from sparseworks.engine.graph import Signature
 from sparseworks.engine.part import Part
 from sparseworks.engine.plan import Plan
@@ -29,7 +28,7 @@ from sparseworks.engine.steps import Call, decode, encode
 from sparseworks.io.atomic import atomic_file
 from sparseworks.kernels.native import available
 
-__all__ = ["load_compiled", "save_plan"]
+__all__ = ["read_plan", "save_plan"]
 
 _FORMAT = 2
 _OPS = {c.__name__: c for c in ir.Op.__subclasses__()}
@@ -69,8 +68,10 @@ def save_plan(plan: Plan, path: str | os.PathLike[str], error: float, times: Any
         save_file(writer.tensors, file, {"sparseworks_plan": json.dumps(about)})
 
 
-def load_compiled(path: str | os.PathLike[str], *, threads: int | None = None) -> Compiled:
-    """Load what `Compiled.save` wrote; nothing is measured or traced again.
+def read_plan(
+    path: str | os.PathLike[str], threads: int | None = None
+) -> tuple[Plan, float, dict[str, float]]:
+    """What `save_plan` was given: the plan, its error and its times.
 
     Args:
         path: of the file.
@@ -100,7 +101,7 @@ def load_compiled(path: str | os.PathLike[str], *, threads: int | None = None) -
         plan = _read(about, tensors, count)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path}: a damaged plan ({type(error).__name__}: {error})") from None
-    return Compiled(plan, "program", about["error"], about["times"])
+    return plan, about["error"], about["times"]
 
 
 class _Writer:

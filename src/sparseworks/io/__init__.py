@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from sparseworks.io.folders import export_dense as export_dense
     from sparseworks.io.huggingface import from_pretrained as from_pretrained
     from sparseworks.io.loading import load as load
+    from sparseworks.io.saving import save as save
     from sparseworks.io.summary import CheckpointInfo as CheckpointInfo
     from sparseworks.io.summary import TensorInfo as TensorInfo
     from sparseworks.io.summary import inspect as inspect
-    from sparseworks.io.writing import save as save
     from sparseworks.io.zeros import infer_masks as infer_masks
 
 _LAZY = {
     "CheckpointInfo": "summary",
     "TensorInfo": "summary",
     "inspect": "summary",
-    "save": "writing",
+    "save": "saving",
     "export_dense": "folders",
     "load": "loading",
     "from_pretrained": "huggingface",

@@ -2,7 +2,7 @@
 
 A file is written under a temporary name in the folder where it will live (a rename is atomic
 only within one file system), flushed to the disk, then renamed. Whatever stood there before is
-untouched until that moment.
+untouched until that moment. What a killed process left is removed when its target is next written.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from sparseworks.core.errors import CheckpointError
+from sparseworks.io.temporary import hidden_name, sweep
 
-__all__ = ["atomic_file", "atomic_folder", "need_space", "sync_folder"]
+__all__ = [
+    "atomic_file",
+    "atomic_files",
+    "atomic_folder",
+    "need_space",
+    "replaced_folder",
+    "sync_folder",
+]
 
 
 def sync_folder(folder: Path) -> None:
@@ -30,7 +37,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    """Where `path` is made; what killed processes left of it goes."""
+    sweep(path.parent, path.name)
+    return hidden_name(path)
 
 
 def _parent(path: Path) -> Path:
@@ -81,20 +90,69 @@ def atomic_folder(path: Path, last: str) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        for file in files:
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+        files = _flushed(temporary)
         if not path.exists():
             os.rename(temporary, path)
         else:
-            for file in sorted(files, key=lambda p: p.name == last):
-                target = path / file.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
-            sync_folder(path)
+            _move(files, temporary, path, last)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(parent)
+
+
+@contextlib.contextmanager
+def atomic_files(path: Path) -> Iterator[Path]:
+    """A temporary folder for a file of the name of `path` and others that belong to it; when the
+    block ends well each is renamed to the folder of `path`, which comes last."""
+    parent = _parent(path)
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _move(_flushed(temporary), temporary, parent, path.name)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flushed(folder: Path) -> list[Path]:
+    """All files below a folder, on the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for file in files:
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+    return files
+
+
+def _move(files: list[Path], source: Path, target: Path, last: str) -> None:
+    """Rename files of one folder into another, that of the name `last` after all others."""
+    for file in sorted(files, key=lambda p: p.name == last):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    sync_folder(target)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it takes the place of `path`, and of all that stood there, when
+    the block ends well."""
+    path = path.absolute()
+    parent = _parent(path)
+    temporary = _temporary(path)
+    old = hidden_name(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     sync_folder(parent)

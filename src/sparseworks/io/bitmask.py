@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sparseworks.core.errors import CheckpointError
 from sparseworks.core.masks import unpack_bits
+from sparseworks.io.bits import count_true, words
 from sparseworks.io.checkpoint import Checkpoint, Stored
-from sparseworks.io.encoding import count_true, words
 from sparseworks.io.plain import PlainCheckpoint
 
-__all__ = ["BitmaskCheckpoint", "sparsity_format"]
+__all__ = ["FORMATS", "BitmaskCheckpoint", "sparsity_format"]
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 _PARTS = ("compressed", "bitmask", "shape", "row_offsets")

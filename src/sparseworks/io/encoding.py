@@ -1,7 +1,8 @@
 """From a tensor to the parts of the smallest layout, a slice at a time.
 
 Everything here works on the bits of the weights: only a weight whose bits are all zero is left
-out, so -0.0, NaN payloads and denormals come back as they were, in every dtype.
+out, so -0.0, NaN payloads and denormals come back as they were, in every dtype. Where the signs of
+zeros are not wanted, every slice is rid of them before it is counted or stored.
 """
 
 from __future__ import annotations
@@ -10,30 +11,26 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparseworks.core.errors import ModelError
 from sparseworks.core.masks import MaskEntry, pack_bits, unpack_bits
+from sparseworks.io.bits import (
+    WORDS,
+    count_true,
+    has_signed_zero,
+    top_bit,
+    without_signed_zeros,
+    words,
+)
 from sparseworks.io.codes import LARGEST_RUN, mask_to_codes
 from sparseworks.io.records import Record, dtype_name
 
-__all__ = ["SLICE", "Plan", "count_true", "encode", "plan", "top_bit", "words"]
+__all__ = ["SLICE", "Plan", "encode", "plan"]
 
 SLICE = 1 << 22  # weights treated at a time; a multiple of 8
 _PART_OVERHEAD = 128  # bytes of header that one more part costs, about
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def words(tensor: Tensor) -> Tensor:
-    """The bits of a contiguous tensor as integers of its width."""
-    return tensor.view(_WORDS[tensor.dtype.itemsize])
-
-
-def top_bit(dtype: torch.dtype) -> int:
-    """The integer in which only the top bit is set: -0.0 in floating point."""
-    return -(1 << (8 * dtype.itemsize - 1))
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ class Plan:
     record: Record
     tensor: Tensor
     entry: MaskEntry | None = None
+    signed_zeros: bool = True
 
     def flat(self) -> Tensor:
         """The weights in stored order (a copy when the tensor is not contiguous)."""
@@ -61,15 +59,16 @@ class _Counts:
     outside_negative: int = 0
 
 
-def count_true(mask: Tensor) -> int:
-    """How many are True; numpy counts bytes many times faster than torch sums them."""
-    return int(np.count_nonzero(mask.numpy()))
+def _slice(flat: Tensor, start: int, count: int, signed_zeros: bool) -> Tensor:
+    """`count` weights on the CPU, as they are stored."""
+    values = flat[start : start + count].cpu().contiguous()
+    return values if signed_zeros else without_signed_zeros(values)
 
 
-def _count(flat: Tensor, entry: MaskEntry | None) -> _Counts:
+def _count(flat: Tensor, entry: MaskEntry | None, signed_zeros: bool) -> _Counts:
     inside = inside_values = inside_negative = values = negative = 0
     for start in range(0, flat.numel(), SLICE):
-        bits = words(flat[start : start + SLICE].cpu().contiguous())
+        bits = words(_slice(flat, start, SLICE, signed_zeros))
         is_negative = bits == top_bit(flat.dtype)
         is_value = (bits != 0) & ~is_negative
         values, negative = values + count_true(is_value), negative + count_true(is_negative)
@@ -84,7 +83,11 @@ def _count(flat: Tensor, entry: MaskEntry | None) -> _Counts:
 
 
 def plan(
-    name: str, tensor: Tensor, entry: MaskEntry | None = None, names: tuple[str, ...] = ()
+    name: str,
+    tensor: Tensor,
+    entry: MaskEntry | None = None,
+    names: tuple[str, ...] = (),
+    signed_zeros: bool = True,
 ) -> Plan:
     """Choose the layout that takes the fewest bytes; in a tie the one that says most.
 
@@ -93,6 +96,7 @@ def plan(
         tensor: any shape, dtype, device and strides.
         entry: its mask, when it has one.
         names: what the mask record calls the tensor.
+        signed_zeros: False: every -0.0 is stored as +0.0.
     """
     shape, n = tuple(tensor.shape), tensor.numel()
     if entry is not None and entry.shape != shape:
@@ -101,11 +105,14 @@ def plan(
     if entry is not None:
         mask = "full" if entry.kept == n else "own"
         base = replace(base, kept=entry.kept, pattern=entry.pattern, names=names, mask=mask)
-    if tensor.dtype.itemsize not in _WORDS or tensor.dtype == torch.complex32:
-        return Plan(replace(base, stored=n, nonzero=int((tensor != 0).sum())), tensor, entry)
-    c = _count(tensor.detach().reshape(-1), entry)
+    if tensor.dtype.itemsize not in WORDS or tensor.dtype == torch.complex32:
+        return Plan(
+            replace(base, stored=n, nonzero=int((tensor != 0).sum())), tensor, entry, signed_zeros
+        )
+    c = _count(tensor.detach().reshape(-1), entry, signed_zeros)
     values, negative = c.inside_values + c.outside_values, c.inside_negative + c.outside_negative
-    base = replace(base, nonzero=values, kept=c.inside)
+    zeros_negative = has_signed_zero(tensor.dtype)  # else these bits are another number
+    base = replace(base, nonzero=values + (0 if zeros_negative else negative), kept=c.inside)
     candidates = []
     if entry is not None and c.outside_values == 0:
         masked = replace(
@@ -118,7 +125,7 @@ def plan(
         replace(base, layout="bitmask", stored=values, signs=negative > 0),
     ]
     best = min(candidates, key=lambda r: r.nbytes + _PART_OVERHEAD * (len(r.parts()) - 1))
-    return Plan(best, tensor, entry)
+    return Plan(best, tensor, entry, signed_zeros)
 
 
 def _as_nm(record: Record, entry: MaskEntry) -> list[Record]:
@@ -175,12 +182,11 @@ def encode(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     record, flat, entry = plan.record, plan.flat(), plan.entry
     if record.layout == "dense":
         for start in range(0, flat.numel(), SLICE):
-            yield "", flat[start : start + SLICE].cpu().contiguous()
+            yield "", _slice(flat, start, SLICE, plan.signed_zeros)
     else:
         chosen, signs = _Bits(), _Bits()
         codes = []
-        slices = _stored_slices(record, flat, entry)
-        for values, stored in slices:
+        for values, stored in _stored_slices(plan, flat):
             if record.layout == "bitmask":
                 chosen.add(stored)
             else:
@@ -204,19 +210,18 @@ def encode(plan: Plan) -> Iterator[tuple[str, Tensor]]:
         yield "mask", packed
 
 
-def _stored_slices(
-    record: Record, flat: Tensor, entry: MaskEntry | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _stored_slices(plan: Plan, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(weights, bool: stored) slice by slice."""
+    record, entry = plan.record, plan.entry
     if record.layout == "nm":
         assert entry is not None
         start = 0
         for stored in _mask_slices(record, entry):
-            yield flat[start : start + stored.numel()].cpu().contiguous(), stored
+            yield _slice(flat, start, stored.numel(), plan.signed_zeros), stored
             start += stored.numel()
         return
     for start in range(0, flat.numel(), SLICE):
-        values = flat[start : start + SLICE].cpu().contiguous()
+        values = _slice(flat, start, SLICE, plan.signed_zeros)
         if record.mask == "stored":
             assert entry is not None
             stored = unpack_bits(entry.packed[start // 8 : (start + SLICE) // 8], values.shape)

@@ -14,21 +14,20 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparseworks.core.errors import InvalidArgument, MissingDependency, ModelError
 from sparseworks.core.masks import masks
+from sparseworks.core.types import Progress
 from sparseworks.io.atomic import atomic_file, atomic_folder
 from sparseworks.io.gather import unwrap
 from sparseworks.io.opening import PACKED_NAME
 from sparseworks.io.records import FORMAT_VERSION
 from sparseworks.io.summary import CheckpointInfo
-
-if TYPE_CHECKING:
-    from sparseworks.io.writing import Progress
+from sparseworks.io.writing import refuse_pickle_target, write_dense, write_packed
 
 __all__ = ["export_dense", "save_folder"]
 
@@ -55,11 +54,13 @@ _SIDE_FILES = (
 
 
 def save_folder(
-    model: nn.Module, path: Path, tokenizer: Any = None, progress: Progress | None = None
+    model: nn.Module,
+    path: Path,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    signed_zeros: bool = True,
 ) -> CheckpointInfo:
     """Write a packed Hugging Face folder; see `save` for the arguments."""
-    from sparseworks.io.writing import write_packed
-
     _require_transformers_model(model, path)
     others = _other_weights(path, keep=(PACKED_NAME,))
     if others:
@@ -68,7 +69,7 @@ def save_folder(
             "save to a new folder"
         )
     with atomic_folder(path, last=PACKED_NAME) as temporary:
-        info = write_packed(model, temporary / PACKED_NAME, progress)
+        info = write_packed(model, temporary / PACKED_NAME, progress, signed_zeros)
         record = masks(model)
         note = {
             "version": FORMAT_VERSION,
@@ -98,8 +99,6 @@ def export_dense(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: A
     Raises:
         InvalidArgument, ModelError, CheckpointError: as `save`.
     """
-    from sparseworks.io.writing import refuse_pickle_target, write_dense
-
     path, model = Path(path), unwrap(model)
     refuse_pickle_target(path)
     if path.suffix == ".safetensors":

@@ -15,12 +15,12 @@ from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument, MissingDependency
 from sparseworks.core.masks import attach, masks
+from sparseworks.core.types import Progress
 from sparseworks.io.checkpoint import Checkpoint
 from sparseworks.io.loading import fill
 from sparseworks.io.opening import PACKED_NAME, open_checkpoint
 from sparseworks.io.packed import PackedCheckpoint
 from sparseworks.io.plain import read_json
-from sparseworks.io.writing import Progress
 
 __all__ = ["from_pretrained"]
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import CheckpointError
 from sparseworks.core.masks import Masks, attach, masks
+from sparseworks.core.types import Progress
 from sparseworks.io.checkpoint import Checkpoint
 from sparseworks.io.gather import ModelTensors, gather, unwrap
 from sparseworks.io.opening import open_checkpoint
-from sparseworks.io.writing import Progress
 
 __all__ = ["fill", "load"]
 

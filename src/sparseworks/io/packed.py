@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sparseworks.core.errors import CheckpointError
 from sparseworks.core.masks import MaskEntry, Masks, pack_bits, unpack_bits
+from sparseworks.io.bits import count_true, top_bit, words
 from sparseworks.io.checkpoint import Checkpoint, Stored
 from sparseworks.io.codes import code_bits, codes_to_mask
 from sparseworks.io.container import Container, Part
-from sparseworks.io.encoding import SLICE, count_true, top_bit, words
+from sparseworks.io.encoding import SLICE
 from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, part_name
 
 __all__ = ["DIGEST_KEY", "ZERO_DIGEST", "PackedCheckpoint", "hasher", "header_digest"]

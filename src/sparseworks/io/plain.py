@@ -14,7 +14,7 @@ from sparseworks.io.checkpoint import Checkpoint, Stored
 from sparseworks.io.container import Container, Part
 from sparseworks.io.encoding import SLICE
 
-__all__ = ["PlainCheckpoint", "open_plain_folder", "read_json"]
+__all__ = ["PlainCheckpoint", "read_json", "shards"]
 
 
 class PlainCheckpoint(Checkpoint):
@@ -78,29 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def open_plain_folder(folder: Path, first: Path) -> Checkpoint:
-    """The checkpoint of a folder, from its model.safetensors or its index of shards."""
-    from sparseworks.io.bitmask import FORMATS, BitmaskCheckpoint, sparsity_format
-
-    config = folder / "config.json"
-    format = sparsity_format(read_json(config)) if config.is_file() else ""
-    files = {first: Container(first)} if first.suffix == ".safetensors" else _shards(folder, first)
-    try:
-        plain = PlainCheckpoint(folder, files)
-        if format in FORMATS:
-            return BitmaskCheckpoint(plain, format)
-        if format not in ("", "dense"):
-            raise CheckpointError(
-                f"{folder}: compressed-tensors format {format!r} is not read; only {FORMATS} are"
-            )
-    except BaseException:
-        for container in files.values():
-            container.close()
-        raise
-    return plain
-
-
-def _shards(folder: Path, index: Path) -> dict[Path, Container]:
+def shards(folder: Path, index: Path) -> dict[Path, Container]:
+    """The files that an index of shards names, open."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise CheckpointError(f"{index}: has no weight_map of names to files")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from sparseworks.core.errors import CheckpointError
+from sparseworks.io.bits import has_signed_zero
 from sparseworks.io.codes import LARGEST_RUN, code_bits
 from sparseworks.io.container import STORED_AS
 
@@ -120,6 +121,20 @@ class Record:
     @property
     def nbytes(self) -> int:
         return sum(d.itemsize * math.prod(s) for d, s in self.parts().values())
+
+    @property
+    def signed_zero_bytes(self) -> int:
+        """Of `nbytes`, what tells -0.0 from +0.0: the part `signs`, or the -0.0 among the values.
+
+        A weight that its mask keeps is stored whatever it is, and costs nothing here.
+        """
+        if not has_signed_zero(self.torch_dtype) or self.layout == "dense":
+            return 0
+        if self.signs:
+            return (self.numel - self.stored + 7) // 8
+        if self.mask == "stored":
+            return 0
+        return max(0, self.stored - self.nonzero) * self.torch_dtype.itemsize
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what has its default is left out."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparseworks.io.records import Record
 
-__all__ = ["CheckpointInfo", "TensorInfo", "inspect", "of_records"]
+__all__ = ["CheckpointInfo", "TensorInfo", "inspect", "of_records", "signed_zero_note"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TensorInfo:
         pattern: of the mask.
         nbytes: on disk.
         dense_bytes: what the dense tensor takes.
+        signed_zero_bytes: of `nbytes`, what tells -0.0 from +0.0 (`weight *= mask` leaves -0.0).
     """
 
     name: str
@@ -36,6 +37,7 @@ class TensorInfo:
     pattern: str
     nbytes: int
     dense_bytes: int
+    signed_zero_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class CheckpointInfo:
         return sum(t.dense_bytes for t in self.tensors)
 
     @property
+    def signed_zero_bytes(self) -> int:
+        """Bytes that tell -0.0 from +0.0; `save(..., signed_zeros=False)` spends none."""
+        return sum(t.signed_zero_bytes for t in self.tensors)
+
+    @property
     def masked_ratio(self) -> float | None:
         """Bytes stored over dense bytes of the tensors that have a mask."""
         masked = [t for t in self.tensors if t.mask_sparsity is not None]
@@ -76,6 +83,7 @@ class CheckpointInfo:
             **{k: v for k, v in asdict(self).items() if k != "tensors"},
             "path": str(self.path),
             "dense_bytes": self.dense_bytes,
+            "signed_zero_bytes": self.signed_zero_bytes,
             "tensors": [asdict(t) for t in self.tensors],
         }
 
@@ -91,7 +99,16 @@ class CheckpointInfo:
                 f"  {t.name:<{width}}  {shape:<16} {t.dtype:<10} {t.layout:<8} "
                 f"sparsity {sparsity}  {t.nbytes:>12,} of {t.dense_bytes:,} bytes"
             )
+        if note := signed_zero_note(self.signed_zero_bytes, self.file_bytes):
+            lines.append(f"  {note}: save with signed_zeros=False to store +0.0")
         return "\n".join(lines)
+
+
+def signed_zero_note(cost: int, file_bytes: int) -> str:
+    """What the signs of zeros take of a file, in words; "" where it is nothing."""
+    if not cost:
+        return ""
+    return f"telling -0.0 from +0.0 takes {cost:,} bytes, {cost / file_bytes:.1%} of the file"
 
 
 def of_records(
@@ -124,6 +141,7 @@ def _of_record(name: str, r: Record) -> TensorInfo:
         pattern=r.pattern,
         nbytes=r.nbytes,
         dense_bytes=r.dense_bytes,
+        signed_zero_bytes=r.signed_zero_bytes,
     )
 
 

@@ -1,6 +1,6 @@
-"""`sparseworks.save`: a model as one packed safetensors file, or as a Hugging Face folder.
+"""A model as one packed safetensors file, or as a plain one.
 
-The file is a valid safetensors file: any reader of the format can list and read its parts (see
+A packed file is a valid safetensors file: any reader of the format can list and read its parts (see
 `records` for their names). Its header says how each tensor is stored and carries a hash for each
 tensor and one for itself, so that damage is found and the tensor is named. Tensors are written one
 at a time, a slice at a time: beside the model, memory holds one slice.
@@ -10,78 +10,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.io.atomic import atomic_file, need_space
+from sparseworks.core.types import Progress
+from sparseworks.io.atomic import need_space
 from sparseworks.io.container import STORED_AS, Part, as_bytes, header_bytes, refuse_pickle
 from sparseworks.io.encoding import Plan, encode, plan
-from sparseworks.io.gather import ModelTensors, gather, masks_by_tensor, unwrap
+from sparseworks.io.gather import ModelTensors, gather, masks_by_tensor
 from sparseworks.io.packed import DIGEST_KEY, ZERO_DIGEST, hasher, header_digest
 from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, dtype_name, part_name
 from sparseworks.io.summary import CheckpointInfo, of_records
 
-__all__ = ["Progress", "save"]
-
-Progress = Callable[[int, int, str], None]
-FORMATS = ("file", "huggingface")
-
-
-@torch.no_grad()
-def save(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    format: str | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
-) -> CheckpointInfo:
-    """Save a model, every bit of it, in as few bytes as its zeros allow.
-
-    Parameters and persistent buffers are stored, tied ones once, each in the smallest of three
-    layouts: dense; a bitmask and the kept values (n/8 + kept * width bytes of n weights); for N:M
-    masks a code per run and the kept values. The mask record (`sw.masks(model)`) is kept: a weight
-    that is zero but not masked stays so. The write is atomic: a call that fails or is killed
-    leaves what was there.
-
-    Args:
-        model: any module; its tensors may be on any device and of any dtype.
-        path: of a file ("model.safetensors"), or of a folder for a transformers model.
-        format: "file", "huggingface" (a folder with config.json, sparseworks.safetensors,
-            generation config and tokenizer), or None: a file if `path` ends in ".safetensors".
-        tokenizer: for a folder: a tokenizer or processor, or the folder to copy its files from;
-            None: the folder the model was loaded from, where it is known.
-        progress: called with (tensors done, tensors in all, name).
-
-    Returns:
-        What was written, per tensor.
-
-    Raises:
-        InvalidArgument: a path or format that cannot be used.
-        ModelError: the model holds something that cannot be stored (a DTensor, say).
-        CheckpointError: the disk is full or the place cannot be written.
-    """
-    path, model = Path(path), unwrap(model)
-    refuse_pickle_target(path)
-    if format is None:
-        format = "file" if path.suffix == ".safetensors" else "huggingface"
-    if format not in FORMATS:
-        raise InvalidArgument(f"format={format!r}: 'file' or 'huggingface'")
-    if format == "huggingface":
-        from sparseworks.io.folders import save_folder  # imports this module
-
-        return save_folder(model, path, tokenizer, progress)
-    if tokenizer is not None:
-        raise InvalidArgument(f"{path}: a tokenizer can only be saved into a folder")
-    with atomic_file(path) as temporary:
-        info = write_packed(model, temporary, progress)
-    return replace(info, path=path)
+__all__ = ["refuse_pickle_target", "write_dense", "write_packed"]
 
 
 def refuse_pickle_target(path: Path) -> None:
@@ -95,14 +41,16 @@ def refuse_pickle_target(path: Path) -> None:
 
 
 @torch.no_grad()
-def write_packed(model: nn.Module, path: Path, progress: Progress | None = None) -> CheckpointInfo:
+def write_packed(
+    model: nn.Module, path: Path, progress: Progress | None = None, signed_zeros: bool = True
+) -> CheckpointInfo:
     """Write a packed file at `path` (no renaming, no flush) and say what it holds."""
     found = gather(model)
     entries, method = masks_by_tensor(model, found)
-    plans = {
-        name: plan(name, tensor, *entries.get(name, (None, ())))
-        for name, tensor in found.tensors.items()
-    }
+    plans = {}
+    for name, tensor in found.tensors.items():
+        entry, names = entries.get(name, (None, ()))
+        plans[name] = plan(name, tensor, entry, names, signed_zeros)
     parts = lay_out(plans)
     records = {name: replace(p.record, hash=ZERO_DIGEST) for name, p in plans.items()}
     header = _header(parts, records, found, method, type(model).__name__, ZERO_DIGEST)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparseworks.core.errors import PatternError
 from sparseworks.kernels.epilogue import check_inputs, dense_product
 from sparseworks.kernels.native import instruction_set, module
-from sparseworks.kernels.packing import offsets, to_pack
+from sparseworks.kernels.packing import Checked, is_tensor, offsets, offsets_fault, to_pack
 
 __all__ = ["BlockRows", "block_product", "block_product_reference", "pack_blocks", "unpack_blocks"]
 
@@ -25,7 +25,7 @@ _UNIT = 16  # rows and columns of the smallest block
 
 
 @dataclass(frozen=True)
-class BlockRows:
+class BlockRows(Checked):
     """A matrix `[rows, columns]` as kept blocks of `height` rows and 16 columns.
 
     Args:
@@ -34,6 +34,9 @@ class BlockRows:
         value: bf16 `[blocks, 8, height, 2]`: pairs of columns, then rows.
         rows, columns: of the matrix; blocks reach over its edges with zeros.
         block: the pattern's own blocks, rows and columns.
+
+    Raises:
+        InvalidArgument: its parts do not fit together.
     """
 
     start: Tensor
@@ -42,6 +45,21 @@ class BlockRows:
     rows: int
     columns: int
     block: tuple[int, int]
+
+    def fault(self) -> str:
+        if fault := offsets_fault(self.start):
+            return fault
+        blocks = int(self.start[-1])
+        if not is_tensor(self.column, torch.uint16, blocks):
+            return "column is not uint16 [start[-1]]"
+        shapes = [(blocks, _UNIT // 2, height, 2) for height in (_UNIT, 2 * _UNIT)]
+        if not any(is_tensor(self.value, torch.bfloat16, *shape) for shape in shapes):
+            return "value is not bf16 [start[-1], 8, 16 or 32, 2]"
+        if self.start.numel() - 1 != -(-self.rows // self.height):
+            return f"start does not count strips of {self.height} of {self.rows} rows"
+        if blocks and int(self.column.numpy().max()) * _UNIT >= self.columns:
+            return f"column names blocks past the {self.columns} columns"
+        return ""
 
     @property
     def height(self) -> int:

@@ -16,15 +16,16 @@ from torch import Tensor
 from sparseworks.core.errors import InvalidArgument, PatternError
 from sparseworks.kernels.epilogue import check_inputs, dense_product
 from sparseworks.kernels.native import instruction_set, module
-from sparseworks.kernels.packing import to_pack
+from sparseworks.kernels.packing import Checked, is_tensor, to_pack
 
 __all__ = ["GroupedRows", "nm_product", "nm_product_reference", "pack_nm", "unpack_nm"]
 
 _LANES = 16
+_TOP_OF_FIELDS = -0x77777778  # the highest bit of every four
 
 
 @dataclass(frozen=True)
-class GroupedRows:
+class GroupedRows(Checked):
     """A matrix `[rows, columns]` in strips of 16 rows and groups of `width` columns.
 
     Args:
@@ -34,6 +35,9 @@ class GroupedRows:
         width: columns of a group: M, or a few joined groups of the pattern.
         rows, columns: of the matrix.
         pattern: N, M.
+
+    Raises:
+        InvalidArgument: its parts do not fit together.
     """
 
     value: Tensor
@@ -42,6 +46,22 @@ class GroupedRows:
     rows: int
     columns: int
     pattern: tuple[int, int]
+
+    def fault(self) -> str:
+        half = self.value.ndim == 5
+        if self.width not in ((8, 16) if half else (4, 8, 16)):
+            return f"no groups of {self.width} columns"
+        slots = self.slots
+        lead = (-(-self.rows // _LANES), -(-self.columns // self.width), slots)
+        lanes = (_LANES, 2) if half else (_LANES,)
+        if not is_tensor(self.value, torch.bfloat16 if half else torch.float32, *lead, *lanes):
+            return "value does not fit the rows, columns and width"
+        words = 4 if half else 1 if self.width == 4 else 2
+        if not 1 <= slots <= self.width or not is_tensor(self.position, torch.uint32, *lead, words):
+            return "position does not fit the rows, columns and width"
+        # four bits can name 16 columns, the others hold no more than there are
+        outside = self.width == 8 and (self.position.view(torch.int32) & _TOP_OF_FIELDS).any()
+        return "position names columns outside a group" if outside else ""
 
     @property
     def slots(self) -> int:

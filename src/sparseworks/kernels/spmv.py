@@ -1,10 +1,4 @@
-"""y = W x + b for one vector x (decoding), with a sparse W in one of three layouts.
-
-- `MaskedRows`: a bit a column and packed bf16 values; 2 bytes a kept weight. With AVX-512 VBMI2, 32
-  columns are expanded at once.
-- `IndexedRows`: a 16-bit column index and a bf16 value; 4 bytes a kept weight, faster from about
-  88 % sparsity on, because nothing is spent on zeros.
-- `IntegerRows`: a bit a column and packed 8-bit integers with one scale for 128 columns of a row.
+"""y = W x + b for one vector x (decoding), with a sparse W in one of three layouts (`rows`).
 
 Sums are fp32. Where the processor multiplies bf16, x is split into two bf16 numbers (16 bits of
 mantissa); with integers x keeps 15 bits of its largest entry.
@@ -12,90 +6,26 @@ mantissa); with integers x keeps 15 bits of its largest entry.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument, PatternError
 from sparseworks.kernels.native import instruction_set, module
 from sparseworks.kernels.packing import offsets, to_pack
+from sparseworks.kernels.rows import (
+    GROUP,
+    WIDE,
+    WORD,
+    IndexedRows,
+    IntegerRows,
+    MaskedRows,
+    Packed,
+)
 
 __all__ = ["IndexedRows", "IntegerRows", "MaskedRows", "pack_index", "pack_integer", "pack_mask",
            "spmv", "spmv_reference", "unpack"]  # fmt: skip
 
-_WORD = 32
-_WIDE = 64
-_GROUP = 128  # columns that share a scale
 _MATRIX = "a matrix is packed"
-
-
-@dataclass(frozen=True)
-class MaskedRows:
-    """A matrix `[rows, columns]` as bits and bf16 values.
-
-    Args:
-        start: int64 `[rows + 1]`; row r holds values start[r] .. start[r + 1].
-        mask: uint32 `[rows, ceil(columns / 32)]`, lowest bit first.
-        value: bf16, the kept values by rows, then 32 zeros so that whole vectors can be read.
-        columns: of the matrix.
-    """
-
-    start: Tensor
-    mask: Tensor
-    value: Tensor
-    columns: int
-
-    @property
-    def rows(self) -> int:
-        return self.start.numel() - 1
-
-
-@dataclass(frozen=True)
-class IndexedRows:
-    """A matrix `[rows, columns]` as column indices and bf16 values.
-
-    Args:
-        start: int64 `[rows + 1]`, multiples of 16.
-        column: uint16; each row is filled up with column 0.
-        value: bf16; each row is filled up with zeros.
-        columns: of the matrix.
-    """
-
-    start: Tensor
-    column: Tensor
-    value: Tensor
-    columns: int
-
-    @property
-    def rows(self) -> int:
-        return self.start.numel() - 1
-
-
-@dataclass(frozen=True)
-class IntegerRows:
-    """A matrix `[rows, columns]` as bits, 8-bit integers and scales.
-
-    Args:
-        start: int64 `[rows + 1]`.
-        mask: uint64 `[rows, 2 ceil(columns / 128)]`, lowest bit first.
-        value: int8, the kept values by rows, then 64 zeros.
-        scale: fp32 `[rows, ceil(columns / 128)]`; weight = scale * value.
-        columns: of the matrix.
-    """
-
-    start: Tensor
-    mask: Tensor
-    value: Tensor
-    scale: Tensor
-    columns: int
-
-    @property
-    def rows(self) -> int:
-        return self.start.numel() - 1
-
-
-Packed = MaskedRows | IndexedRows | IntegerRows
 
 
 def pack_mask(weight: Tensor, mask: Tensor | None = None) -> MaskedRows:
@@ -105,8 +35,8 @@ def pack_mask(weight: Tensor, mask: Tensor | None = None) -> MaskedRows:
         InvalidArgument: not a matrix, a mask of another shape, or weights that are not finite.
     """
     dense, kept = to_pack(weight, mask, torch.bfloat16, _MATRIX)
-    bits = _words(kept, _WORD, _WORD).to(torch.uint32)
-    value = torch.cat([dense[kept], torch.zeros(_WORD, dtype=torch.bfloat16)])
+    bits = _words(kept, WORD, WORD).to(torch.uint32)
+    value = torch.cat([dense[kept], torch.zeros(WORD, dtype=torch.bfloat16)])
     return MaskedRows(offsets(kept.sum(1)), bits, value, dense.shape[1])
 
 
@@ -139,13 +69,13 @@ def pack_integer(weight: Tensor, mask: Tensor | None = None) -> IntegerRows:
     """
     dense, kept = to_pack(weight, mask, torch.float32, _MATRIX)
     rows, columns = dense.shape
-    padded = torch.nn.functional.pad(dense, (0, -columns % _GROUP))
-    grouped = padded.view(rows, -1, _GROUP)
+    padded = torch.nn.functional.pad(dense, (0, -columns % GROUP))
+    grouped = padded.view(rows, -1, GROUP)
     scale = grouped.abs().amax(2) / 127
     integers = (grouped / scale.clamp_min(1e-38)[:, :, None]).round().to(torch.int8)
     value = integers.view(rows, -1)[:, :columns][kept]
-    bits = _words(kept, _GROUP, _WIDE).view(torch.uint64)
-    value = torch.cat([value, torch.zeros(_WIDE, dtype=torch.int8)])
+    bits = _words(kept, GROUP, WIDE).view(torch.uint64)
+    value = torch.cat([value, torch.zeros(WIDE, dtype=torch.int8)])
     return IntegerRows(offsets(kept.sum(1)), bits, value, scale.contiguous(), columns)
 
 
@@ -157,15 +87,15 @@ def unpack(packed: Packed) -> Tensor:
         kept = packed.value != 0
         wide[row[kept], packed.column.long()[kept]] = packed.value[kept]
         return wide
-    word = _WORD if isinstance(packed, MaskedRows) else _WIDE
-    held = packed.mask.view(torch.int32 if word == _WORD else torch.int64).long()
+    word = WORD if isinstance(packed, MaskedRows) else WIDE
+    held = packed.mask.view(torch.int32 if word == WORD else torch.int64).long()
     bits = (held.unsqueeze(2) >> torch.arange(word)) & 1
     kept = bits.flatten(1)[:, : packed.columns].bool()
     dense = torch.zeros(kept.shape, dtype=packed.value.dtype)
     dense[kept] = packed.value[:-word]
     if isinstance(packed, MaskedRows):
         return dense
-    return dense.float() * packed.scale.repeat_interleave(_GROUP, 1)[:, : packed.columns]
+    return dense.float() * packed.scale.repeat_interleave(GROUP, 1)[:, : packed.columns]
 
 
 def spmv_reference(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import DataError
 from sparseworks.core.evidence import Collector
+from sparseworks.core.types import Progress
 from sparseworks.models.blocks import Stack, find_stages, first_tensor, replace_first
 from sparseworks.models.calls import Batch, batch_size, call, move, token_mask
 from sparseworks.models.tap import EvidenceTap, calibration_mode, collect_into
 from sparseworks.models.views import View
 
-__all__ = ["Calibration", "Progress", "collect", "stream"]
+__all__ = ["Calibration", "collect", "stream"]
 
-Progress = Callable[[int, int, str], None]
 MakeCollectors = Callable[[View, torch.device], Sequence[Collector]]
 Visit = Callable[[View, Sequence[Collector]], None]
 

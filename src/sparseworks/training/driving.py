@@ -23,6 +23,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import Masks, attach, masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
+from sparseworks.core.types import Progress
 from sparseworks.models.calls import Batch
 from sparseworks.models.views import View, find_prunable
 from sparseworks.training.parts import Fit, train_part
@@ -34,10 +35,9 @@ from sparseworks.training.runs import (
     digest_of_model,
 )
 
-__all__ = ["Driver", "Evaluate", "Experiment", "Progress"]
+__all__ = ["Driver", "Evaluate", "Experiment"]
 
 Evaluate = Callable[[nn.Module], float]
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

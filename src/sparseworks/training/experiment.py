@@ -16,8 +16,9 @@ from torch import nn
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
+from sparseworks.core.types import Progress
 from sparseworks.models.calls import Batch
-from sparseworks.training.driving import Driver, Evaluate, Experiment, Progress
+from sparseworks.training.driving import Driver, Evaluate, Experiment
 from sparseworks.training.parts import Fit
 from sparseworks.training.runs import Store, digest_of
 

@@ -12,12 +12,9 @@ them. Without a folder, runs are kept in memory.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +25,11 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import CheckpointError
 from sparseworks.core.masks import Masks, attach, masks
+from sparseworks.io.temporary import sweep
 
 __all__ = ["Finished", "Store", "digest_of", "digest_of_masks", "digest_of_model"]
 
 _DESCRIPTION, _WEIGHTS = "run.json", "weights.safetensors"
-_DAY = 24 * 3600.0
 
 
 def digest_of(description: Mapping[str, Any]) -> str:
@@ -94,15 +91,7 @@ class Store:
         self._kept: dict[str, tuple[dict[str, Tensor], Masks | None, dict[str, Any]]] = {}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep(self.folder)
-
-    @staticmethod
-    def _sweep(folder: Path) -> None:
-        """Remove what killed processes left half written; younger ones may be at work."""
-        for left in folder.glob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > _DAY:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            sweep(self.folder)
 
     def find(self, digest: str) -> dict[str, Any] | None:
         """What run.json of a finished run says, or None when there is no such run.
@@ -138,7 +127,7 @@ class Store:
             self._kept[finished.digest] = state, masks(model), said
             return
         from sparseworks.io.atomic import atomic_folder
-        from sparseworks.io.writing import save
+        from sparseworks.io.saving import save
 
         try:
             with atomic_folder(self.folder / finished.digest, last=_DESCRIPTION) as place:

@@ -35,6 +35,9 @@ def test_every_family_takes_every_kind_of_method(name, method):
     record = sw.masks(model)
     assert record.violations(model) == {}
     assert set(record) == {v.name for v in find_prunable(model)}
+    for name in record:
+        masked = model.get_parameter(name).detach()[~record[name]]
+        assert not torch.signbit(masked).any()  # +0.0: -0.0 would cost a lossless file a bit
     for tensor in result.tensors:
         row = method == "wanda"
         view = find_prunable(model).by_name()[tensor.name]

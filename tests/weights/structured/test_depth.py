@@ -13,7 +13,7 @@ from torch import nn
 import sparseworks as sw
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.weights.structured import load_slim, save_slim
-from sparseworks.weights.structured.cutting import Backup
+from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.depth import blocks, drop, drop_least, renamed
 
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -7,14 +7,12 @@ channels) is told by the batch axis: whole heads go.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from sparseworks.models.coupling.calls import Call
 from sparseworks.models.coupling.provenance import Block, Labels, Provenance
-
-if TYPE_CHECKING:
-    from sparseworks.models.coupling.ops import Call
 
 __all__ = [
     "attention",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from sparseworks.models.coupling.ops import Cost
+from sparseworks.models.coupling.calls import Cost
 from sparseworks.models.coupling.provenance import FROZEN, Atoms, Labels, Provenance
 
 __all__ = ["Coupling", "Family", "Group", "Slice", "solve"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
 from sparseworks.models.calls import Batch, split
+from sparseworks.models.coupling.calls import Call, Cost
 from sparseworks.models.coupling.groups import Coupling, solve
-from sparseworks.models.coupling.ops import HANDLERS, Call, Cost, elementwise
+from sparseworks.models.coupling.ops import HANDLERS, elementwise
 from sparseworks.models.coupling.provenance import Atoms, Provenance, frozen
 
 __all__ = ["CouplingError", "trace"]

@@ -10,7 +10,8 @@ from sparseworks.core.errors import ModelError
 from sparseworks.models.calls import Batch, call, split
 from sparseworks.models.coupling import trace
 from sparseworks.weights.dynamic.isoflop import draw
-from sparseworks.weights.structured.cutting import Backup, cut
+from sparseworks.weights.structured.backup import Backup
+from sparseworks.weights.structured.cutting import cut
 
 __all__ = ["widen"]
 

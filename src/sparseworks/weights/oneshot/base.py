@@ -5,22 +5,20 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sparseworks.core.budgets import Budget
 from sparseworks.core.evidence import Collector
+from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
 
-if TYPE_CHECKING:
-    from sparseworks.weights.oneshot.job import Job
-
-__all__ = ["OneShot", "Solution", "Target"]
+__all__ = ["OneShot", "Solution", "Target", "Work"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,20 @@ class Solution:
     error: float | None = None
 
 
+class Work(Protocol):
+    """One call of `prune`, as far as a method sees it; it may add warnings."""
+
+    model: nn.Module
+    pattern: Pattern
+    budget: Budget
+    batches: Sequence[Batch] | None
+    record: Masks
+    warnings: list[str]
+
+    def score_all(self, views: Sequence[View], evidence: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Scores of all tensors by name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneShot(ABC):
     """Base of one-shot methods; subclasses are frozen dataclasses whose fields are options.
@@ -82,10 +94,11 @@ class OneShot(ABC):
         """The mask `[groups * out, in]`; a method with its own comparison group overrides this."""
         return target.pattern.select(scores, target.keep)
 
-    def prepare(self, job: Job, views: Sequence[View], sparsity: float) -> Callable[[], None]:
+    def prepare(self, work: Work, views: Sequence[View], sparsity: float) -> Callable[[], None]:
         """Change the model, function unchanged, before anything is scored; returns what undoes it.
 
         Args:
+            work: the call that this is a part of.
             sparsity: that is reached in the end.
         """
         return lambda: None

@@ -15,8 +15,8 @@ from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.core.evidence import Collector, Hessian
 from sparseworks.core.masks import Masks, attach, masks
 from sparseworks.core.patterns import Pattern
-from sparseworks.core.types import TensorResult
-from sparseworks.models.calibration import Calibration, Progress, collect, stream
+from sparseworks.core.types import Progress, TensorResult
+from sparseworks.models.calibration import Calibration, collect, stream
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
 from sparseworks.weights.oneshot.base import OneShot, Solution, Target
@@ -209,7 +209,8 @@ class Job:
         error = solution.error
         if error is None and collectors:
             error = _diagonal_error(view, dense, solution.weight, collectors[0])
-        view.write(solution.weight)
+        # solvers that multiply by masks leave -0.0, which costs a lossless file a bit a zero
+        view.write(torch.where(solution.mask, solution.weight, 0.0))
         mask = view.from_matrix(solution.mask)
         self.record = self.record.with_mask(view.name, mask, str(self.pattern))
         entry = self.record.entry(view.name)

@@ -16,8 +16,8 @@ from sparseworks.core.errors import InvalidArgument, ModelError, PatternError
 from sparseworks.core.masks import masks
 from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
 from sparseworks.core.schedules import exponential_rounds
-from sparseworks.core.types import PruneResult
-from sparseworks.models.calibration import Calibration, Progress
+from sparseworks.core.types import Progress, PruneResult
+from sparseworks.models.calibration import Calibration
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View, find_prunable
 from sparseworks.weights.oneshot.base import OneShot

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,12 +26,9 @@ from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
-from sparseworks.weights.oneshot.base import OneShot, Target
+from sparseworks.weights.oneshot.base import OneShot, Target, Work
 from sparseworks.weights.semistructured.permuting import permute
 from sparseworks.weights.semistructured.rearranging import groups_of, rearrange_views
-
-if TYPE_CHECKING:
-    from sparseworks.weights.oneshot.job import Job
 
 __all__ = ["SparseByteNN"]
 
@@ -83,19 +80,19 @@ class SparseByteNN(OneShot):
     def score(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:
         return weight.abs() if self.power == 1.0 else weight.abs().pow(self.power)
 
-    def prepare(self, job: Job, views: Sequence[View], sparsity: float) -> Callable[[], None]:
-        groups = groups_of(job.pattern)
-        if len(job.record):
-            job.warnings.append("the model has masks, which were chosen for its order: it stays")
-            return super().prepare(job, views, sparsity)
-        assert job.batches is not None
-        scores = job.score_all(views, {})
-        keep = job.budget([v.spec(job.pattern) for v in views], sparsity, scores)
+    def prepare(self, work: Work, views: Sequence[View], sparsity: float) -> Callable[[], None]:
+        groups = groups_of(work.pattern)
+        if len(work.record):
+            work.warnings.append("the model has masks, which were chosen for its order: it stays")
+            return super().prepare(work, views, sparsity)
+        assert work.batches is not None
+        scores = work.score_all(views, {})
+        keep = work.budget([v.spec(work.pattern) for v in views], sparsity, scores)
         try:
-            done = rearrange_views(job.model, job.batches[0], views, scores, keep, groups)
+            done = rearrange_views(work.model, work.batches[0], views, scores, keep, groups)
         except ModelError as error:
-            job.warnings.append(f"the channels stay in their order: {error}")
-            return super().prepare(job, views, sparsity)
-        job.warnings += [f"{name} is not rearranged: {why}" for name, why in done.fixed.items()]
+            work.warnings.append(f"the channels stay in their order: {error}")
+            return super().prepare(work, views, sparsity)
+        work.warnings += [f"{name} is not rearranged: {why}" for name, why in done.fixed.items()]
         back = [p.inverse() for p in reversed(done.permutations)]
-        return lambda: permute(job.model, back)
+        return lambda: permute(work.model, back)

@@ -11,8 +11,9 @@ from sparseworks.core.errors import ModelError
 from sparseworks.models.blocks import first_tensor
 from sparseworks.models.calls import Batch, call, split
 from sparseworks.models.coupling import Coupling
+from sparseworks.weights.structured.backup import Backup, Change
 from sparseworks.weights.structured.configs import contradictions, describe, has_config
-from sparseworks.weights.structured.cutting import Backup, Change, cut, zero
+from sparseworks.weights.structured.cutting import cut, zero
 from sparseworks.weights.structured.folding import fold as fold_means
 from sparseworks.weights.structured.folding import fold_linear
 from sparseworks.weights.structured.planning import Keep, Plan, cut_shapes, shapes_of

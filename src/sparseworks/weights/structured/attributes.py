@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from sparseworks.weights.structured.cutting import Backup, Change
+from sparseworks.weights.structured.backup import Backup, Change
 
 __all__ = ["HEADS", "update"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sparseworks.weights.structured.attributes import HEADS
-from sparseworks.weights.structured.cutting import Change
+from sparseworks.weights.structured.backup import Change
 
 __all__ = ["contradictions", "describe", "has_config"]
 

@@ -6,7 +6,6 @@ A cut that fails puts everything back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,48 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
-from sparseworks.core.masks import Masks, attach, masks
+from sparseworks.core.masks import attach, masks
 from sparseworks.models.coupling import Coupling
+from sparseworks.weights.structured.attributes import update
+from sparseworks.weights.structured.backup import Backup, Change
 
-__all__ = ["Backup", "Change", "cut", "owners", "zero"]
+__all__ = ["cut", "owners", "zero"]
 
 Kept = dict[str, dict[int, NDArray[np.int64]]]
 Keep = NDArray[np.bool_] | NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A number in a module that changed with the shapes: `module.attribute`, before and after."""
-
-    module: str
-    attribute: str
-    before: Any
-    after: Any
-
-
-@dataclass
-class Backup:
-    """What a cut replaced, to put it back."""
-
-    tensors: list[tuple[nn.Module, str, bool, Tensor]] = field(default_factory=list)
-    attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
-    masks: tuple[nn.Module, Masks] | None = None
-    values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def restore(self) -> None:
-        for module, name, is_parameter, tensor in reversed(self.tensors):
-            (module._parameters if is_parameter else module._buffers)[name] = tensor  # type: ignore[assignment]
-        for owner, name, value in reversed(self.attributes):
-            setattr(owner, name, value)
-        if self.masks is not None:
-            attach(*self.masks)
-        with torch.no_grad():
-            for tensor, value in reversed(self.values):
-                tensor.copy_(value)
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        self.attributes.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
 
 
 def owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, bool, Tensor]]:
@@ -119,8 +85,6 @@ def cut(
     Returns:
         the changed numbers, and what is needed to undo all of it.
     """
-    from sparseworks.weights.structured.attributes import update
-
     kept = kept_indices(coupling, keep)
     backup = Backup() if backup is None else backup
     by_id: dict[int, dict[int, NDArray[np.int64]]] = {}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sparseworks.models.calls import Batch, call, split
 from sparseworks.models.coupling import Coupling
-from sparseworks.weights.structured.cutting import Backup
+from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.scores import input_moments, watch_inputs
 
 __all__ = ["fold", "fold_linear"]

@@ -1,8 +1,7 @@
-"""Latency in torch and onnxruntime, and the ONNX file itself."""
+"""Latency in torch and onnxruntime."""
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseworks.core.errors import MissingDependency
+from sparseworks.io.onnx import export_onnx, onnx_session
 from sparseworks.models.calls import Batch, call, split
 
 __all__ = ["export_onnx", "latency", "onnx_latency"]
@@ -46,61 +45,13 @@ def _wait(inputs: Any) -> None:
         torch.cuda.synchronize()
 
 
-def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Path:
-    """Write an ONNX file with the example's shapes (to a temporary name first).
-
-    Raises:
-        MissingDependency: onnx or onnxscript is not installed.
-    """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingDependency(
-            "ONNX export needs onnx and onnxscript: pip install 'sparseworks[onnx]'"
-        ) from error
-    inputs, _ = split(example)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    mapped = isinstance(inputs, Mapping)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of every optional package that is absent
-    try:
-        program = torch.onnx.export(
-            model,
-            () if mapped else (inputs,),
-            kwargs=dict(inputs) if mapped else None,
-            dynamo=True,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(part))
-        part.replace(path)
-    finally:
-        logger.setLevel(level)
-        part.unlink(missing_ok=True)
-        for module, was in training.items():
-            module.training = was
-    return path
-
-
 def onnx_latency(path: str | Path, example: Batch, repeats: int = 7) -> float:
     """Median seconds of one call in onnxruntime on the CPU.
 
     Raises:
         MissingDependency: onnxruntime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependency(
-            "timing ONNX needs onnxruntime: pip install 'sparseworks[onnx]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path)
     inputs, _ = split(example)
     values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
     arrays = [v.detach().cpu().numpy() for v in values if isinstance(v, Tensor)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sparseworks.weights.structured.cutting import Change
+from sparseworks.weights.structured.backup import Change
 
 __all__ = ["SlimResult", "Width"]
 

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
+from sparseworks.io.atomic import replaced_folder
+from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.configs import has_config
-from sparseworks.weights.structured.cutting import Backup
 from sparseworks.weights.structured.depth import drop
 from sparseworks.weights.structured.result import SlimResult
 
@@ -35,10 +36,9 @@ def save_slim(result: SlimResult, folder: str | Path) -> Path:
     from sparseworks.io import save
 
     folder = Path(folder)
-    part = folder.with_name(f".{folder.name}.part")
     if folder.exists() and not (folder / _RECORD).exists() and any(folder.iterdir()):
         raise InvalidArgument(f"{folder} exists and holds something else; name another folder")
-    part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     model = result.model
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     record = {
@@ -49,19 +49,13 @@ def save_slim(result: SlimResult, folder: str | Path) -> Path:
         "blocks": [] if has_config(model) else list(result.blocks),  # a config tells its own depth
         "attributes": [[c.module, c.attribute, _plain(c.after)] for c in result.changes],
     }
-    try:
+    with replaced_folder(folder) as part:
         if has_config(model):
             config = copy.deepcopy(model.config)
             config.architectures = [type(model).__name__]
             config.save_pretrained(part)
         save(model, part / _WEIGHTS)
         (part / _RECORD).write_text(json.dumps(record, indent=1))
-        if folder.exists():
-            _remove(folder)
-        part.rename(folder)
-    finally:
-        if part.exists():
-            _remove(part)
     return folder
 
 
@@ -153,9 +147,3 @@ def _resize(
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()

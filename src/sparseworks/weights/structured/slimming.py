@@ -13,11 +13,12 @@ from torch import nn
 
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.types import Progress
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.coupling import Coupling, trace
 from sparseworks.weights.structured.applying import apply_cut
+from sparseworks.weights.structured.backup import Backup, Change
 from sparseworks.weights.structured.configs import has_config
-from sparseworks.weights.structured.cutting import Backup, Change
 from sparseworks.weights.structured.depth import drop_least, renamed
 from sparseworks.weights.structured.measure import latency as measure_latency
 from sparseworks.weights.structured.planning import Keep, Plan, shapes_of
@@ -27,7 +28,6 @@ from sparseworks.weights.structured.targets import RoundTo, measured, pick, targ
 
 __all__ = ["slim"]
 
-Progress = Callable[[int, int, str], None]
 Patterns = str | Iterable[str] | None
 
 
