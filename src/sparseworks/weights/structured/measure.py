@@ -5,34 +5,32 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import MissingDependency
-from sparseworks.models.calls import Batch, call, split
+from sparseworks.models.calls import Arguments, Example, call
 
 __all__ = ["export_onnx", "latency", "onnx_latency"]
 
 
 @torch.no_grad()
-def latency(model: nn.Module, example: Batch, repeats: int = 7) -> float:
+def latency(model: nn.Module, example: Example, repeats: int = 7) -> float:
     """Median seconds of one call in evaluation mode, after two calls to warm up."""
-    inputs, _ = split(example)
+    given = Arguments.of(example)
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
         for _ in range(2):
-            call(model, inputs)
+            call(model, given)
         times = []
         for _ in range(repeats):
-            _wait(inputs)
+            _wait(given)
             start = time.perf_counter()
-            call(model, inputs)
-            _wait(inputs)
+            call(model, given)
+            _wait(given)
             times.append(time.perf_counter() - start)
     finally:
         for module, was in training.items():
@@ -40,13 +38,12 @@ def latency(model: nn.Module, example: Batch, repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def _wait(inputs: Any) -> None:
-    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    if any(isinstance(v, Tensor) and v.is_cuda for v in values):
+def _wait(given: Arguments) -> None:
+    if any(isinstance(v, Tensor) and v.is_cuda for v in given.values):
         torch.cuda.synchronize()
 
 
-def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Path:
+def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Path:
     """Write an ONNX file with the example's shapes (to a temporary name first).
 
     Raises:
@@ -58,20 +55,19 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Path:
         raise MissingDependency(
             "ONNX export needs onnx and onnxscript: pip install 'sparseworks[onnx]'"
         ) from error
-    inputs, _ = split(example)
+    given = Arguments.of(example)
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     training = {m: m.training for m in model.modules()}
     model.eval()
-    mapped = isinstance(inputs, Mapping)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of every optional package that is absent
     try:
         program = torch.onnx.export(
             model,
-            () if mapped else (inputs,),
-            kwargs=dict(inputs) if mapped else None,
+            given.args,
+            kwargs=dict(given.kwargs) or None,
             dynamo=True,
             verbose=False,
         )
@@ -86,7 +82,7 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Path:
     return path
 
 
-def onnx_latency(path: str | Path, example: Batch, repeats: int = 7) -> float:
+def onnx_latency(path: str | Path, example: Example, repeats: int = 7) -> float:
     """Median seconds of one call in onnxruntime on the CPU.
 
     Raises:
@@ -101,8 +97,7 @@ def onnx_latency(path: str | Path, example: Batch, repeats: int = 7) -> float:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    inputs, _ = split(example)
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    values = Arguments.of(example).values
     arrays = [v.detach().cpu().numpy() for v in values if isinstance(v, Tensor)]
     feed = {i.name: a for i, a in zip(session.get_inputs(), arrays)}
     for _ in range(2):
