@@ -144,8 +144,7 @@ def _ours(
 ) -> dict[str, Callable[[], Any]]:
     """The compiled model, where it runs as more than torch."""
     import sparseworks as sw
-    from sparseworks.engine.graph import arguments
-    from sparseworks.models.calls import split
+    from sparseworks.models.calls import Arguments
 
     compiled = sw.compile(model, example, dtype=dtype)
     if compiled.kind == "torch":
@@ -153,8 +152,8 @@ def _ours(
         return {}
     if compiled.kind != "program":
         notes.append(f"{name}: runs by {compiled.kind} ({'; '.join(compiled.notes) or 'measured'})")
-    args, kwargs = arguments(split(example)[0])
-    return {name: lambda: compiled(*args, **kwargs)}
+    given = Arguments.of(example)
+    return {name: lambda: compiled(*given.args, **given.kwargs)}
 
 
 def _in_turn(calls: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """Text from a causal language model, decoded by the native decoder.
 
-    sparseworks generate ./llama --prompt "It was a dark night" --dtype int4
-    sparseworks generate decoder.safetensors --tokenizer ./llama --chat
+sparseworks generate ./llama --prompt "It was a dark night" --dtype int4
+sparseworks generate decoder.safetensors --tokenizer ./llama --chat
 """
 
 from __future__ import annotations

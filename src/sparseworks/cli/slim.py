@@ -164,6 +164,7 @@ def _example(loaded: Any, options: Options, needed: bool) -> tuple[Any, list[Any
     import torch
 
     from sparseworks.data import load
+    from sparseworks.models.calls import Arguments
 
     generator = torch.Generator().manual_seed(options.seed)
     if options.data is None and options.input_shape:
@@ -184,7 +185,7 @@ def _example(loaded: Any, options: Options, needed: bool) -> tuple[Any, list[Any
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    return batches[0], batches if needed or options.data else None
+    return Arguments.of_batch(batches[0]), batches if needed or options.data else None
 
 
 def _onnx(options: Options, model: Any, example: Any, place: Path) -> dict[str, list[float]]:

@@ -171,7 +171,9 @@ def measure_decoding(
     longest = max(*prompts, context, 1)
     ids = torch.randint(3, vocabulary, (longest + _BLOCK,), generator=generator).tolist()
     steps: dict[str, list[float]] = {c.name: [] for c in candidates}
-    taken: dict[str, dict[int, list[float]]] = {c.name: {p: [] for p in prompts} for c in candidates}
+    taken: dict[str, dict[int, list[float]]] = {
+        c.name: {p: [] for p in prompts} for c in candidates
+    }
     for turn in range(repeat):
         for c in candidates:
             time.sleep(_REST)

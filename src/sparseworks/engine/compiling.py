@@ -10,23 +10,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.engine.compiled import Compiled
-from sparseworks.engine.graph import Captured, arguments, capture
+from sparseworks.engine.attributes import Attributes
+from sparseworks.engine.compiled import Compiled, Eager
+from sparseworks.engine.graph import Captured, capture
 from sparseworks.engine.ir import Precision
 from sparseworks.engine.layers import by_layers
 from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
+from sparseworks.engine.origin import Origin
 from sparseworks.engine.plan import Plan, make_plan
 from sparseworks.kernels.native import available, instruction_set
-from sparseworks.models.calls import call, split
+from sparseworks.models.calls import Arguments, Example, call
 
 __all__ = ["compile"]
 
@@ -39,15 +40,20 @@ _PRECISIONS = {
 
 
 def compile(
-    model: nn.Module, example: Any, *, dtype: torch.dtype | None = None, threads: int | None = None
+    model: nn.Module,
+    example: Example,
+    *,
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
 ) -> Compiled:
     """Make a sparse model skip its zeros, in the way that is measured to be fastest.
 
     Args:
         model: fp32 on the CPU; left as it is. Language models of transformers return no cache of
             keys and values then; `compile_decoder` is for generating.
-        example: one batch as the model takes it (Tensor, mapping, or (inputs, target)); candidates
-            are measured on it. Other batch sizes, and other lengths of sequences, run too.
+        example: what the model is called with: a tensor, a tuple or list of positional arguments,
+            or a mapping of keywords; candidates are measured on it. Other batch sizes, and other
+            lengths of sequences, run too.
         dtype: fp32, or bf16: products may round weights and inputs to bf16 where that is faster
             (sums, norms, activations, residuals, inputs and outputs of the model stay fp32). Or
             int8: w = s q with whole q in [-127, 127] and a scale s = max|w| / 127 for every row of
@@ -56,7 +62,8 @@ def compile(
         threads: of the native kernels; None: as many as torch uses.
 
     Returns:
-        A callable with `explain()`, `save(path)` and `error`.
+        A module with `explain()`, `save(path)` and `error`, to be called as the model is, with the
+        arguments that the example gives: by place or by name, whichever the example used.
 
     Raises:
         ModelError: not on the CPU, or weights that are not finite.
@@ -76,18 +83,18 @@ def compile(
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
         raise InvalidArgument(f"threads={threads}: at least one is needed")
+    origin = Origin(model)
     quiet = copy.deepcopy(model).eval()
     if getattr(getattr(quiet, "config", None), "use_cache", False):
         quiet.config.use_cache = False  # type: ignore[union-attr]
-    inputs, _ = split(example)
-    args, kwargs = arguments(inputs)
-    expected = tensors_of(_checked(quiet, inputs))
+    given = Arguments.of(example)
+    args, kwargs = given.args, dict(given.kwargs)
+    expected = tensors_of(_checked(quiet, given))
     notes: list[str] = []
-    runs: dict[str, Callable[..., Any]] = {"torch": quiet}
+    runs: dict[str, Plan | Eager] = {"torch": Eager(quiet, dtype == torch.bfloat16)}
     errors = {"torch": 0.0}
     precisions = list(dict.fromkeys((Precision.FP32, _PRECISIONS[dtype])))
     if dtype == torch.bfloat16:
-        runs["torch"] = _Autocast(quiet)
         errors["torch"] = _error(runs["torch"], args, kwargs, expected)
     captured = _captured(quiet, args, kwargs, notes)
     if captured is not None:
@@ -98,38 +105,25 @@ def compile(
                 runs[way], errors[way] = plan, error
     times = _times(runs, args, kwargs)
     best = min(times, key=lambda way: times[way])
+    shown = Attributes.of(quiet)
     if isinstance(runs[best], Plan):
-        return Compiled(runs[best], "program", errors[best], times, notes)
-    twin, layers, found = by_layers(model, inputs, threads)
+        return Compiled(runs[best], "program", errors[best], times, notes, (), shown, origin)
+    twin, layers, found = by_layers(model, given, threads)
     if any(p.kernel != "dense" for p in layers):
-        runs["layers"], errors["layers"] = twin, difference(expected, found)
+        runs["layers"], errors["layers"] = Eager(twin), difference(expected, found)
         times = _times(runs, args, kwargs)
         best = min(times, key=lambda way: times[way])
     kind = "program" if isinstance(runs[best], Plan) else best
     kept = () if kind == "program" else tuple(layers)
-    return Compiled(runs[best], kind, errors[best], times, notes, kept)
+    return Compiled(runs[best], kind, errors[best], times, notes, kept, shown, origin)
 
 
 def _way(name: str, precision: Precision) -> str:
     return "program" if precision == Precision.FP32 else name.format(precision.name.lower())
 
 
-class _Autocast:
-    """A model whose products torch runs in bf16."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            made = self.model(*args, **kwargs)
-        return tree_map(
-            lambda t: t.float() if isinstance(t, Tensor) and t.dtype == torch.bfloat16 else t, made
-        )
-
-
 def _times(
-    runs: dict[str, Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    runs: Mapping[str, Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, float]:
     calls = [partial(run, *args, **kwargs) for run in runs.values()]
     return dict(zip(runs, interleaved_ms(*calls), strict=True))
@@ -144,9 +138,10 @@ def _error(
 
 
 @torch.no_grad()
-def _checked(model: nn.Module, inputs: Any) -> Any:
+def _checked(model: nn.Module, given: Arguments) -> Any:
+    given.bound(model)
     try:
-        return call(model, inputs)
+        return call(model, given)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise InvalidArgument(f"the example does not fit the model: {error}") from error
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.engine.binding import Binding
 from sparseworks.engine.steps import Ref
+from sparseworks.models.calls import Arguments, signature_of
 
-__all__ = ["Captured", "Signature", "arguments", "capture"]
-
+__all__ = ["Captured", "Signature", "capture"]
 
 _CHECKED = 64  # sets of sizes that need not be checked again
 
@@ -26,44 +29,51 @@ class Signature:
     """What a compiled model takes and returns.
 
     Args:
+        binding: which arguments a call gives, and how it may write them.
         inputs: names of the caller's tensors, in flat order.
         outputs: names (`Ref`) or constants, in flat order.
-        keywords: names of keyword arguments, in the order of the example.
-        in_spec, out_spec: how the caller nests them.
+        in_spec: how the tuple of the arguments is nested.
+        out_spec: how the outputs are.
         accepts: of each input, its dtype and axes (a number, or the name of what may change), or
             the value itself where it is not a tensor.
         checked: shapes and dtypes of calls that fitted.
     """
 
+    binding: Binding
     inputs: list[str]
     outputs: list[Any]
-    keywords: list[str]
     in_spec: Any
     out_spec: Any
     accepts: list[Any]
     checked: set[Any] = field(default_factory=set, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        self.plain = self.in_spec.num_nodes == 1 + self.in_spec.num_leaves
+
     def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The caller's tensors in order.
 
         Raises:
-            InvalidArgument: not nested, shaped or typed as the example was.
+            InvalidArgument: other arguments than the example's, or not nested, shaped or typed as
+                they were.
         """
-        if set(kwargs) != set(self.keywords):
-            raise InvalidArgument(
-                f"the model was compiled for the keywords {self.keywords}, not {sorted(kwargs)}"
-            )
-        values = [*args, *(kwargs[k] for k in self.keywords)]
-        if len(values) != len(self.inputs) or not all(isinstance(v, Tensor) for v in values):
-            values, spec = pytree.tree_flatten((args, {k: kwargs[k] for k in self.keywords}))
-            if spec != self.in_spec:
-                raise InvalidArgument("the arguments are not nested as in the example")
-        kinds = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else None for v in values)
-        if None in kinds or kinds not in self.checked:
+        values = self.binding.values(args, kwargs)
+        if not self.plain:
+            try:
+                values = self.in_spec.flatten_up_to(tuple(values))
+            except ValueError as error:
+                raise InvalidArgument(
+                    f"the arguments are not nested as in the example: {error}"
+                ) from None
+        try:
+            kinds = tuple([(v.shape, v.dtype) for v in values])
+        except AttributeError:  # not tensors alone: the values count
+            kinds = None
+        if kinds not in self.checked:
             sizes: dict[str, int] = {}
             for name, value, accepted in zip(self.inputs, values, self.accepts, strict=True):
                 self._check(name, value, accepted, sizes)
-            if len(self.checked) < _CHECKED:
+            if kinds is not None and len(self.checked) < _CHECKED:
                 self.checked.add(kinds)
         return values
 
@@ -111,27 +121,19 @@ class Captured:
     names: dict[str, str]
 
 
-def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a batch becomes when the model is called on it."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, tuple):
-        return example, {}
-    return (example,), {}
-
-
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
     """Export a model in eval mode; every axis of its inputs may change where the model allows it.
 
     Raises:
         Exception: whatever torch.export raises on models that it cannot follow.
     """
-    args, kwargs = pytree.tree_map(_doubled(args, kwargs), (args, dict(kwargs)))
+    binding, given = Binding.of(model, Arguments(args, kwargs))
+    args, kwargs = pytree.tree_map(_doubled(given), (given.args, given.kwargs))
     shapes = pytree.tree_map(_dynamic, (args, kwargs))
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _keywords_named(model, kwargs):
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            model, args, kwargs, dynamic_shapes=_named(model, shapes), strict=False
+            model, args, kwargs, dynamic_shapes=_named(model, *shapes), strict=False
         )
         if any(_overwrites(node) for node in program.graph.nodes):
             program = program.run_decompositions({})  # in place becomes out of place
@@ -151,10 +153,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         {name: tensor.detach() for name, tensor in constants.items()},
         outputs,
         Signature(
+            binding,
             [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT"],
             [Ref(o.name) if isinstance(o, torch.fx.Node) else o for o in outputs],
-            list(kwargs),
-            program.call_spec.in_spec,
+            pytree.tree_flatten(tuple(given.values))[1],
             program.call_spec.out_spec,
             [_accepted(s.arg, program.graph) for s in signature.input_specs
              if s.kind.name == "USER_INPUT"],
@@ -191,9 +193,9 @@ def _accepted(argument: Any, graph: torch.fx.Graph) -> Any:
     return {"dtype": str(value.dtype), "axes": axes}
 
 
-def _doubled(args: Any, kwargs: Any) -> Any:
+def _doubled(given: Arguments) -> Any:
     """A batch of one is repeated: torch.export would take its size for a constant."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
+    tensors = [t for t in pytree.tree_leaves(given.values) if isinstance(t, Tensor) and t.ndim]
     single = bool(tensors) and all(t.shape[0] == 1 for t in tensors)
 
     def twice(x: Any) -> Any:
@@ -212,16 +214,31 @@ def _dynamic(x: Any) -> Any:
     return dict.fromkeys(range(min(x.ndim, 2 if tokens else 1)), Dim.AUTO)
 
 
-def _named(model: nn.Module, shapes: Any) -> Any:
-    """Shapes by the names of forward's parameters, as torch.export wants them."""
-    import inspect
+@contextmanager
+def _keywords_named(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Let forward name what `**kwargs` get: torch.export gives those no axes that change."""
+    signature, own = signature_of(model), vars(model).get("forward")
+    named = [p for p in signature.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    known = {p.name for p in named}
+    named += [Parameter(k, Parameter.KEYWORD_ONLY) for k in kwargs if k not in known]
+    if len(named) == len(known):
+        yield
+        return
+    call = model.forward
 
-    args, kwargs = shapes
-    names = [
-        p.name
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(names) < len(args):
-        return tuple(args) if not kwargs else None
-    return dict(zip(names, args, strict=False)) | kwargs
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Shapes by the names of forward's parameters, as torch.export wants them."""
+    return dict(signature_of(model).bind(*args, **kwargs).arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparseworks.engine.measuring import tensors_of
 from sparseworks.io.onnx import onnx_session, write_onnx
-from sparseworks.models.calls import call, split
+from sparseworks.models.calls import Arguments, call
 
 __all__ = ["PEERS", "peer"]
 
@@ -21,16 +21,16 @@ PEERS = ("torch", "torch.compile", "onnxruntime", "openvino")
 
 
 class _Flat(nn.Module):
-    """Tensors in, the first tensor out, for export."""
+    """Tensors in, the last of them by name, the first tensor out, for export."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        if not self.names:
-            return tensors_of(self.model(*tensors))[0]
-        return tensors_of(self.model(**dict(zip(self.names, tensors, strict=True))))[0]
+        count = len(tensors) - len(self.names)
+        named = dict(zip(self.names, tensors[count:], strict=True))
+        return tensors_of(self.model(*tensors[:count], **named))[0]
 
 
 def peer(
@@ -41,7 +41,7 @@ def peer(
     Args:
         name: one of `PEERS`.
         model: in evaluation mode.
-        example: a batch.
+        example: what the model is called with.
         dtype: fp32; bf16 (autocast in torch, the hint in openvino); or int8 (dynamic quantization,
             in torch of linear layers).
         threads: of the runtime.
@@ -50,7 +50,7 @@ def peer(
     Returns:
         The call, or why there is none.
     """
-    inputs, _ = split(example)
+    given = Arguments.of(example)
     if name.startswith("torch"):
         run = model
         if dtype == torch.int8:
@@ -65,7 +65,7 @@ def peer(
 
         def eager() -> Any:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                return call(run, inputs)
+                return call(run, given)
 
         return eager
     package = name
@@ -74,12 +74,11 @@ def peer(
     others = {"onnxruntime": torch.bfloat16, "openvino": torch.int8}
     if dtype == others[name]:
         return f"no {str(dtype).removeprefix('torch.')} here"
-    names = list(inputs) if isinstance(inputs, Mapping) else []
-    tensors = tuple(inputs.values()) if names else (inputs,)
+    tensors = tuple(given.values)
     try:
         path = place / "model.onnx"
         if not path.exists():
-            write_onnx(_Flat(model, names), tensors, {}, path)
+            write_onnx(_Flat(model, list(given.kwargs)), tensors, {}, path)
     except Exception as error:  # whatever the exporter raises on a model it cannot follow
         return f"no ONNX export: {str(error).strip().splitlines()[:1]}"
     arrays = [t.numpy() for t in tensors]

@@ -15,6 +15,7 @@ from sparseworks.engine.graph import Captured, Signature
 from sparseworks.engine.ir import Precision, Product
 from sparseworks.engine.lowering import Piece, lower
 from sparseworks.engine.measuring import one_thread
+from sparseworks.engine.origin import Origin
 from sparseworks.engine.part import Part, check_shape
 from sparseworks.engine.steps import Call, Ref, of_node
 
@@ -51,16 +52,24 @@ class Plan:
         self.frees = _frees(self.rest, signature)
         self.of_sizes: dict[Any, dict[str, Any]] = {}
 
+        self.__signature__ = signature.binding.signature
+        self.own_out = "out" in self.__signature__.parameters
+        self.origin: Origin | None = None  # warns where the model's weights have changed
+
     @property
     def parts(self) -> list[Part]:
         return [s for s in self.steps if isinstance(s, Part)]
 
-    @torch.no_grad()
     def __call__(self, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
+        if self.origin is not None:
+            self.origin.check()
+        if self.own_out and out is not None:
+            kwargs["out"], out = out, None
         flat = self.signature.flat(args, kwargs)
         given = dict(zip(self.signature.inputs, flat, strict=True))
         into = {} if out is None else self._into(out, flat)
-        with one_thread() if self.light else nullcontext():
+        # no decorator: it would pass the arguments on once more
+        with torch.no_grad(), one_thread() if self.light else nullcontext():
             values = {**self._sized(given), **given}
             for step, free in zip(self.rest, self.frees, strict=True):
                 if isinstance(step, Call):
@@ -71,11 +80,14 @@ class Plan:
                     values.update(step.run(read, masks, into))
                 for name in free:
                     del values[name]
-        for name, tensor in into.items():
-            if values[name] is not tensor:
-                check_shape(tensor, values[name].shape)
-                values[name] = tensor.copy_(values[name])
+            for name, tensor in into.items():
+                if values[name] is not tensor:
+                    check_shape(tensor, values[name].shape)
+                    values[name] = tensor.copy_(values[name])
         return self.signature.nested(values)
+
+    def __deepcopy__(self, memo: Any) -> Plan:
+        return self  # nothing of a plan changes, and calls may share it
 
     def _into(self, out: Tensor, given: Sequence[Any]) -> dict[str, Tensor]:
         """The one output of the model by its name, with memory that can be written."""

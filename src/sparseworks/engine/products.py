@@ -76,6 +76,18 @@ class SparseLinear(nn.Module):
                 f"{shape.format(self.in_features)}"
             )
 
+    def __reduce__(self) -> Any:
+        """Made anew from bytes: its programs read memory that must stay where it is."""
+        product = self.rows.ops[1]
+        assert isinstance(product, Product)
+        bias = None if product.bias is None else product.bias.numpy()
+        return _made, (type(self), product.weight.numpy(), bias, self.rows.threads)
+
     def extra_repr(self) -> str:
         sparsity = 1 - self.kept / (self.in_features * self.out_features)
         return f"{self.in_features}, {self.out_features}, sparsity={sparsity:.3f}"
+
+
+def _made(kind: type[SparseLinear], weight: Any, bias: Any, threads: int) -> SparseLinear:
+    found = None if bias is None else torch.from_numpy(bias.copy())
+    return kind(torch.from_numpy(weight.copy()), found, threads)

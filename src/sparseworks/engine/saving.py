@@ -6,56 +6,92 @@ where zeros are skipped again); nothing is measured when a plan is loaded.
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
+import importlib
 import json
 import os
+import re
 from dataclasses import fields
 from enum import IntEnum
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sparseworks.core.errors import CheckpointError
-from sparseworks.engine import ir
-from sparseworks.engine.graph import Signature
+from sparseworks.engine import graph, ir
+from sparseworks.engine.attributes import Attributes
+from sparseworks.engine.binding import UNKNOWN, Binding
 from sparseworks.engine.part import Part
 from sparseworks.engine.plan import Plan
 from sparseworks.engine.steps import Call, decode, encode
 from sparseworks.io.atomic import atomic_file
 from sparseworks.kernels.native import available
 
-__all__ = ["read_plan", "save_plan"]
+__all__ = ["read_plan", "save_plan", "unpacked"]
 
-_FORMAT = 2
+_FORMAT = 3
+_KINDS = (
+    Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL,
+    Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD,
+)  # fmt: skip
 _OPS = {c.__name__: c for c in ir.Op.__subclasses__()}
 
 
-def save_plan(plan: Plan, path: str | os.PathLike[str], error: float, times: Any) -> None:
-    """Write a plan.
+def save_plan(
+    plan: Plan, path: str | os.PathLike[str], error: float, times: Any, shown: Attributes
+) -> None:
+    """Write a plan, and what its compiled model shows.
 
     Raises:
         CheckpointError: outputs of a type that cannot be named in JSON, or the file cannot be
             written.
     """
-    writer = _Writer()
-    s = plan.signature
-    try:
-        specs = [pytree.treespec_dumps(spec) for spec in (s.in_spec, s.out_spec)]
-    except NotImplementedError as problem:
-        raise CheckpointError(f"the model's inputs or outputs cannot be saved: {problem}") from None
+    about, tensors = _described(plan)
+    odd = next((s for s in about["specs"] if not isinstance(s, str)), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"the model's inputs or outputs cannot be saved: a type in {odd} is not registered in "
+            "torch.utils._pytree with a serialized_type_name"
+        )
+    about |= {"format": _FORMAT, "error": error, "times": times, "shown": shown.to_json()}
+    with atomic_file(Path(path)) as file:
+        save_file(tensors, file, {"sparseworks_plan": json.dumps(about)})
+
+
+def _packed(plan: Plan) -> tuple[dict[str, Any], bytes, int]:
+    """A plan as pickle holds it.
+
+    Tensors are bytes: pickled as tensors, their memory would move to where processes share it, from
+    under the programs that read it.
+    """
+    about, tensors = _described(plan)
+    return about, save(tensors), plan.parts[0].threads
+
+
+def unpacked(about: dict[str, Any], content: bytes, threads: int) -> Plan:
+    """The inverse of `_packed`, named by pickles."""
+    return _read(about, load(content), threads)
+
+
+copyreg.pickle(Plan, lambda plan: (unpacked, _packed(plan)))
+
+
+def _described(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A plan as JSON (but for specs that have no name there) and tensors."""
+    writer, s = _Writer(), plan.signature
     about = {
-        "format": _FORMAT,
-        "error": error,
-        "times": times,
+        "binding": _of_binding(s.binding),
         "inputs": s.inputs,
         "outputs": encode(s.outputs),
-        "keywords": s.keywords,
         "accepts": encode(s.accepts),
-        "specs": specs,
+        "specs": [_of_spec(s.in_spec), _of_spec(s.out_spec)],
         "constants": {n: writer.tensor(t) for n, t in plan.constants.items()},
         "steps": [
             {"call": [t.name, t.target, encode(t.args), encode(t.kwargs)]}
@@ -64,14 +100,33 @@ def save_plan(plan: Plan, path: str | os.PathLike[str], error: float, times: Any
             for t in plan.steps
         ],
     }
-    with atomic_file(Path(path)) as file:
-        save_file(writer.tensors, file, {"sparseworks_plan": json.dumps(about)})
+    return about, writer.tensors
+
+
+def _of_binding(binding: Binding) -> dict[str, Any]:
+    parameters = []
+    for p in binding.signature.parameters.values():
+        default: list[Any] = []
+        if p.default is not p.empty:
+            with contextlib.suppress(CheckpointError):
+                default = [encode(p.default)]
+        parameters.append([p.name, _KINDS.index(p.kind), p.default is not p.empty, default])
+    options = {k: v for k, v in binding.options.items() if v is None or isinstance(v, bool)}
+    return {"parameters": parameters, "slots": binding.slots, "options": options}
+
+
+def _read_binding(held: dict[str, Any]) -> Binding:
+    parameters = []
+    for name, kind, optional, default in held["parameters"]:
+        value = (decode(default[0]) if default else UNKNOWN) if optional else Parameter.empty
+        parameters.append(Parameter(name, _KINDS[kind], default=value))
+    return Binding(Signature(parameters), held["slots"], held["options"])
 
 
 def read_plan(
     path: str | os.PathLike[str], threads: int | None = None
-) -> tuple[Plan, float, dict[str, float]]:
-    """What `save_plan` was given: the plan, its error and its times.
+) -> tuple[Plan, float, dict[str, float], Attributes]:
+    """What `save_plan` was given: the plan, its error and its times, and what is shown.
 
     Args:
         path: of the file.
@@ -99,9 +154,33 @@ def read_plan(
             )
         count = torch.get_num_threads() if threads is None else threads
         plan = _read(about, tensors, count)
+        return plan, about["error"], about["times"], Attributes.from_json(about["shown"])
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path}: a damaged plan ({type(error).__name__}: {error})") from None
-    return plan, about["error"], about["times"]
+    except (NotImplementedError, ImportError) as error:
+        raise CheckpointError(
+            f"{path}: a type of the model's inputs or outputs is not known here ({error}); import "
+            "the module that defines it first"
+        ) from None
+
+
+def _of_spec(spec: Any) -> Any:
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError:
+        return spec  # pickle knows its type by its place
+
+
+def _spec(held: Any) -> Any:
+    """How arguments or outputs are nested; types of transformers are imported."""
+    if not isinstance(held, str):
+        return held
+    try:
+        return pytree.treespec_loads(held)
+    except NotImplementedError:
+        for name in re.findall(r'"(transformers\.[\w.]+)\.\w+"', held):
+            importlib.import_module(name)
+        return pytree.treespec_loads(held)
 
 
 class _Writer:
@@ -139,10 +218,10 @@ class _Writer:
 
 
 def _read(about: dict[str, Any], tensors: dict[str, Tensor], threads: int) -> Plan:
-    in_spec, out_spec = map(pytree.treespec_loads, about["specs"])
-    signature = Signature(
-        about["inputs"], decode(about["outputs"]), about["keywords"], in_spec, out_spec,
-        decode(about["accepts"]),
+    in_spec, out_spec = map(_spec, about["specs"])
+    signature = graph.Signature(
+        _read_binding(about["binding"]), about["inputs"], decode(about["outputs"]),
+        in_spec, out_spec, decode(about["accepts"]),
     )  # fmt: skip
     steps: list[Call | Part] = []
     for step in about["steps"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from torch import nn
 
 from sparseworks.core.errors import MissingDependency
 from sparseworks.io.atomic import atomic_files
-from sparseworks.models.calls import Batch, split
+from sparseworks.models.calls import Arguments, Example
 
 __all__ = ["export_onnx", "onnx_session", "write_onnx"]
 
 
-def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Path:
+def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Path:
     """Write an ONNX file with the example's shapes, in evaluation mode.
 
     Returns:
@@ -29,10 +29,8 @@ def export_onnx(model: nn.Module, example: Batch, path: str | Path) -> Path:
         MissingDependency: onnx or onnxscript is not installed.
         CheckpointError: the file cannot be written.
     """
-    inputs, _ = split(example)
-    if isinstance(inputs, Mapping):
-        return write_onnx(model, (), dict(inputs), path)
-    return write_onnx(model, (inputs,), {}, path)
+    given = Arguments.of(example)
+    return write_onnx(model, given.args, dict(given.kwargs), path)
 
 
 def write_onnx(

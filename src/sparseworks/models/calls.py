@@ -1,25 +1,143 @@
-"""How a batch is given to a model, and the loss it has when none is named.
+"""How a model is called: with the arguments of an example, or with a batch of data.
 
-A batch is a Tensor (the one input), a mapping (keyword arguments, as tokenizers give them), or a
-pair `(inputs, target)` whose inputs are again a Tensor or a mapping.
+An *example* says what `model(...)` is called with: a tensor, a tuple or list of positional
+arguments, or a mapping of keyword arguments. It becomes `Arguments`.
+
+A *batch* of data may hold a target too: a Tensor (the one input), a mapping (keyword arguments, as
+tokenizers give them, and labels), or a pair `(inputs, target)` whose inputs are again a Tensor or a
+mapping. Where a batch is taken, `Arguments` are taken too, as a batch without a target.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseworks.core.errors import DataError
+from sparseworks.core.errors import DataError, InvalidArgument
 
-__all__ = ["Batch", "Loss", "batch_size", "call", "default_loss", "logits_of", "move", "token_mask"]
+__all__ = [
+    "Arguments",
+    "Batch",
+    "Example",
+    "Loss",
+    "batch_size",
+    "call",
+    "default_loss",
+    "logits_of",
+    "move",
+    "signature_of",
+    "token_mask",
+]
 
-Batch = Tensor | Mapping[str, Any] | tuple[Any, Any] | list[Any]
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a model is called with: `model(*args, **kwargs)`."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, example: Example) -> Arguments:
+        """The arguments that an example says.
+
+        Raises:
+            InvalidArgument: not a tensor, a tuple, a list, or a mapping of keywords.
+        """
+        if isinstance(example, Arguments):
+            return example
+        if isinstance(example, Tensor):
+            return cls((example,))
+        if isinstance(example, (tuple, list)):
+            return cls(tuple(example))
+        if isinstance(example, Mapping) and all(isinstance(k, str) for k in example):
+            return cls((), dict(example))
+        raise InvalidArgument(
+            "an example is a tensor, a tuple or list of positional arguments, or a mapping of "
+            f"keyword arguments, not {type(example).__name__}"
+        )
+
+    @classmethod
+    def of_batch(cls, batch: Batch) -> Arguments:
+        """The arguments that the inputs of a batch are; its target and labels are left out."""
+        inputs, _ = split(batch)
+        if isinstance(inputs, Arguments):
+            return inputs
+        return cls((), inputs) if isinstance(inputs, Mapping) else cls((inputs,))
+
+    @property
+    def values(self) -> list[Any]:
+        """Positional arguments, then those with names."""
+        return [*self.args, *self.kwargs.values()]
+
+    def bound(self, model: nn.Module) -> inspect.BoundArguments:
+        """By the names of the model's own parameters.
+
+        Raises:
+            InvalidArgument: the model does not take these arguments.
+        """
+        try:
+            return signature_of(model).bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            pair = len(self.args) == 2 and not self.kwargs
+            hint = "; of a pair (inputs, target) the example is the inputs" if pair else ""
+            raise InvalidArgument(
+                f"the example does not fit {type(model).__name__}: {error}{hint}"
+            ) from None
+
+    def named(self, model: nn.Module) -> Arguments:
+        """The same call with every argument named that can be, where there are several.
+
+        Raises:
+            InvalidArgument: the model does not take these arguments.
+        """
+        bound = self.bound(model)
+        if len(self.values) < 2:
+            return self
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        parameters = signature_of(model).parameters
+        rest = any(parameters[n].kind is inspect.Parameter.VAR_POSITIONAL for n in bound.arguments)
+        for name, value in bound.arguments.items():
+            kind = parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                args.extend(value)
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                kwargs.update(value)
+            elif kind is inspect.Parameter.POSITIONAL_ONLY or (
+                rest and kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            ):
+                args.append(value)
+            else:
+                kwargs[name] = value
+        return Arguments(tuple(args), kwargs)
+
+    def batch(self) -> Batch:
+        """As a batch without a target: a lone input or a mapping where it is one."""
+        if not self.args:
+            return self.kwargs
+        return self.args[0] if len(self.values) == 1 else self
+
+
+Example = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any] | Arguments
+Batch = Tensor | Mapping[str, Any] | tuple[Any, Any] | list[Any] | Arguments
 Loss = Callable[[nn.Module, Batch], Tensor]
 _LABELS = ("labels", "label")
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """Of the model's forward, without annotations; `(*args, **kwargs)` where it tells none."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return inspect.signature(lambda *args, **kwargs: None)
+    return inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
 
 
 def split(batch: Batch) -> tuple[Any, Any]:
@@ -36,7 +154,7 @@ def split(batch: Batch) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         target = next((batch[k] for k in _LABELS if k in batch), None)
         return {k: v for k, v in batch.items() if k not in _LABELS}, target
-    if isinstance(batch, Tensor):
+    if isinstance(batch, (Tensor, Arguments)):
         return batch, None
     raise DataError(
         f"a batch is a Tensor, a mapping or (inputs, target), not {type(batch).__name__}"
@@ -51,27 +169,26 @@ def move(batch: Any, device: torch.device | str) -> Any:
         return {k: move(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
         return type(batch)(move(v, device) for v in batch)
+    if isinstance(batch, Arguments):
+        return Arguments(move(batch.args, device), move(batch.kwargs, device))
     return batch
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
     """The model's output for the inputs of a batch (labels are left out)."""
-    inputs, _ = split(batch)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    given = Arguments.of_batch(batch)
+    return model(*given.args, **given.kwargs)
 
 
 def batch_size(batch: Batch) -> int:
     """Number of samples: the first axis of the first tensor."""
-    inputs, _ = split(batch)
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0]
-    return next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
+    values = Arguments.of_batch(batch).values
+    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim), 1)
 
 
 def token_mask(batch: Batch) -> Tensor | None:
     """Bool `[batch, tokens]`, False at padding, or None when nothing is padded."""
-    inputs, _ = split(batch)
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    mask = Arguments.of_batch(batch).kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask != 0).all()):
         return None
     return mask != 0
@@ -101,10 +218,11 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         DataError: the batch has no target and no token ids.
     """
-    inputs, target = split(batch)
+    _, target = split(batch)
+    named = Arguments.of_batch(batch).kwargs
     logits = logits_of(call(model, batch)).float()
-    if target is None or (isinstance(inputs, Mapping) and logits.ndim == 3 and _is_causal(model)):
-        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if target is None or (named and logits.ndim == 3 and _is_causal(model)):
+        ids = named.get("input_ids")
         labels = target if target is not None else ids
         if labels is None or logits.ndim != 3:
             raise DataError("the batch has no target; give (inputs, target) batches or `loss=`")

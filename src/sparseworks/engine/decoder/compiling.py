@@ -92,9 +92,13 @@ def compile_decoder(
         limit = max(limit, 0.2)
     if not found <= limit:
         kind = getattr(model.config, "model_type", type(model).__name__)
-        reason = f"{kind}: read from its modules it computes something else ({found:.2g} of its logits)"
+        reason = (
+            f"{kind}: read from its modules it computes something else ({found:.2g} of its logits)"
+        )
         return _layerwise(model, dtype, count, reason)
-    report.notes.append(f"logits differ from the model's by {found:.1e} (relative, on a random text)")
+    report.notes.append(
+        f"logits differ from the model's by {found:.1e} (relative, on a random text)"
+    )
     return decoder
 
 

@@ -219,7 +219,9 @@ class Decoder(PreTrainedModel, GenerationMixin):
         if past is None:
             past = DecoderCache(self.native)
         elif not isinstance(past, DecoderCache):
-            raise InvalidArgument(f"a compiled decoder keeps its own cache, not {type(past).__name__}")
+            raise InvalidArgument(
+                f"a compiled decoder keeps its own cache, not {type(past).__name__}"
+            )
         texts, tokens = input_ids.shape
         past.start(texts, tokens)
         assert past.memory is not None

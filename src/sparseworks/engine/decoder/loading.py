@@ -49,7 +49,9 @@ def load_decoder(
                 raise CheckpointError(f"{path}: not a decoder that sparseworks saved")
             about = json.loads(header)
             if about.get("format") != FILE_FORMAT:
-                raise CheckpointError(f"{path}: format {about.get('format')}, this reads {FILE_FORMAT}")
+                raise CheckpointError(
+                    f"{path}: format {about.get('format')}, this reads {FILE_FORMAT}"
+                )
             spec = _decode(about["spec"], file)
         config = dict(about["config"])
         made = AutoConfig.for_model(config.pop("model_type"), **config)

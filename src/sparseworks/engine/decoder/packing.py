@@ -64,7 +64,9 @@ class Report:
     def text(self) -> str:
         """A line a matrix, and the sums."""
         width = max((len(line.name) for line in self.lines), default=6)
-        out = [f"{'matrix':<{width}}  format        kept      MB  bits/w    error      ms  of memory"]
+        out = [
+            f"{'matrix':<{width}}  format        kept      MB  bits/w    error      ms  of memory"
+        ]
         for x in self.lines:
             size = x.rows * x.columns
             share = x.nbytes / x.seconds / self.bandwidth if x.seconds else 0.0
@@ -124,9 +126,7 @@ def pack_model(
             raise InvalidArgument(f"dtype {given!r}: use one of {', '.join(DTYPES)}")
     report = Report(bandwidth=read_bandwidth(threads))
     chosen: dict[tuple[object, ...], Format] = {}
-    routers = {
-        id(l.mlp.router) for l in spec.layers if isinstance(l.mlp, MixtureSpec)
-    }
+    routers = {id(l.mlp.router) for l in spec.layers if isinstance(l.mlp, MixtureSpec)}
     first_of_mixture: dict[int, Format] = {}
     for layer in spec.layers:  # all experts of a layer share one format
         if isinstance(layer.mlp, MixtureSpec):
@@ -172,7 +172,11 @@ def _pack(
 
 
 def _choose(
-    dense: Tensor, dtype: str, chosen: dict[tuple[object, ...], Format], threads: int, report: Report
+    dense: Tensor,
+    dtype: str,
+    chosen: dict[tuple[object, ...], Format],
+    threads: int,
+    report: Report,
 ) -> Format:
     """The format that takes the least time for one vector, of those that may serve."""
     density = int(torch.count_nonzero(dense)) / dense.numel()

@@ -174,6 +174,7 @@ def _positions(config: Any, rotary: list[Any]) -> int:
 
 def _mlp(r: _Reader, m: Any, activation: str) -> MlpSpec:
     if hasattr(m, "gate_up_proj"):
+
         def turned(t: Tensor) -> Tensor:
             return interleaved(*t.chunk(2))
 

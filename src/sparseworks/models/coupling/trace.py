@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
-from sparseworks.models.calls import Batch, split
+from sparseworks.models.calls import Arguments, Batch
 from sparseworks.models.coupling.calls import Call, Cost
 from sparseworks.models.coupling.groups import Coupling, solve
 from sparseworks.models.coupling.ops import HANDLERS, elementwise
@@ -28,7 +28,7 @@ def trace(model: nn.Module, example: Batch) -> Coupling:
 
     Args:
         model: any module that torch.export can follow.
-        example: one batch (Tensor, mapping, or (inputs, target)).
+        example: `Arguments`, or one batch (Tensor, mapping, or (inputs, target)).
 
     Raises:
         ModelError: torch.export cannot follow the model.
@@ -44,16 +44,10 @@ def trace(model: nn.Module, example: Batch) -> Coupling:
 
 
 def _exported(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
-    inputs, _ = split(example)
-    mapped = isinstance(inputs, Mapping)
+    given = Arguments.of_batch(example)
     try:
         with _quiet(model), torch.no_grad():
-            return torch.export.export(
-                model,
-                () if mapped else (inputs,),
-                dict(inputs) if mapped else {},
-                strict=False,
-            )
+            return torch.export.export(model, given.args, dict(given.kwargs), strict=False)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(

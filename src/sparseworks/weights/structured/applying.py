@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
 from sparseworks.models.blocks import first_tensor
-from sparseworks.models.calls import Batch, call, split
+from sparseworks.models.calls import Batch, call
 from sparseworks.models.coupling import Coupling
 from sparseworks.weights.structured.backup import Backup, Change
 from sparseworks.weights.structured.configs import contradictions, describe, has_config
@@ -91,7 +91,7 @@ def check(model: nn.Module, example: Batch, coupling: Coupling, keep: Keep) -> N
 
 def output_of(model: nn.Module, example: Batch) -> Tensor:
     """The logits, or the first tensor that the model returns, fp32."""
-    output = call(model, split(example)[0])
+    output = call(model, example)
     found = getattr(output, "logits", None)
     tensor = found if isinstance(found, Tensor) else first_tensor(output)
     if tensor is None:

@@ -35,7 +35,7 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.masks import masks
 from sparseworks.core.registry import MethodInfo
-from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.calls import Arguments, Batch, Example, Loss
 from sparseworks.models.coupling import Coupling, Family
 from sparseworks.models.views import find_prunable
 from sparseworks.weights.structured.result import SlimResult
@@ -186,7 +186,7 @@ def is_stream(model: nn.Module, family: Family) -> bool:
 
 def crop(
     model: nn.Module,
-    example: Batch,
+    example: Example,
     *,
     params: float | None = None,
     flops: float | None = None,
@@ -203,7 +203,7 @@ def crop(
 
     Args:
         model: at initialisation, changed in place unless `copy=True`.
-        example: one batch.
+        example: as `slim` takes it.
         params: share of the parameters to keep; or
         flops: share of the floating-point operations to keep.
         densities: see `PreCrop`.
@@ -216,9 +216,10 @@ def crop(
     share = params if params is not None else flops
     if share is None or not 0 < share < 1:
         raise InvalidArgument("give params= or flops=, the share to keep, between 0 and 1")
+    given = Arguments.of(example).named(model)
     result = slim(
-        model, example, params=params, flops=flops, method=PreCrop(share, densities, streams),
-        data=[example] if data is None else data, **{"fold": "none", "floor": 0.0, **options},
+        model, given, params=params, flops=flops, method=PreCrop(share, densities, streams),
+        data=[given.batch()] if data is None else data, **{"fold": "none", "floor": 0.0, **options},
     )  # fmt: skip
     _rescale(result)
     return result

@@ -14,7 +14,7 @@ from torch import nn
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.types import Progress
-from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.calls import Arguments, Batch, Example, Loss
 from sparseworks.models.coupling import Coupling, trace
 from sparseworks.weights.structured.applying import apply_cut
 from sparseworks.weights.structured.backup import Backup, Change
@@ -33,7 +33,7 @@ Patterns = str | Iterable[str] | None
 
 def slim(
     model: nn.Module,
-    example: Batch,
+    example: Example,
     *,
     flops: float | None = None,
     params: float | None = None,
@@ -63,7 +63,8 @@ def slim(
 
     Args:
         model: changed in place, unless `copy`.
-        example: one batch; operations and latency are counted on it.
+        example: what the model is called with: a tensor, a tuple or list of positional arguments,
+            or a mapping of keywords; operations and latency are counted on it.
         flops: share of the floating-point operations to keep, in (0, 1).
         params: share of the parameters to keep.
         latency: share of the time per call to keep, measured on this machine.
@@ -99,7 +100,8 @@ def slim(
         what was done; `.model` is the slimmed model.
 
     Raises:
-        InvalidArgument: an option that cannot be used, or a target that cannot be reached.
+        InvalidArgument: an option that cannot be used, an example that does not fit the model, or a
+            target that cannot be reached.
         CouplingError: the graph holds an operation that is not known.
         ModelError: the model cannot be exported, or does not run with its new shapes.
     """
@@ -124,6 +126,7 @@ def slim(
         fold or ("mean" if batches is not None and calibrates else "none"),
         verify,
     )
+    given = Arguments.of(example).named(model)
     auto = round_to == "auto" or (round_to is None and what == "latency")
     if copy:
         model = copying.deepcopy(model)
@@ -141,18 +144,18 @@ def slim(
             backup = Backup()
             undo.append(backup)
             while True:
-                coupling = trace(model, example)
-                measure = measured(model, example, coupling, what)
+                coupling = trace(model, given)
+                measure = measured(model, given, coupling, what)
                 if first is None:
                     first, base = coupling, measure(coupling.keep_all())
                 goal = base * share ** ((i + 1) / iterations)
                 try:
-                    plan, keep = pick(model, example, coupling, plan, measure, goal, what, auto)
+                    plan, keep = pick(model, given, coupling, plan, measure, goal, what, auto)
                     break
                 except OutOfReach:
                     if not blocks:
                         raise
-                container, index, told = drop_least(model, example, backup)
+                container, index, told = drop_least(model, given, backup)
                 gone.append(f"{container}.{index}")
                 config |= told
                 widths = _after_drop(widths, container, index)
@@ -162,7 +165,7 @@ def slim(
                     if (name := renamed(c.module, container, index)) is not None
                 ]
             auto = False  # one choice for all rounds
-            made, fields = apply_cut(model, example, coupling, keep, plan, backup)
+            made, fields = apply_cut(model, given, coupling, keep, plan, backup)
             changes, config = changes + made, {**config, **(fields or {})}
             _note(widths, coupling, keep)
             if recover is not None and i + 1 < iterations:
@@ -182,9 +185,9 @@ def slim(
         {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
         tuple(changes),
         (config if plan.uniform and has_config(model) else None),
-        (sum(2.0 * c.macs for c in first.costs), trace(model, example).flops()),
+        (sum(2.0 * c.macs for c in first.costs), trace(model, given).flops()),
         (sum(int(np.prod(s)) for s in shapes.values()), parameters),
-        (base, measure_latency(model, example)) if what == "latency" else None,
+        (base, measure_latency(model, given)) if what == "latency" else None,
         model,
         time.perf_counter() - start,
         tuple(f"not reached by the example, left whole: {n}" for n in first.unreached),

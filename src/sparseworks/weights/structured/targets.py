@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.models.calls import Batch
+from sparseworks.models.calls import Arguments
 from sparseworks.models.coupling import Coupling
 from sparseworks.weights.structured.cutting import cut
 from sparseworks.weights.structured.measure import latency
@@ -43,7 +43,7 @@ def target(
 
 
 def measured(
-    model: nn.Module, example: Batch, coupling: Coupling, what: str
+    model: nn.Module, example: Arguments, coupling: Coupling, what: str
 ) -> Callable[[Keep], float]:
     """The cost of a model with what `keep` keeps: FLOPs, parameters, or seconds on the example."""
     if what == "flops":
@@ -90,7 +90,7 @@ class _Once:
 
 
 def pick(
-    model: nn.Module, example: Batch, coupling: Coupling, plan: Plan,
+    model: nn.Module, example: Arguments, coupling: Coupling, plan: Plan,
     measure: Callable[[Keep], float], goal: float, what: str, auto: bool,
 ) -> tuple[Plan, Keep]:  # fmt: skip
     """What stays, and the plan with the multiple of widths that it was chosen with.
