@@ -141,7 +141,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['candidate']:26s} {row['decode_tokens_per_second']:7.1f} tokens/s  "
               f"{row.get('decode_ratio', 1):5.2f}x {row.get('peer', ''):15s} prompts "
-              f"{row['prompt_64_tokens_per_second']:6.0f} {row['prompt_512_tokens_per_second']:6.0f}"
+              f"{row['prompt_64_tokens_per_second']:6.0f} "
+              f"{row['prompt_512_tokens_per_second']:6.0f}"
               f"  {row['share_of_read_bandwidth']:4.0%} of {read / 1e9:.1f} GB/s")  # fmt: skip
     for row in long:
         print(f"context of 2000: {row['candidate']:18s} {row['decode_tokens_per_second']:7.1f} "

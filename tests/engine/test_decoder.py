@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 
 import pytest
 import torch
+from decoders import FAMILIES, family
 from torch import nn
 
 import sparseworks as sw
 from sparseworks.core.errors import CheckpointError, InvalidArgument, ModelError
 from sparseworks.kernels.native import available
-from decoders import FAMILIES, family
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels are not built")
@@ -225,8 +226,10 @@ def test_misuse_is_refused(pair):
 
 
 def test_another_family_is_named_and_runs_layer_by_layer():
-    config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4,
-                                      bos_token_id=1, eos_token_id=None, pad_token_id=0)  # fmt: skip
+    config = transformers.BloomConfig(
+        vocab_size=97, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.BloomForCausalLM(config).eval()
     decoder = sw.compile_decoder(model)
@@ -279,10 +282,8 @@ def test_damaged_files_are_refused(tmp_path):
         at = int(torch.randint(0, min(len(data), 30_000), (1,), generator=generator))
         data[at] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
         path.write_bytes(bytes(data[: len(data) - int(torch.randint(0, 2, (1,)))]))
-        try:
+        with contextlib.suppress(CheckpointError, InvalidArgument):
             sw.load_decoder(path)(torch.tensor([[3, 4]]))
-        except (CheckpointError, InvalidArgument):
-            pass
 
 
 def test_a_pipeline_takes_it(pair, data_root):
@@ -302,6 +303,6 @@ def test_a_pipeline_takes_it(pair, data_root):
 def test_memory_is_that_of_the_packed_weights(pair):
     model = family("llama", hidden_size=256, intermediate_size=512, vocab_size=500)
     decoder = sw.compile_decoder(model, dtype="int4")
-    matrices = [l.weight for l in decoder.native.spec.linears()]
+    matrices = [x.weight for x in decoder.native.spec.linears()]
     held = sum(m.data.untyped_storage().nbytes() + m.offset.nbytes for m in matrices)
     assert held <= 1.01 * decoder.report.nbytes + 1000 * len(matrices)

@@ -126,7 +126,7 @@ def llama_cpp_candidate(model: nn.Module, type: str, threads: int, folder: Path)
         return np.ctypeslib.as_array(found, shape=(config.vocab_size,))
 
     def prompt(ids: list[int]) -> Any:
-        engine.reset()
+        engine.reset()  # type: ignore[no-untyped-call]
         engine.eval(ids)
         return logits()
 

@@ -1,8 +1,8 @@
 """Causal language models of families that the native decoder does not know, layer by layer.
 
 Every linear layer gets the layout that was measured fastest for one vector: packed bf16 values
-under a bit mask, with 16-bit indices, 8-bit integers, or the dense matrix as it is. Prompts (several
-tokens at once) run through the batched sparse product. Everything else is the model's own.
+under a bit mask, with 16-bit indices, 8-bit integers, or the dense matrix as it is. Prompts (more
+than a few tokens at once) run through the batched sparse product. All else is the model's own.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument, MissingDependency, ModelError

@@ -298,7 +298,10 @@ def _grouped(grid: Grid, live: Tensor, panels: int) -> tuple[Tensor, Tensor]:
     """`group-int4`: live `[rows, groups]`; codes `[rows, groups, 16]`."""
     groups = live.shape[1]
     kept = live.view(panels, _ROWS, groups).transpose(1, 2)  # [panels, groups, 16]
-    order = lambda t: t.view(panels, _ROWS, groups, *t.shape[2:]).transpose(1, 2)  # noqa: E731
+
+    def order(t: Tensor) -> Tensor:
+        return t.view(panels, _ROWS, groups, *t.shape[2:]).transpose(1, 2)
+
     codes, scale = order(grid.codes), order(grid.scale)
     zero = None if grid.zero is None else order(grid.zero)
     moved = grid.codes.double() if grid.zero is None else grid.codes.double() - grid.zero[..., None]

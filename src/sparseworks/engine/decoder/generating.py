@@ -34,11 +34,6 @@ class DecoderCache(Cache):
         lengths: `[texts]` int32, tokens of each text so far.
     """
 
-    is_compileable = False
-    is_croppable = True
-    is_sliding = ()
-    is_linear = ()
-
     def __init__(self, decoder: NativeDecoder) -> None:
         self.layers: list[Any] = []
         self.layer_class_to_replicate = None
@@ -64,6 +59,22 @@ class DecoderCache(Cache):
     @property
     def is_initialized(self) -> bool:
         return self.memory is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return []
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return []
 
     def start(self, texts: int, tokens: int) -> None:
         if self.memory is None:
@@ -103,7 +114,7 @@ class DecoderCache(Cache):
         """Nothing to do: the past is kept."""
 
 
-class Decoder(PreTrainedModel, GenerationMixin):
+class Decoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A causal language model that runs as one native program a step; inference only.
 
     It is called and generates as the model it was made from: `generate` with sampling, beams,
@@ -154,7 +165,7 @@ class Decoder(PreTrainedModel, GenerationMixin):
             raise ModelError("a compiled decoder cannot be trained; train the model, compile again")
         return self
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> None:
         if model_kwargs.get(_CACHE) is None and generation_config.use_cache is not False:
@@ -249,8 +260,7 @@ class Decoder(PreTrainedModel, GenerationMixin):
         if labels is not None:
             shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten())
-        kept = past if use_cache is not False else None
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: kept})
+        return _output(logits, past, use_cache, loss)
 
     def _one_each(
         self, input_ids: Tensor, mask: Tensor | None, past: DecoderCache, use_cache: bool | None
@@ -267,8 +277,7 @@ class Decoder(PreTrainedModel, GenerationMixin):
         logits = self.native.step_each(memory, input_ids[:, 0], past.lengths)
         past.seen += 1
         past.lengths += 1
-        kept = past if use_cache is not False else None
-        return CausalLMOutputWithPast(logits=logits[:, None], **{_CACHE: kept})
+        return _output(logits[:, None], past, use_cache)
 
     @property
     def tokenizer_name(self) -> str | None:
@@ -284,6 +293,13 @@ class Decoder(PreTrainedModel, GenerationMixin):
         from sparseworks.engine.decoder.saving import save_decoder
 
         save_decoder(self, path)
+
+
+def _output(
+    logits: Tensor, past: DecoderCache, use_cache: bool | None, loss: Tensor | None = None
+) -> CausalLMOutputWithPast:
+    kept: dict[str, Any] = {_CACHE: past if use_cache is not False else None}
+    return CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
 
 
 def _real(mask: Tensor | None, texts: int, seen: int, tokens: int) -> Tensor:

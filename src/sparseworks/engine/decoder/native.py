@@ -57,7 +57,7 @@ class Memory:
         kind, _ = CACHES[self.decoder.cache]
         self.native = self.decoder.code.Cache(kind, self.texts, self.capacity)
         for (heads, size), layer in zip(self.decoder.heads, self.tensors, strict=True):
-            scales = [t.view(-1) for t in layer[2:]] or [None, None]
+            scales: list[Any] = [t.view(-1) for t in layer[2:]] or [None, None]
             flat = [t.view(-1) for t in layer[:2]]
             self.native.add_layer(heads, size, *flat, *scales)
 
@@ -111,7 +111,7 @@ class NativeDecoder:
         self.threads = torch.get_num_threads() if threads is None else threads
         if self.threads < 1:
             raise InvalidArgument(f"threads={threads} must be at least 1")
-        self.heads = [(l.attention.kv_heads, l.attention.size) for l in spec.layers]
+        self.heads = [(x.attention.kv_heads, x.attention.size) for x in spec.layers]
         self._held: list[Tensor] = []  # what the native model points into
         self._tables: list[Tensor] = []
         self._special = any(r.long is not None for r in spec.rotary)

@@ -126,7 +126,7 @@ def pack_model(
             raise InvalidArgument(f"dtype {given!r}: use one of {', '.join(DTYPES)}")
     report = Report(bandwidth=read_bandwidth(threads))
     chosen: dict[tuple[object, ...], Format] = {}
-    routers = {id(l.mlp.router) for l in spec.layers if isinstance(l.mlp, MixtureSpec)}
+    routers = {id(x.mlp.router) for x in spec.layers if isinstance(x.mlp, MixtureSpec)}
     first_of_mixture: dict[int, Format] = {}
     for layer in spec.layers:  # all experts of a layer share one format
         if isinstance(layer.mlp, MixtureSpec):

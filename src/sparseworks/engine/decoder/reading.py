@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
-from sparseworks.engine.decoder.rotary import read_rotary
+from sparseworks.engine.decoder.rotary import Rotary, read_rotary
 from sparseworks.engine.decoder.spec import (
     AttentionSpec,
     LayerSpec,
@@ -54,8 +54,9 @@ class _Reader:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        self.config: Any = model.config.get_text_config(decoder=True)
-        self.names = {id(m): n for n, m in model.named_modules()}
+        config: Any = model.config
+        self.config: Any = config.get_text_config(decoder=True)
+        self.names: dict[int, str] = {id(m): n for n, m in model.named_modules()}
 
     def name(self, module: nn.Module) -> str:
         return self.names[id(module)]
@@ -68,7 +69,8 @@ class _Reader:
                 raise ModelError(f"{self.name(m)} is {type(m).__name__}, not a linear layer")
 
         def matrix(m: Any) -> Tensor:
-            return m.weight.detach().T if type(m).__name__ == "Conv1D" else m.weight.detach()
+            weight: Tensor = m.weight.detach()
+            return weight.T if type(m).__name__ == "Conv1D" else weight
 
         def joined(parts: list[Tensor]) -> Tensor:
             return order(interleaved(*parts) if gated else torch.cat(parts))
@@ -112,7 +114,8 @@ class _Reader:
         return self.linear(self.model.get_output_embeddings())
 
     def embedding(self) -> Tensor:
-        return self.model.get_input_embeddings().weight.detach()
+        found: Tensor = self.model.get_input_embeddings().weight.detach()
+        return found
 
 
 def _read_llama(r: _Reader) -> ModelSpec:
@@ -167,7 +170,7 @@ def _window(attention: Any, config: Any, kind: str | None) -> int:
     return int(getattr(config, "sliding_window", None) or 0)
 
 
-def _positions(config: Any, rotary: list[Any]) -> int:
+def _positions(config: Any, rotary: list[Rotary]) -> int:
     limits = [x.limit for x in rotary if x.limit is not None and x.long is None]
     return min([int(config.max_position_embeddings), *limits])
 
@@ -278,7 +281,7 @@ def _read_neox(r: _Reader) -> ModelSpec:
     activation = r.activation(config.hidden_act)
 
     def split(t: Tensor) -> Tensor:  # [heads, 3, size] -> all queries, all keys, all values
-        return t.unflatten(0, (heads, 3, size)).transpose(0, 1).flatten(0, 2)
+        return t.view(heads, 3, size, *t.shape[1:]).transpose(0, 1).flatten(0, 2)
 
     def layer(b: Any) -> LayerSpec:
         a, m = b.attention, b.mlp

@@ -18,7 +18,7 @@ class Rotary:
     Args:
         frequencies: fp32 `[dims / 2]`, radians a position.
         scaling: of cos and sin.
-        limit: positions from which on `long` serves, or (without `long`) beyond which there are none.
+        limit: positions from which on `long` serves, or beyond which (without it) there are none.
         long: frequencies of texts longer than `limit` (LongRoPE).
     """
 

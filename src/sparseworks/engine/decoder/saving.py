@@ -1,4 +1,4 @@
-"""A decoder as one safetensors file: tensors as they lie in memory, everything else in its header."""
+"""A decoder as one safetensors file: tensors as they lie in memory, all else in its header."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ def save_decoder(decoder: Any, path: str | os.PathLike[str]) -> None:
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
-        tensors[name] = value.contiguous().clone() if value._is_view() else value.contiguous()
+        whole = value.contiguous()
+        tensors[name] = whole.clone() if value._is_view() else whole
         return {"tensor": name}
     if isinstance(value, Panels):
-        return {"panels": [int(value.format), value.rows, value.columns, value.zeros,
-                           _encode(value.data, tensors), _encode(value.offset, tensors)]}  # fmt: skip
+        parts = [_encode(t, tensors) for t in (value.data, value.offset)]
+        return {"panels": [int(value.format), value.rows, value.columns, value.zeros, *parts]}
     if is_dataclass(value):
         found = {f.name: _encode(getattr(value, f.name), tensors) for f in fields(value)}
         return {"kind": type(value).__name__, "fields": found}

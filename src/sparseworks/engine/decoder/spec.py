@@ -77,7 +77,7 @@ class AttentionSpec:
 
 @dataclass
 class MlpSpec:
-    """down(act(up x)), or down(act(gate x) * up x): 16 rows of gates alternate with 16 of values."""
+    """down(act(up x)); gated, down(act(gate x) * up x): 16 rows of gates, then 16 of values."""
 
     up: LinearSpec
     down: LinearSpec
@@ -139,21 +139,24 @@ class ModelSpec:
         for layer in self.layers:
             yield layer.attention.qkv
             yield layer.attention.out
-            mixed = isinstance(layer.mlp, MixtureSpec)
-            if mixed:
+            if isinstance(layer.mlp, MixtureSpec):
                 yield layer.mlp.router
-            for mlp in layer.mlp.experts if mixed else [layer.mlp]:
+                mlps = layer.mlp.experts
+            else:
+                mlps = [layer.mlp]
+            for mlp in mlps:
                 yield mlp.up
                 yield mlp.down
         yield self.head
 
     def packed_bytes(self) -> int:
-        return sum(l.weight.nbytes for l in self.linears() if isinstance(l.weight, Panels))
+        return sum(x.weight.nbytes for x in self.linears() if isinstance(x.weight, Panels))
 
 
 def interleaved(gate: Tensor, up: Tensor) -> Tensor:
     """Rows of both, 16 of `gate`, then the 16 of `up` they belong to; filled up with zeros."""
     fill = -gate.shape[0] % 16
     pad = (0, fill) if gate.ndim == 1 else (0, 0, 0, fill)
-    both = [torch.nn.functional.pad(t, pad).unflatten(0, (-1, 16)) for t in (gate, up)]
+    both = [torch.nn.functional.pad(t, pad) for t in (gate, up)]
+    both = [t.view(-1, 16, *t.shape[1:]) for t in both]
     return torch.stack(both, 1).flatten(0, 2)
