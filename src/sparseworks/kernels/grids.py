@@ -113,7 +113,7 @@ def _codes(w: Tensor, scale: Tensor, top: int) -> Tensor:
 
 
 def _with_zeros(w: Tensor, m: Tensor, bits: int) -> Grid:
-    """scale = (max - min) / (2^b - 1), zero = round(-min / scale), of the kept weights of a group."""
+    """scale = (max - min) / (2^b - 1), zero = round(-min / scale), of kept weights of a group."""
     low = torch.where(m, w, torch.inf).amin(2)
     high = torch.where(m, w, -torch.inf).amax(2)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # 0 is on the grid
