@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.engine.explaining import layer_lines, program_lines
+from sparseworks.core.types import dense_lines
+from sparseworks.engine.explaining import layer_lines, left_dense, program_lines
 from sparseworks.engine.graph import Captured, arguments, capture
 from sparseworks.engine.ir import Precision
 from sparseworks.engine.layers import LayerPlan, by_layers
@@ -28,6 +29,7 @@ from sparseworks.engine.part import check_shape
 from sparseworks.engine.plan import Plan, make_plan
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.models.calls import call, split
+from sparseworks.models.hooks import folded
 
 __all__ = ["Compiled", "compile"]
 
@@ -51,6 +53,8 @@ class Compiled:
         times: milliseconds of each way that was measured on the example.
         notes: why a way was not taken.
         layers: what was chosen for each linear layer, of kind "layers".
+        skipped: name -> why its zeros are not skipped, of every parameter of two or more axes that
+            no kernel here runs.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class Compiled:
         times: dict[str, float] | None = None,
         notes: list[str] | None = None,
         layers: tuple[LayerPlan, ...] = (),
+        skipped: dict[str, str] | None = None,
     ) -> None:
         self.run, self.kind, self.error = run, kind, error
         self.times, self.notes, self.layers = times or {}, notes or [], layers
+        self.skipped = skipped or {}
 
     @property
     def plan(self) -> Plan | None:
@@ -93,6 +99,7 @@ class Compiled:
             lines += program_lines(self.plan)
         elif self.layers:
             lines += layer_lines(self.layers)
+        lines += dense_lines(self.skipped)
         lines.append(f"relative error on the example {self.error:.1e}")
         return "\n".join(lines)
 
@@ -147,6 +154,7 @@ def compile(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{name}: NaN or Inf; nothing was compiled")
     instruction_set()
+    model, given = folded(model), model
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
         raise InvalidArgument(f"threads={threads}: at least one is needed")
@@ -157,6 +165,10 @@ def compile(
     args, kwargs = arguments(inputs)
     expected = tensors_of(_checked(quiet, inputs))
     notes: list[str] = []
+    if hooked := {n for n, _ in given.named_parameters()} - {
+        n for n, _ in model.named_parameters()
+    }:
+        notes.append(f"what hooks compute weights from is folded: {', '.join(sorted(hooked))}")
     runs: dict[str, Callable[..., Any]] = {"torch": quiet}
     errors = {"torch": 0.0}
     precisions = list(dict.fromkeys((Precision.FP32, _PRECISIONS[dtype])))
@@ -173,7 +185,8 @@ def compile(
     times = _times(runs, args, kwargs)
     best = min(times, key=lambda way: times[way])
     if isinstance(runs[best], Plan):
-        return Compiled(runs[best], "program", errors[best], times, notes)
+        left = left_dense(model, "program", runs[best], ())
+        return Compiled(runs[best], "program", errors[best], times, notes, (), left)
     twin, layers, found = by_layers(model, inputs, threads)
     if any(p.kernel != "dense" for p in layers):
         runs["layers"], errors["layers"] = twin, difference(expected, found)
@@ -181,7 +194,8 @@ def compile(
         best = min(times, key=lambda way: times[way])
     kind = "program" if isinstance(runs[best], Plan) else best
     kept = () if kind == "program" else tuple(layers)
-    return Compiled(runs[best], kind, errors[best], times, notes, kept)
+    left = left_dense(model, kind, runs[best], kept)
+    return Compiled(runs[best], kind, errors[best], times, notes, kept, left)
 
 
 def _way(name: str, precision: Precision) -> str:

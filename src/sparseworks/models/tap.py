@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseworks.core.evidence import Collector
-from sparseworks.models.views import View
+from sparseworks.models.matrix import View
 
 __all__ = ["EvidenceTap", "calibration_mode", "conv_patches"]
 

@@ -24,6 +24,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import Masks, attach
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
+from sparseworks.core.types import dense_lines
 from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.views import View
 from sparseworks.training.sharding import local_mask, local_part
@@ -71,6 +72,7 @@ class Run:
         step: optimizer steps taken.
         masks: parameter name -> bool mask on the parameter's device.
         views: parameter name -> its matrix view.
+        skipped: parameter name -> why it is left dense.
         dense_gradients: of the last step, where the method asked for them.
         dense_steps: steps whose gradients were computed for masked weights too.
         memory: tensors that the method keeps from step to step; part of the saved state.
@@ -93,6 +95,7 @@ class Run:
         self.views = {v.name: v for v in views}
         self.sparsity, self.steps, self.pattern, self.budget = sparsity, steps, pattern, budget
         self.seed = seed
+        self.skipped: dict[str, str] = {}
         self.step = 0
         self.masks: dict[str, Tensor] = {
             n: torch.ones(v.parameter.shape, dtype=torch.bool, device=v.parameter.device)
@@ -106,6 +109,11 @@ class Run:
         self._places: dict[str, tuple[Mapping[str, Any], str]] = {}  # a module's parameters, key
         self._overwritten: list[tuple[Tensor, int, Tensor]] = []
         self._handles: list[Any] = []
+
+    def __str__(self) -> str:
+        told = f"{len(self.masks)} tensors at step {self.step}"
+        lines = [f"{self.method.info.name}: sparsity {self.current_sparsity:.4f} over {told}"]
+        return "\n".join(lines + dense_lines(self.skipped))
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,9 @@ from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.masks import masks
 from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
-from sparseworks.models.views import View, find_prunable
+from sparseworks.models.hooks import with_torch_masks
+from sparseworks.models.matrix import parameters_of
+from sparseworks.models.views import find_prunable, recorded_views
 from sparseworks.training.hooked import Hooked, Run, plain_name, unwrapped
 
 __all__ = ["sparsify"]
@@ -74,20 +77,22 @@ def sparsify(
             "cannot be enforced; use an optimizer that steps the parameters themselves"
         )
     if chosen.starts_from_record:
-        record = masks(unwrapped(model))
+        record = with_torch_masks(unwrapped(model), masks(unwrapped(model)))
         if record is None or not len(record):
             raise ModelError(
                 f"method {chosen.info.name!r} needs a model with masks: prune or load one first"
             )
-        masked = {id(p) for n, p in model.named_parameters() if plain_name(n) in record}
-        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        everything = find_prunable(
-            model, include="*", embeddings=any(id(m.weight) in masked for m in tables)
-        )
-        views = [v for v in everything if plain_name(v.name) in record]
+        views = recorded_views(model, record, plain_name)
+        absent = set(record) - {plain_name(n) for n, *_ in parameters_of(model)}
+        if absent:
+            raise ModelError(f"the mask record names {min(absent)!r}, which the model has not")
+        found = find_prunable(model, torch_masked=True, required=False)
+        dense = found.reasons() | {v.name: "it has no mask" for v in found}
     else:
         found = find_prunable(model, include, exclude, embeddings=chosen.embeddings)
         views = [v for v in found if chosen.takes(v)]
+        taken = f"method {chosen.info.name!r} does not take it"
+        dense = found.reasons() | {v.name: taken for v in found if not chosen.takes(v)}
         if not views:
             raise ModelError(f"method {chosen.info.name!r} takes none of the tensors given")
         if sparsity is None:
@@ -101,7 +106,7 @@ def sparsify(
             f"the optimizer does not hold {lacking[0]!r}; build it from this model's parameters, "
             "or exclude the tensor"
         )
-    plain = [View(plain_name(v.name), v.module, v.attribute, v.layout, v.groups) for v in views]
+    plain = [replace(v, name=plain_name(v.name)) for v in views]
     run = Run(
         model,
         optimizer,
@@ -113,5 +118,6 @@ def sparsify(
         budget=chosen.budget if budget is None else budget,
         seed=seed,
     )
+    run.skipped = {p: why for n, why in dense.items() if (p := plain_name(n)) not in run.masks}
     run.start()
     return run

@@ -75,6 +75,7 @@ class Transformed:
             `finish`. A method that replaces modules sets the views of the new ones.
         optimizer: after `attach`.
         step: optimizer steps taken.
+        skipped: tensor name -> why it is left dense.
         own: what the method keeps between its calls.
     """
 
@@ -96,6 +97,7 @@ class Transformed:
         self.seed = seed
         self.step = 0
         self.optimizer: Optimizer | None = None
+        self.skipped: dict[str, str] = {}
         self.finished = False
         self.own: dict[str, Any] = {}
         self._masks: dict[str, Tensor] = {}

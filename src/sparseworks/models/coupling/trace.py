@@ -14,6 +14,7 @@ from sparseworks.models.calls import Batch, split
 from sparseworks.models.coupling.groups import Coupling, solve
 from sparseworks.models.coupling.ops import HANDLERS, Call, Cost, elementwise
 from sparseworks.models.coupling.provenance import Atoms, Provenance, frozen
+from sparseworks.models.hooks import refresh
 
 __all__ = ["CouplingError", "trace"]
 
@@ -80,6 +81,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
         for module, was in training.items():
             module.training = was
+            refresh(module)  # what hooks computed in the export has no values
 
 
 def _decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

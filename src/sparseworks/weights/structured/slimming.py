@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass, replace
@@ -15,12 +14,13 @@ from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.coupling import Coupling, trace
+from sparseworks.models.hooks import duplicate
 from sparseworks.weights.structured.applying import apply_cut
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.cutting import Backup, Change
 from sparseworks.weights.structured.depth import drop_least, renamed
 from sparseworks.weights.structured.measure import latency as measure_latency
-from sparseworks.weights.structured.planning import Keep, Plan, shapes_of
+from sparseworks.weights.structured.planning import Keep, Plan, left_whole, shapes_of
 from sparseworks.weights.structured.result import SlimResult, Width
 from sparseworks.weights.structured.selection import OutOfReach
 from sparseworks.weights.structured.targets import RoundTo, measured, pick, target
@@ -126,7 +126,7 @@ def slim(
     )
     auto = round_to == "auto" or (round_to is None and what == "latency")
     if copy:
-        model = copying.deepcopy(model)
+        model = duplicate(model)
     shapes = shapes_of(model)
     report, undo = progress or (lambda *_: None), []
     first: Coupling | None = None
@@ -175,6 +175,7 @@ def slim(
     assert first is not None
     after = shapes_of(model)
     parameters = sum(p.numel() for p in model.parameters())
+    last = trace(model, example)
     return SlimResult(
         scorer.info.name,
         {**targets, **_plain(plan), "blocks": blocks, "iterations": iterations, **_fields(scorer)},
@@ -182,13 +183,14 @@ def slim(
         {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
         tuple(changes),
         (config if plan.uniform and has_config(model) else None),
-        (sum(2.0 * c.macs for c in first.costs), trace(model, example).flops()),
+        (sum(2.0 * c.macs for c in first.costs), last.flops()),
         (sum(int(np.prod(s)) for s in shapes.values()), parameters),
         (base, measure_latency(model, example)) if what == "latency" else None,
         model,
         time.perf_counter() - start,
         tuple(f"not reached by the example, left whole: {n}" for n in first.unreached),
         tuple(gone),
+        left_whole(last, plan, {n for n in after if shapes.get(n) == after[n]}),
     )
 
 
