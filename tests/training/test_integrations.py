@@ -140,7 +140,7 @@ def test_the_trainer_refuses_what_cannot_be(trainer, tmp_path):
     with pytest.raises(InvalidArgument, match="schedule ends at step 30, after the training"):
         trainer(sw.trainer_callback("gradual", sparsity=0.5, steps=30, every=2))[1].train()
     with pytest.raises(InvalidArgument, match="every 100 steps, but the training has 24"):
-        trainer(sw.trainer_callback("gradual", sparsity=0.5))[1].train()
+        trainer(sw.trainer_callback("gradual", sparsity=0.5, every=100))[1].train()
     trainer(sw.trainer_callback("rigl", sparsity=0.5, every=2))[1].train()
     with pytest.raises(InvalidArgument, match="the state is of method 'rigl'"):
         trainer(sw.trainer_callback("set", sparsity=0.5, every=2))[1].train(

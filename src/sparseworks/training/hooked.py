@@ -9,59 +9,25 @@ before the step, because some trainers step before backward.
 from __future__ import annotations
 
 import warnings
-from abc import ABC
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparseworks.core import registry
-from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import Masks, attach
 from sparseworks.core.patterns import Pattern
-from sparseworks.core.registry import MethodInfo
 from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.views import View
+from sparseworks.training.method import Hooked, Periodic
 from sparseworks.training.sharding import local_mask, local_part
 
-__all__ = ["Hooked", "Run", "plain_name", "unwrapped"]
+__all__ = ["Hooked", "Periodic", "Run", "plain_name", "unwrapped"]
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooked(ABC):
-    """Base of methods that change masks while a model trains; frozen dataclasses of options.
-
-    Args:
-        pattern: legal zeros, where the call names none.
-        budget: who pays, where the call names none.
-    """
-
-    pattern: str | Pattern = "unstructured"
-    budget: str | Mapping[str, float] | Budget = "uniform"
-
-    info: ClassVar[MethodInfo]
-    starts_from_record: ClassVar[bool] = False
-    embeddings: ClassVar[bool] = False  # embedding tables are masked too
-
-    def takes(self, view: View) -> bool:
-        """Is this one of the tensors that the method prunes?"""
-        return True
-
-    def begin(self, run: Run) -> None:  # noqa: B027
-        """Choose the first masks, `run.masks[name]`; all weights are kept before this."""
-
-    def wants_dense_gradients(self, run: Run) -> bool:
-        """Must the next step's gradients also be kept for masked weights?"""
-        return False
-
-    def update(self, run: Run) -> None:  # noqa: B027
-        """Called after every optimizer step, `run.step` counted from 1."""
 
 
 class Run:
@@ -69,6 +35,7 @@ class Run:
 
     Attributes:
         step: optimizer steps taken.
+        every: steps between mask updates, of methods that have such an option; else 0.
         masks: parameter name -> bool mask on the parameter's device.
         views: parameter name -> its matrix view.
         dense_gradients: of the last step, where the method asked for them.
@@ -94,6 +61,7 @@ class Run:
         self.sparsity, self.steps, self.pattern, self.budget = sparsity, steps, pattern, budget
         self.seed = seed
         self.step = 0
+        self.every = method.interval(steps) if isinstance(method, Periodic) else 0
         self.masks: dict[str, Tensor] = {
             n: torch.ones(v.parameter.shape, dtype=torch.bool, device=v.parameter.device)
             for n, v in self.views.items()
@@ -258,12 +226,17 @@ class Run:
         """Everything that resuming needs beside the model's and the optimizer's own state."""
         return {
             "method": self.method.info.name,
-            "options": registry.options_of(self.method),
+            "options": self._options(),
             "step": self.step,
             "dense_steps": self.dense_steps,
             "masks": self.record().state_dict(),
             "memory": {n: t.clone() for n, t in self.memory.items()},
         }
+
+    def _options(self) -> dict[str, Any]:
+        """The method's options, with the interval that a default comes to."""
+        every = {"every": self.every} if self.every else {}
+        return {**registry.options_of(self.method), **every}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -274,7 +247,7 @@ class Run:
         Raises:
             InvalidArgument: the state is of another method or of other tensors.
         """
-        mine = registry.options_of(self.method)
+        mine = self._options()
         if state["method"] != self.method.info.name or state["options"] != mine:
             raise InvalidArgument(
                 f"the state is of method {state['method']!r} with {state['options']}, this run is "

@@ -52,17 +52,13 @@ class Sparsifier:
 
     def begin(self, model: nn.Module, optimizer: Optimizer, total: int) -> Run:
         """Start the run for a training of `total` optimizer steps."""
-        steps, every = self.steps or total, self.sparse.every
+        steps = self.steps or total
         if steps > total:
             raise InvalidArgument(
                 f"the sparsity schedule ends at step {steps}, after the training ({total} steps); "
                 "leave `steps` out or train longer"
             )
-        if every is not None and every > total:
-            raise InvalidArgument(
-                f"the masks would change every {every} steps, but the training has {total}: "
-                "set `every` lower"
-            )
+        self.sparse.check_steps(total)
         self.run = sparsify(
             model,
             optimizer,

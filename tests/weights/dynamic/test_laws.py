@@ -13,7 +13,7 @@ from torch import nn
 import sparseworks as sw
 from sparseworks.core.budgets import erk
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.schedules import cosine, cubic
+from sparseworks.core.schedules import cosine, cubic, interval
 from sparseworks.models.views import find_prunable
 
 STEPS = 24
@@ -228,6 +228,26 @@ def test_misuse(options, message):
         with pytest.raises(InvalidArgument, match=message):
             sw.sparsify(model, OPTIMIZERS["sgd"](model.parameters()), method, **options)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "granet", "gradual", "dsl"])
+@pytest.mark.parametrize("steps", [1, 7, 60, 500, 5000])
+def test_the_default_interval_is_the_law_of_the_schedules(method, steps):
+    def train_with(**given):
+        model = net()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        run = sw.sparsify(model, optimizer, method, sparsity=0.8, steps=steps, **given)
+        train(model, optimizer, last=min(steps, 12))
+        return model, run
+
+    model, run = train_with()
+    twin, told = train_with(every=interval(steps))
+    assert run.every == told.every == interval(steps)
+    assert all(torch.equal(m, told.masks[n]) for n, m in run.masks.items())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    told.load_state_dict(run.state_dict())  # the same run, whoever chose the interval
+    if steps <= 12:
+        assert run.finish().sparsity() == pytest.approx(0.8, abs=2e-3)
 
 
 def test_a_schedule_that_outlasts_the_training_is_named():
