@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from sparseworks.core.masks import masks
 from sparseworks.core.registry import MethodInfo
-from sparseworks.training.hooked import Hooked, Run, unwrapped
+from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.names import unwrapped
 
 
 @dataclass(frozen=True)

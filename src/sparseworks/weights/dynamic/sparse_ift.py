@@ -140,6 +140,10 @@ class SparseIFT(Transform):
                 f"sparse-ift: {view.name} is {view.layout} with {view.groups} groups; only linear "
                 "layers and convolutions of one group can be enlarged, exclude it"
             )
+        if not view.parameter.requires_grad:
+            raise InvalidArgument(
+                f"sparse-ift: {view.name} is frozen (requires_grad=False); exclude it"
+            )
 
     def _enlarge(self, job: Transformed, view: View) -> list[str]:
         """Replace one layer; the names of the weights to mask."""
