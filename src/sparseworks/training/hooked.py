@@ -22,7 +22,7 @@ from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.views import View
-from sparseworks.training.attaching import attach_beside
+from sparseworks.training.attaching import attach_beside, put_masks
 from sparseworks.training.method import Hooked, Periodic
 from sparseworks.training.names import plain_name, unwrapped
 from sparseworks.training.optimizers import Optimizers
@@ -238,6 +238,26 @@ class Run:
             handle.remove()
         self._handles.clear()
         self.finished = True
+
+    def apply_to(self, model: nn.Module) -> Masks:
+        """The masks as they are now on a copy of the model, an average of its weights say.
+
+        Masked weights of the copy become exactly 0, and the record of the masks is attached to the
+        model inside its wrappers. The run goes on as before.
+
+        Args:
+            model: of the same parameters as the model of the run, in names and shapes; wrappers
+                (`AveragedModel`, DDP, `torch.compile`) may be round either.
+
+        Returns:
+            The masks of this run.
+
+        Raises:
+            ModelError: another model; nothing was changed.
+        """
+        put_masks(self.masks, self.model, model)
+        attach_beside(unwrapped(model), self.record())
+        return self.record()
 
     def _warn_if_short(self) -> None:
         early = bool(self.sparsity and self.steps and self.step < self.steps)
