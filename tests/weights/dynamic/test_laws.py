@@ -185,6 +185,35 @@ def test_the_same_seed_gives_the_same_run_and_resuming_is_exact(method):
                                                          make(4)[2].masks.values()))  # fmt: skip
 
 
+@pytest.mark.parametrize("second", [*sorted(OPTIONS), "fixed"])
+@pytest.mark.parametrize("first", sorted(OPTIONS))
+def test_a_second_run_after_the_first_is_finished_is_a_run_of_its_own(first, second):
+    """On the same model and optimizer; nothing of the first goes on beside it."""
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    run = sw.sparsify(model, optimizer, first, sparsity=0.7, steps=STEPS, **OPTIONS[first])
+    train(model, optimizer)
+    kept = run.finish()
+    twin = net()
+    twin.load_state_dict(model.state_dict())
+    sw.attach(twin, kept)
+    alike = OPTIMIZERS["sgd"](twin.parameters())
+    alike.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    runs = []
+    for net_, optimizer_ in ((model, optimizer), (twin, alike)):
+        given = {} if second == "fixed" else {"sparsity": 0.8, "steps": STEPS, **OPTIONS[second]}
+        runs.append(sw.sparsify(net_, optimizer_, second, **given))
+        train(net_, optimizer_)
+    assert runs[0].step == STEPS and run.step == STEPS
+    records = [r.finish() for r in runs]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    for record, net_ in zip(records, (model, twin)):
+        assert record.sparsity() == pytest.approx(0.7 if second == "fixed" else 0.8, abs=1e-3)
+        assert sw.masks(net_).violations(net_) == {}
+    if second == "fixed":
+        assert all(torch.equal(records[0][n], m) for n, m in kept.items())
+
+
 def test_gradual_masks_never_grow():
     model = net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
