@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from sparseworks.core import registry
 from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.masks import Masks, attach
+from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
+from sparseworks.training.attaching import attach_beside
 
 __all__ = ["Transform", "Transformed"]
 
@@ -295,7 +296,7 @@ class Transformed:
             self._masks = masks
             self._release()
             self.finished = True
-            attach(self.model, self.record())
+            attach_beside(self.model, self.record())
         return self.record()
 
     def record(self) -> Masks:

@@ -8,7 +8,8 @@ from typing import ClassVar
 from sparseworks.core.masks import masks
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.hooks import with_torch_masks
-from sparseworks.training.hooked import Hooked, Run, unwrapped
+from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.names import unwrapped
 
 
 @dataclass(frozen=True)

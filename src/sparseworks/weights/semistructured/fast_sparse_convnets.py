@@ -84,7 +84,7 @@ class FastSparseConvNets(Gradual):
 
     def update(self, run: Run) -> None:
         first, last = span(run, self.start, self.end)
-        if run.step != last and not periodic(run.step, every=self.every, begin=first, end=last):
+        if run.step != last and not periodic(run.step, every=run.every, begin=first, end=last):
             return
         patterns = {n: self.pattern_of(run, v) for n, v in run.views.items()}
         specs = [v.spec(patterns[n]) for n, v in run.views.items()]
