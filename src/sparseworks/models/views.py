@@ -12,8 +12,10 @@ inputs. Parameters that hold several matrices with inputs of their own stack the
 | Conv1d/2d/3d | [out, in/g, k...] | [out, k... * in/g] (channels fastest) | g | in/g |
 | in-projection | [3 e, e] | [3 e, e] | 3 | e |
 | experts | [E, out, in] or [E, in, out] | [E * out, in] | E | in |
+| RNN, LSTM, GRU, their cells | [gates * hidden, in] | as it is | 1 | in |
 
-`run` is how many consecutive columns belong together: N:M and blocks may not cross it.
+`run` is how many consecutive columns belong together: N:M and blocks may not cross it. A hidden
+unit of a recurrent layer is a row in every gate: patterns of rows move all (`View.fitted`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,12 +31,16 @@ from torch import Tensor, nn
 
 from sparseworks.core.budgets import TensorSpec
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.patterns import Pattern
+from sparseworks.core.patterns import Group, Pattern
+from sparseworks.models.recurrence import RECURRENT, gates_of
 
 __all__ = ["Prunable", "Skipped", "View", "find_prunable", "view_of"]
 
-Layout = Literal["linear", "transposed", "conv", "packed", "experts", "experts_transposed"]
+Layout = Literal[
+    "linear", "transposed", "conv", "packed", "experts", "experts_transposed", "recurrent"
+]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, *_CONVOLUTIONS, *RECURRENT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +125,20 @@ class View:
         """Put a matrix into the parameter, in its dtype and in place."""
         self.parameter.copy_(self.from_matrix(matrix))
 
+    def fitted(self, pattern: Pattern) -> Pattern:
+        """The pattern for this matrix: groups of rows are whole units where a unit has several."""
+        gates = self.layout == "recurrent" and not self.attribute.startswith("weight_hr")
+        if gates and isinstance(pattern, Group) and pattern.axis == "rows":
+            return replace(pattern, stride=self.shape[0] // gates_of(self.module))
+        return pattern
+
+    def select(self, pattern: Pattern, scores: Tensor, keep: int) -> Tensor:
+        """The mask, of the parameter's shape, with the `keep` best units of the matrix `scores`."""
+        return self.from_matrix(self.fitted(pattern).select(scores, keep)).contiguous()
+
     def spec(self, pattern: Pattern) -> TensorSpec:
         """What a budget needs to know of this tensor."""
-        return TensorSpec(self.name, tuple(self.parameter.shape), self.shape, pattern)
+        return TensorSpec(self.name, tuple(self.parameter.shape), self.shape, self.fitted(pattern))
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,8 @@ def view_of(module: nn.Module, attribute: str, name: str) -> View | None:
             return View(name, module, attribute, "packed", 3)
         if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             return View(name, module, attribute, "linear")
+    if isinstance(module, RECURRENT) and attribute.startswith("weight_"):
+        return View(name, module, attribute, "recurrent")
     if parameter.ndim == 3 and _is_expert_bank(module):
         layout: Layout = (
             "experts_transposed" if _experts_transposed(module, attribute) else "experts"
@@ -187,8 +206,9 @@ def find_prunable(
 ) -> Prunable:
     """The weights a method may make sparse, each parameter once.
 
-    By default every Linear, Conv1d/2d/3d, HF Conv1D, attention in-projection and expert bank; not
-    embeddings (nor what is tied to them), not the output head, not MoE routers, norms or biases.
+    By default every Linear, Conv1d/2d/3d, HF Conv1D, RNN, LSTM, GRU (and cells), attention
+    in-projection and expert bank; not embeddings (nor what is tied to them), not the output head,
+    not MoE routers, norms or biases.
 
     Args:
         model: any module.
@@ -248,7 +268,9 @@ def find_prunable(
             f"name pattern {sorted(unseen)[0]!r} matches no weight; weights are named like {known}"
         )
     if not views:
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or "no Linear or Conv"
+        reasons = (
+            "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or "no Linear, Conv or RNN"
+        )
         raise ModelError(f"{type(model).__name__} has no prunable weight ({reasons})")
     return Prunable(tuple(views), tuple(skipped))
 
@@ -305,12 +327,12 @@ def _output_head(model: nn.Module) -> Tensor | None:
         kinds = (nn.Linear, *_CONVOLUTIONS)
         outside = [m for m in model.modules() if isinstance(m, kinds) and id(m) not in inside]
         return outside[-1].weight if outside else None
-    leaves = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))
-    ]
-    if len(leaves) < 2 or not isinstance(leaves[-1][1], nn.Linear):
+    leaves = [(n, m) for n, m in model.named_modules() if isinstance(m, _LAYERS)]
+    if len(leaves) < 2:
         return None
     name, last = leaves[-1]
+    if not isinstance(last, nn.Linear):
+        return None
     return None if _in_repeated_block(model, name) else last.weight
 
 
@@ -329,7 +351,7 @@ def _in_repeated_block(model: nn.Module, name: str) -> bool:
 
 def _reparametrized(prefix: str, module: nn.Module) -> list[Skipped]:
     if not hasattr(module, "parametrizations") or not isinstance(
-        module, (nn.Linear, *_CONVOLUTIONS, nn.MultiheadAttention)
+        module, (*_LAYERS, nn.MultiheadAttention)
     ):
         return []
     return [
