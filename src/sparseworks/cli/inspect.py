@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
 
-_WEIGHTS = ("weight", "_proj")
+_WEIGHTS = re.compile(r"(weight|_proj|weight_[ih][hr](_l\d+(_reverse)?)?)$")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _rows(name: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
 def _row(tensor: Any) -> dict[str, Any]:
     weights = math.prod(tensor.shape)
     zeros = round((tensor.sparsity or 0.0) * weights)
-    named = "embed" not in tensor.name and tensor.name.endswith(_WEIGHTS)
+    named = "embed" not in tensor.name and bool(_WEIGHTS.search(tensor.name))
     matrix = len(tensor.shape) >= 2 and named
     return {
         "name": tensor.name,

@@ -24,6 +24,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from sparseworks.core.masks import MaskEntry, Masks, attach, masks
+from sparseworks.models.recurrence import relist
 
 if TYPE_CHECKING:
     from sparseworks.models.matrix import View
@@ -130,6 +131,7 @@ def as_given(views: Iterable[View]) -> Iterator[set[str]]:
             if isinstance(hook, BasePruningMethod) and computed == name:
                 del module._forward_pre_hooks[key]
         module.__dict__[name] = parameter  # not setattr, which would register it a second time
+        relist([module])
         held.append((view, mask, values, before))
     try:
         yield pruned

@@ -12,8 +12,10 @@ inputs. Parameters that hold several matrices with inputs of their own stack the
 | Conv1d/2d/3d | [out, in/g, k...] | [out, k... * in/g] (channels fastest) | g | in/g |
 | in-projection | [3 e, e] | [3 e, e] | 3 | e |
 | experts | [E, out, in] or [E, in, out] | [E * out, in] | E | in |
+| RNN, LSTM, GRU, their cells | [gates * hidden, in] | as it is | 1 | in |
 
-`run` is how many consecutive columns belong together: N:M and blocks may not cross it.
+`run` is how many consecutive columns belong together: N:M and blocks may not cross it. A hidden
+unit of a recurrent layer is a row in every gate: patterns of rows move all (`View.fitted`).
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.budgets import TensorSpec
-from sparseworks.core.patterns import Pattern
+from sparseworks.core.patterns import Group, Pattern
 from sparseworks.models.hooks import refresh, torch_mask
+from sparseworks.models.recurrence import gates_of, is_weight
 
 __all__ = ["View", "parameters_of", "plain_view", "view_of"]
 
-Layout = Literal["linear", "transposed", "conv", "packed", "experts", "experts_transposed"]
+Layout = Literal[
+    "linear", "transposed", "conv", "packed", "experts", "experts_transposed", "recurrent"
+]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -128,9 +133,20 @@ class View:
         self.parameter.copy_(self.from_matrix(matrix))
         refresh(self.module)
 
+    def fitted(self, pattern: Pattern) -> Pattern:
+        """The pattern for this matrix: groups of rows are whole units where a unit has several."""
+        gates = self.layout == "recurrent" and not self.attribute.startswith("weight_hr")
+        if gates and isinstance(pattern, Group) and pattern.axis == "rows":
+            return replace(pattern, stride=self.shape[0] // gates_of(self.module))
+        return pattern
+
+    def select(self, pattern: Pattern, scores: Tensor, keep: int) -> Tensor:
+        """The mask, of the parameter's shape, with the `keep` best units of the matrix `scores`."""
+        return self.from_matrix(self.fitted(pattern).select(scores, keep)).contiguous()
+
     def spec(self, pattern: Pattern) -> TensorSpec:
         """What a budget needs to know of this tensor."""
-        return TensorSpec(self.name, tuple(self.parameter.shape), self.shape, pattern)
+        return TensorSpec(self.name, tuple(self.parameter.shape), self.shape, self.fitted(pattern))
 
 
 def view_of(module: nn.Module, attribute: str, name: str) -> View | None:
@@ -152,6 +168,8 @@ def view_of(module: nn.Module, attribute: str, name: str) -> View | None:
             return View(name, module, attribute, "packed", 3)
         if of in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             return View(name, module, attribute, "linear")
+    if is_weight(module, of):
+        return View(name, module, attribute, "recurrent")
     if parameter.ndim == 3 and _is_expert_bank(module):
         layout: Layout = (
             "experts_transposed" if _experts_transposed(module, attribute) else "experts"

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from sparseworks.models.hooks import hook_of
+from sparseworks.models.recurrence import RECURRENT
 
 __all__ = ["ADAPTER", "Adapters", "is_bare", "is_router", "matches", "output_head", "why_dense"]
 
 ADAPTER = "an adapter, not a weight of the model"
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -98,7 +99,7 @@ def output_head(model: nn.Module, adapters: Adapters) -> Tensor | None:
     layers = [
         (n, m)
         for n, m in model.named_modules()
-        if isinstance(m, (nn.Linear, *_CONVOLUTIONS)) and adapters.part(n) is None
+        if isinstance(m, (*_PLAIN, *RECURRENT)) and adapters.part(n) is None
     ]
     unwrap = getattr(model, "get_base_model", None)  # adapters round a model
     core = unwrap() if callable(unwrap) else model
@@ -116,7 +117,7 @@ def output_head(model: nn.Module, adapters: Adapters) -> Tensor | None:
         if base is core:
             return None
         inside = {id(m) for m in base.modules()}
-        outside = [m for _, m in layers if id(m) not in inside]
+        outside = [m for _, m in layers if isinstance(m, _PLAIN) and id(m) not in inside]
         return _weight_of(outside[-1]) if outside else None
     if len(layers) < 2 or not isinstance(layers[-1][1], nn.Linear):
         return None

@@ -90,9 +90,10 @@ def find_prunable(
 ) -> Prunable:
     """The weights a method may make sparse, each parameter once; all others, each with the reason.
 
-    By default every Linear, Conv1d/2d/3d, HF Conv1D, attention in-projection and expert bank; not
-    embeddings (nor what is tied to them), not the output head, not MoE routers, adapters, norms or
-    biases. No parameter of two or more axes is missing in the result.
+    By default every Linear, Conv1d/2d/3d, HF Conv1D, RNN, LSTM, GRU (and cells), attention
+    in-projection and expert bank; not embeddings (nor what is tied to them), not the output head,
+    not MoE routers, adapters, norms or biases. No parameter of two or more axes is missing in the
+    result.
 
     Args:
         model: any module.
@@ -134,7 +135,8 @@ def find_prunable(
     if required:
         choice.check()
     if required and not views:
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or "no Linear or Conv"
+        none = "no Linear, Conv or RNN"
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or none
         raise ModelError(f"{type(model).__name__} has no prunable weight ({reasons})")
     return Prunable(tuple(views), tuple(skipped))
 

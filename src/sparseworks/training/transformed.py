@@ -177,7 +177,8 @@ class Transformed:
                 f"{name} is also {tied[0]} (tied weights): a parametrization would reach only one "
                 "of them; exclude it"
             )
-        order = list(view.module._parameters)
+        before = (o for n, o in self._orders.items() if self.views[n].module is view.module)
+        order = next(before, list(view.module._parameters))
         parametrize.register_parametrization(view.module, view.attribute, part)
         self._orders[name] = order
 
@@ -368,7 +369,8 @@ class Transformed:
         parametrize.remove_parametrizations(view.module, view.attribute, leave_parametrized=False)
         known = view.module._parameters
         for attribute in order:
-            known[attribute] = known.pop(attribute)
+            if attribute in known:  # others of the module may still be parametrized
+                known[attribute] = known.pop(attribute)
 
     def _release(self) -> None:
         for parameter in self._trainable:

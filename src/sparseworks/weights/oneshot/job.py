@@ -210,7 +210,7 @@ class Job:
         allowed = view.matrix(self.record[view.name]) if view.name in self.record else None
         if allowed is not None:
             allowed = allowed.to(view.parameter.device)
-        return Target(view, self.pattern, keep, allowed, self.seed)
+        return Target(view, view.fitted(self.pattern), keep, allowed, self.seed)
 
     @torch.no_grad()
     def prune_one(

@@ -184,7 +184,7 @@ def _fitting(
     fitting, skipped = [], {}
     for view in views:
         try:
-            pattern.check(view.shape, view.run)
+            view.fitted(pattern).check(view.shape, view.run)
             fitting.append(view)
         except PatternError as error:
             if not skip:

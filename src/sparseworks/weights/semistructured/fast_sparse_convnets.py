@@ -91,5 +91,4 @@ class FastSparseConvNets(Gradual):
         scores = magnitudes(run)
         keep = get_budget(run.budget)(specs, self.sparsity_at(run, run.step), scores)
         for name, view in run.views.items():
-            mask = patterns[name].select(scores[name], keep[name])
-            run.set_mask(name, view.from_matrix(mask).contiguous())
+            run.set_mask(name, view.select(patterns[name], scores[name], keep[name]))

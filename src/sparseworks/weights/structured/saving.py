@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
+from sparseworks.models.recurrence import relist
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.cutting import Backup
 from sparseworks.weights.structured.depth import drop
@@ -149,6 +150,7 @@ def _resize(
         except AttributeError as error:
             raise CheckpointError(f"{folder}: the model has no {path}.{attribute}") from error
         setattr(module, attribute, tuple(value) if isinstance(old, tuple) else value)
+    relist(model.modules())
 
 
 def _plain(value: Any) -> Any:
