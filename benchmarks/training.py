@@ -36,7 +36,7 @@ from sparseworks.core import registry
 from sparseworks.core.errors import SparseworksError
 from sparseworks.diagnostics.claims import machine
 from sparseworks.models.calls import default_loss
-from sparseworks.training.hooked import Run
+from sparseworks.training.hooked import Periodic, Run
 
 STEPS = 10_000  # of the schedule: only its first part is trained, so masks change all the time
 AMORTIZED = 100
@@ -111,7 +111,7 @@ class Candidate:
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9)
         self.run = None
         if method != "dense":
-            if isinstance(getattr(registry.build(method), "every", None), int):
+            if isinstance(registry.build(method), Periodic):
                 given["every"] = self.every = every
             module = sys.modules["sparseworks.training.sparsify"]  # the name is the function's
             with unittest.mock.patch.object(module, "Run", TimedRun):

@@ -43,6 +43,7 @@ _LAZY = {
     "attach": "sparseworks.core.masks",
     "Masks": "sparseworks.core.masks",
     "find_prunable": "sparseworks.models.views",
+    "fold_torch_masks": "sparseworks.models.hooks",
     "NM": "sparseworks.core.patterns",
     "Unstructured": "sparseworks.core.patterns",
     "Block": "sparseworks.core.patterns",

@@ -285,3 +285,39 @@ def test_help_and_version_do_not_import_torch():
 def test_every_command_explains_itself(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"sparseworks {command}" in capsys.readouterr().out
+
+
+def test_inspect_names_what_it_does_not_count(tmp_path):
+    (tmp_path / "bare.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from torch.nn.utils import prune\n"
+        "class Bare(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.W = nn.Parameter(torch.ones(4, 4))\n"
+        "        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)\n"
+        "        prune.random_unstructured(self.a, 'weight', 0.5)\n"
+        "    def forward(self, x):\n"
+        "        return self.b(self.a(x @ self.W.T))\n"
+        "def make():\n"
+        "    return Bare()\n"
+        "def alone():\n"
+        "    return nn.Embedding(4, 4)\n"
+    )
+    from sparseworks.cli.inspect import Options, run
+
+    result = run(Options(f"{tmp_path / 'bare.py'}:make"))
+    assert result["totals"]["zeros"] == 8  # of the weight that is computed from a mask
+    assert {r["name"] for r in result["tensors"]} == {"a.weight_orig"}
+    assert set(result["skipped"]) == {"W", "b.weight"} and "bare" in result["skipped"]["W"]
+    assert run(Options(f"{tmp_path / 'bare.py'}:alone"))["skipped"] == {"weight": "an embedding"}
+    import torch
+
+    import sparseworks as sw
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model.register_parameter("W", torch.nn.Parameter(torch.ones(4, 4)))
+    sw.save(model, tmp_path / "m.safetensors")
+    stored = run(Options(str(tmp_path / "m.safetensors")))
+    assert set(stored["skipped"]) == {"W"}

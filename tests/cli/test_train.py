@@ -117,7 +117,7 @@ METHODS = {
     "gradual": ["--option", "every=3", "--amp", "bf16"],
     "rigl": ["--option", "every=3", "--optimizer", "adamw", "--clip", 0.5],
     "granet": ["--option", "every=3", "--accumulate", 2],
-    "set": ["--option", "every=3"],
+    "set": [],  # the interval of 24 steps
     "iss-p": [],
     "jackpots": [],  # a transform: its scores are part of the model
 }
@@ -291,7 +291,7 @@ def test_bad_input_is_refused_in_one_line(work, tmp_path, capsys):
     assert "sparsity" in refused(sparsity=1.5)
     assert "no option 'evry'; did you mean 'every'" in refused("--option", "evry=3")
     assert "end=1.2 must be in [0, 1]" in refused("--option", "end=1.2")
-    assert "every 100 steps, but the training ends after 24" in refused()
+    assert "every 100 steps, but the training has 24" in refused("--option", "every=100")
     assert "fewer than" in refused("--batch-size", 300)
     assert "needs a model with masks" in refused(method="fixed", sparsity=None)
     assert "takes no --sparsity" in refused(method="dense")

@@ -38,6 +38,14 @@ def test_rounds_drop_equal_shares(rounds, final):
     assert all(r == pytest.approx(ratios[0], rel=1e-6) for r in ratios)
 
 
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_an_interval_fits_into_any_training_and_grows_with_it(steps, more):
+    found = schedules.interval(steps)
+    assert 1 <= found <= min(100, steps)
+    assert found <= schedules.interval(steps + more)
+    assert found in (1, 100) or 20 <= steps / found < 40
+
+
 def test_misuse():
     with pytest.raises(InvalidArgument):
         schedules.cubic(0, begin=5, end=3, final=0.5)

@@ -371,3 +371,24 @@ def test_other_paddings_stay_with_torch():
         plan = make_plan(capture(model, (x,), {}), 1)
         with torch.no_grad():
             torch.testing.assert_close(plan(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_packed_attention_of_torch_comes_to_an_end_and_agrees(batch_first):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before = nn.Linear(32, 32)
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=batch_first)
+
+        def forward(self, x):
+            x = self.before(x)
+            return self.attention(x, x, x)[0]
+
+    torch.manual_seed(0)
+    model = thinned(Net(), 0.7).eval()
+    x = torch.randn(4, 6, 32)
+    plan = make_plan(capture(model, (x,), {}), 2)
+    assert plan is not None
+    with torch.no_grad():
+        torch.testing.assert_close(plan(x), model(x), rtol=1e-4, atol=1e-5)

@@ -140,7 +140,7 @@ def test_the_trainer_refuses_what_cannot_be(trainer, tmp_path):
     with pytest.raises(InvalidArgument, match="schedule ends at step 30, after the training"):
         trainer(sw.trainer_callback("gradual", sparsity=0.5, steps=30, every=2))[1].train()
     with pytest.raises(InvalidArgument, match="every 100 steps, but the training has 24"):
-        trainer(sw.trainer_callback("gradual", sparsity=0.5))[1].train()
+        trainer(sw.trainer_callback("gradual", sparsity=0.5, every=100))[1].train()
     trainer(sw.trainer_callback("rigl", sparsity=0.5, every=2))[1].train()
     with pytest.raises(InvalidArgument, match="the state is of method 'rigl'"):
         trainer(sw.trainer_callback("set", sparsity=0.5, every=2))[1].train(
@@ -220,26 +220,43 @@ def test_accelerate_accumulates_checkpoints_and_resumes(method, prepared_first, 
 
 def lightning_loop(callback, model, optimizer, first, last, saved=None):
     """What Lightning calls, in its order: state, start, steps with a closure, end."""
-    trainer = types.SimpleNamespace(optimizers=[optimizer], estimated_stepping_batches=12)
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    trainer = types.SimpleNamespace(optimizers=optimizers, estimated_stepping_batches=12)
     if saved is not None:
         callback.load_state_dict(saved)
     callback.on_train_start(trainer, model)
+    closures(model, optimizers, first, last)
+    state = callback.state_dict()
+    if last == 12:
+        callback.on_train_end(trainer, model)
+    return state
+
+
+def trainer_loop(callback, model, optimizer, first, last):
+    """What the Hugging Face Trainer calls, in its order, without its files."""
+    state = types.SimpleNamespace(max_steps=12, global_step=first, best_model_checkpoint=None)
+    args = types.SimpleNamespace(load_best_model_at_end=False)
+    callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
+    closures(model, [optimizer], first, last)
+    if last == 12:
+        callback.on_train_end(args, state, None)
+
+
+def closures(model, optimizers, first, last):
+    """A loop whose optimizers call the model, as Lightning has it."""
     data = rows()
     for i in range(first, last):
         batch = data[i % 8 * 8 : i % 8 * 8 + 8]
 
         def closure(batch=batch):
-            optimizer.zero_grad()
+            model.zero_grad()
             x, y = (torch.stack([row[k] for row in batch]) for k in ("x", "labels"))
             loss = model(x, y)["loss"]
             loss.backward()
             return loss
 
-        optimizer.step(closure)
-    state = callback.state_dict()
-    if last == 12:
-        callback.on_train_end(trainer, model)
-    return state
+        for optimizer in optimizers:
+            optimizer.step(closure)
 
 
 @pytest.fixture
@@ -274,6 +291,60 @@ def test_the_lightning_callback_follows_its_hooks(callback_class):
     again[2].load_state_dict(copy.deepcopy(parts[2].state_dict()))
     lightning_loop(*again, 6, 12, saved=state)
     assert equal(whole[1], again[1])
+
+
+def test_the_lightning_callback_follows_several_optimizers(callback_class):
+    model = Net()
+    pair = [torch.optim.SGD(m.parameters(), 0.1) for m in (model.body[:2], model.body[2:])]
+    head = torch.optim.SGD(model.head.parameters(), 0.1)
+    callback = sw.lightning_callback("rigl", sparsity=0.8, optimizer=(0, 2))
+    lightning_loop(callback, model, [pair[0], head, pair[1]], 0, 12)
+    assert callback.run.optimizers == tuple(pair) and callback.run.step == 12 and law(model)
+
+
+@pytest.fixture
+def loops(callback_class):
+    """Callback and loop of both trainers."""
+    pytest.importorskip("transformers")
+    return {
+        "lightning": (sw.lightning_callback, lightning_loop),
+        "transformers": (sw.trainer_callback, trainer_loop),
+    }
+
+
+@pytest.mark.parametrize("method", ["gradual", "rigl"])
+@pytest.mark.parametrize("failed_at", [None, 5])
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_a_callback_serves_one_training_after_another(name, failed_at, method, loops):
+    """Also after one that failed; the last is what it would be with a callback of its own."""
+    make, loop = loops[name]
+
+    def parts(model):
+        return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+    callback = make(method, sparsity=0.8)
+    model, optimizer = parts(Net())
+    loop(callback, model, optimizer, 0, failed_at or 12)
+    first = callback.run
+    assert failed_at or (law(model) and first.finished)
+    model.load_state_dict(Net().state_dict())  # the same objects, with whatever hooks they have
+    optimizer.state.clear()
+    loop(callback, model, optimizer, 0, 12)
+    own = parts(Net())
+    loop(make(method, sparsity=0.8), *own, 0, 12)
+    assert callback.run is not first and callback.run.finished and first.finished
+    assert equal(model, own[0]) and law(model)
+    assert sw.masks(model).sparsity() == pytest.approx(0.8, abs=2e-3)
+
+
+def test_a_real_trainer_twice(trainer):
+    callback = sw.trainer_callback("gradual", sparsity=0.8)
+    for folder in ("first", "second"):
+        model, made = trainer(callback, folder=folder)
+        made.train()
+        assert law(model) and sw.masks(model).sparsity() == pytest.approx(0.8, abs=2e-3)
+    made.train()  # the same trainer again
+    assert law(model) and callback.run.finished and callback.run.step == 24
 
 
 def test_a_real_lightning_trainer(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
 
-_WEIGHTS = ("weight", "_proj")
+_WEIGHTS = re.compile(r"(weight|_proj|weight_[ih][hr](_l\d+(_reverse)?)?)$")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def run(options: Options) -> dict[str, Any]:
     """Print a row per tensor and the totals."""
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks inspect out/checkpoint")
-    rows = _rows(options.model)
+    rows, left = _rows(options.model)
     prunable = [r for r in rows if r["flops_per_position"] is not None]
     totals = {
         "weights": sum(r["weights"] for r in prunable),
@@ -47,7 +48,7 @@ def run(options: Options) -> dict[str, Any]:
     }
     totals["sparsity"] = totals["zeros"] / max(1, totals["weights"])
     shown = rows if options.all else prunable or rows
-    result = {"model": options.model, "totals": totals, "tensors": shown}
+    result = {"model": options.model, "totals": totals, "tensors": shown, "skipped": left}
     if options.json:
         json.dump(result, sys.stdout, indent=1)
         print()
@@ -56,23 +57,35 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
-    """One row per stored tensor: from a checkpoint's file, else from the loaded model."""
+def _rows(name: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """One row per stored tensor: from a checkpoint's file, else from the loaded model.
+
+    Returns:
+        The rows, and why tensors of two or more axes are not counted as weights.
+    """
     from sparseworks.io import inspect as inspect_file
 
     path = Path(name)
     packed = path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
     if packed:
         info = inspect_file(path, values=True)
-        return [_row(t) for t in info.tensors]
+        stored = [_row(t) for t in info.tensors]
+        why = "its name does not tell that it is the weight of a layer"
+        return stored, {
+            r["name"]: why
+            for r in stored
+            if r["flops_per_position"] is None and len(r["shape"]) > 1
+        }
     from sparseworks.cli.loading import load_model
     from sparseworks.models.views import find_prunable
 
     model = load_model(name).model
-    prunable = {v.name for v in find_prunable(model)}
+    found = find_prunable(model, torch_masked=True, required=False)
+    prunable = found.by_name()
     rows = []
     for key, value in model.state_dict().items():
-        zeros = int((value == 0).sum())
+        mask = prunable[key].torch_mask if key in prunable else None
+        zeros = int(((value if mask is None else value * mask) == 0).sum())
         size = value.numel() * value.element_size()
         rows.append(
             {
@@ -88,13 +101,13 @@ def _rows(name: str) -> list[dict[str, Any]]:
                 "flops_per_position": 2 * (value.numel() - zeros) if key in prunable else None,
             }
         )
-    return rows
+    return rows, found.reasons()
 
 
 def _row(tensor: Any) -> dict[str, Any]:
     weights = math.prod(tensor.shape)
     zeros = round((tensor.sparsity or 0.0) * weights)
-    named = "embed" not in tensor.name and tensor.name.endswith(_WEIGHTS)
+    named = "embed" not in tensor.name and bool(_WEIGHTS.search(tensor.name))
     matrix = len(tensor.shape) >= 2 and named
     return {
         "name": tensor.name,
@@ -114,6 +127,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sparseworks.core.types import dense_lines
     from sparseworks.io.summary import signed_zero_note
     from sparseworks.report.text import megabytes
 
@@ -133,6 +147,8 @@ def _show(result: dict[str, Any]) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
+    for line in dense_lines(result["skipped"], "not counted"):
+        console.print(line.strip(), markup=False)
     t = result["totals"]
     share = t["flops_per_position"] / max(1, t["dense_flops_per_position"])
     console.print(

@@ -226,6 +226,7 @@ def show(summary: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sparseworks.core.types import dense_lines
     from sparseworks.io.summary import signed_zero_note
     from sparseworks.report.text import megabytes
 
@@ -244,8 +245,8 @@ def show(summary: dict[str, Any], as_json: bool) -> None:
         console.print(f"{note}: --no-signed-zeros stores +0.0")
     for warning in result["warnings"]:
         console.print(f"warning: {warning}")
-    for name, reason in list(result["skipped"].items())[:5]:
-        console.print(f"left dense: {name} ({reason})")
+    for line in dense_lines(result["skipped"]):
+        console.print(line.strip(), markup=False)
     if "checkpoint" in summary:
         out = Path(summary["checkpoint"]).parent
         console.print(f"wrote {summary['checkpoint']} and {out / 'report.html'}")

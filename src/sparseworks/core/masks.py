@@ -8,7 +8,7 @@ and later methods start from.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,26 @@ class Masks(Mapping[str, Tensor]):
             if broken:
                 found[name] = broken
         return found
+
+    def obeyed_by(
+        self, model: nn.Module, read: Callable[[Tensor], Tensor] = Tensor.detach
+    ) -> Masks:
+        """The entries whose masked weights are all 0 in this model, of the parameters it has.
+
+        Args:
+            read: the values of a parameter, for those that are stored in parts.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        fitting = {
+            n: e for n, e in self._entries.items()
+            if n in parameters and tuple(parameters[n].shape) == e.shape
+        }  # fmt: skip
+        obeyed = {}
+        for name, entry in fitting.items():
+            weight = read(parameters[name]).detach()
+            if not bool((weight[~entry.mask.to(weight.device)] != 0).any()):
+                obeyed[name] = entry
+        return Masks(obeyed, self.method)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and strings, for checkpoints."""

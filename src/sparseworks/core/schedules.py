@@ -9,7 +9,15 @@ import math
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["cosine", "cubic", "exponential_rounds", "linear", "one_shot", "periodic"]
+__all__ = [
+    "cosine",
+    "cubic",
+    "exponential_rounds",
+    "interval",
+    "linear",
+    "one_shot",
+    "periodic",
+]
 
 
 def _progress(step: int, begin: int, end: int) -> float:
@@ -65,6 +73,15 @@ def periodic(step: int, *, every: int, begin: int = 0, end: int | None = None) -
     if every < 1:
         raise InvalidArgument(f"schedule: every={every} must be at least 1")
     return step >= begin and (end is None or step <= end) and (step - begin) % every == 0
+
+
+def interval(steps: int | None, *, updates: int = 20, most: int = 100) -> int:
+    """Steps between updates, where nobody chose: steps / updates rounded down, 1 to `most`.
+
+    >>> interval(12), interval(500), interval(10_000)
+    (1, 25, 100)
+    """
+    return most if steps is None else max(1, min(most, steps // updates))
 
 
 def exponential_rounds(rounds: int, final: float) -> list[float]:

@@ -8,10 +8,25 @@ from typing import Any
 
 from sparseworks.core.masks import Masks
 
-__all__ = ["Progress", "PruneResult", "TensorResult"]
+__all__ = ["Progress", "PruneResult", "TensorResult", "dense_lines"]
 
 Progress = Callable[[int, int, str], None]
 """Told of long work: how much is done, of how much, and what."""
+
+_NAMED = 8  # tensors of one reason that get a line each
+
+
+def dense_lines(skipped: Mapping[str, str], what: str = "left dense") -> list[str]:
+    """Lines of text that say what is left dense; where many have one reason, it is said once."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        if len(names) > _NAMED:
+            names = [f"{', '.join(names[:3])} and {len(names) - 3} more"]
+        lines += [f"  {name}: {what}, {reason}" for name in names]
+    return lines
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,6 @@ class PruneResult:
             error = "" if t.error is None else f"  error {t.error:.4f}"
             note = f"  ({t.note})" if t.note else ""
             lines.append(f"  {t.name:<{width}}  {t.pattern:<12}  {t.sparsity:.4f}{error}{note}")
-        lines += [f"  {name}: left dense, {reason}" for name, reason in self.skipped.items()]
+        lines += dense_lines(self.skipped)
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)

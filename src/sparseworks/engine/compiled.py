@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.core.types import dense_lines
 from sparseworks.engine.attributes import Attributes
 from sparseworks.engine.explaining import layer_lines, program_lines
 from sparseworks.engine.layers import LayerPlan
@@ -41,6 +42,8 @@ class Compiled(nn.Module):
         times: milliseconds of each way that was measured on the example.
         notes: why a way was not taken.
         layers: what was chosen for each linear layer, of kind "layers".
+        skipped: name -> why its zeros are not skipped, of every parameter of two or more axes that
+            no kernel here runs.
     """
 
     forward: Callable[..., Any]
@@ -55,12 +58,14 @@ class Compiled(nn.Module):
         layers: tuple[LayerPlan, ...] = (),
         shown: Attributes | None = None,
         origin: Origin | None = None,
+        skipped: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.training = False
         self.run = Eager(run) if isinstance(run, nn.Module) else run
         self.kind, self.error, self.layers = kind, error, layers
         self.times, self.notes = times or {}, notes or []
+        self.skipped = skipped or {}
         self.shown = Attributes() if shown is None else shown
         self.run.origin = origin
         self.forward = self.run
@@ -157,6 +162,7 @@ class Compiled(nn.Module):
             lines += program_lines(self.plan)
         elif self.layers:
             lines += layer_lines(self.layers)
+        lines += dense_lines(self.skipped)
         lines.append(f"relative error on the example {self.error:.1e}")
         return "\n".join(lines)
 

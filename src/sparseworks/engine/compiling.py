@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.attributes import Attributes
 from sparseworks.engine.compiled import Compiled, Eager
+from sparseworks.engine.explaining import left_dense
 from sparseworks.engine.graph import Captured, capture
 from sparseworks.engine.ir import Precision
 from sparseworks.engine.layers import by_layers
@@ -28,6 +29,7 @@ from sparseworks.engine.origin import Origin
 from sparseworks.engine.plan import Plan, make_plan
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.models.calls import Arguments, Example, call
+from sparseworks.models.hooks import folded
 
 __all__ = ["compile"]
 
@@ -80,10 +82,11 @@ def compile(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{name}: NaN or Inf; nothing was compiled")
     instruction_set()
+    model, whole = folded(model), model
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
         raise InvalidArgument(f"threads={threads}: at least one is needed")
-    origin = Origin(model)
+    origin = Origin(whole)
     quiet = copy.deepcopy(model).eval()
     if getattr(getattr(quiet, "config", None), "use_cache", False):
         quiet.config.use_cache = False  # type: ignore[union-attr]
@@ -91,6 +94,10 @@ def compile(
     args, kwargs = given.args, dict(given.kwargs)
     expected = tensors_of(_checked(quiet, given))
     notes: list[str] = []
+    if hooked := {n for n, _ in whole.named_parameters()} - {
+        n for n, _ in model.named_parameters()
+    }:
+        notes.append(f"what hooks compute weights from is folded: {', '.join(sorted(hooked))}")
     runs: dict[str, Plan | Eager] = {"torch": Eager(quiet, dtype == torch.bfloat16)}
     errors = {"torch": 0.0}
     precisions = list(dict.fromkeys((Precision.FP32, _PRECISIONS[dtype])))
@@ -107,7 +114,8 @@ def compile(
     best = min(times, key=lambda way: times[way])
     shown = Attributes.of(quiet)
     if isinstance(runs[best], Plan):
-        return Compiled(runs[best], "program", errors[best], times, notes, (), shown, origin)
+        left = left_dense(model, "program", runs[best], ())
+        return Compiled(runs[best], "program", errors[best], times, notes, (), shown, origin, left)
     twin, layers, found = by_layers(model, given, threads)
     if any(p.kernel != "dense" for p in layers):
         runs["layers"], errors["layers"] = Eager(twin), difference(expected, found)
@@ -115,7 +123,8 @@ def compile(
         best = min(times, key=lambda way: times[way])
     kind = "program" if isinstance(runs[best], Plan) else best
     kept = () if kind == "program" else tuple(layers)
-    return Compiled(runs[best], kind, errors[best], times, notes, kept, shown, origin)
+    left = left_dense(model, kind, runs[best], kept)
+    return Compiled(runs[best], kind, errors[best], times, notes, kept, shown, origin, left)
 
 
 def _way(name: str, precision: Precision) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseworks.engine.ir import Precision, Product
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparseworks.engine.part import Part
     from sparseworks.engine.plan import Plan
 
-__all__ = ["Row", "layer_lines", "program_lines", "rows"]
+__all__ = ["Row", "layer_lines", "left_dense", "program_lines", "rows"]
 
 _REPEATS = 20
 
@@ -106,6 +106,26 @@ def layer_lines(layers: Sequence[LayerPlan]) -> list[str]:
         )
     total, dense = sum(p.milliseconds for p in layers), sum(p.dense_ms for p in layers)
     return [*lines, f"linear layers: {total:.2f} ms, dense {dense:.2f} ms"]
+
+
+def left_dense(
+    model: nn.Module, kind: str, run: Any, layers: Sequence[LayerPlan]
+) -> dict[str, str]:
+    """Name -> why zeros are not skipped, of every parameter of two or more axes where none are.
+
+    Args:
+        kind: "program", "layers" or "torch".
+        run: the plan, of kind "program".
+        layers: what was chosen for each linear layer, of the other kinds.
+    """
+    reason = "torch runs the model" if kind == "torch" else "torch runs what reads it"
+    left = {n: reason for n, p in model.named_parameters() if p.ndim > 1}
+    left |= {f"{p.name}.weight": p.reason for p in layers if p.reason}
+    taken = {f"{p.name}.weight" for p in layers if kind == "layers" and p.kernel != "dense"}
+    if kind == "program":
+        ops = (op for part in run.parts for op in part.ops)
+        taken |= {op.name for op in ops if isinstance(op, Product)}
+    return {name: why for name, why in left.items() if name not in taken}
 
 
 def _own(op: Product) -> Tensor:

@@ -86,7 +86,7 @@ def by_layers(
     inputs, _ = _trace(twin, example)
     record = masks(model)
     plans = []
-    for view in find_prunable(twin, include="*"):
+    for view in find_prunable(twin, include="*", required=False):
         if type(view.module) is not nn.Linear or view.module_name not in inputs:
             continue
         mask = record[view.name] if record is not None and view.name in record else None

@@ -148,15 +148,23 @@ class Lowering:
         return self.loaded[piece, node]
 
     def add(self, piece: Piece, node: Node, op: Op, view: View | None = None) -> bool:
-        """The node is what the operation makes, seen as its inputs are, or as `view` says."""
-        piece.ops.append(op)
-        self.made[op.out] = op
-        self.roots[op.out] = node
+        """The node is what the operation makes, seen as its inputs are, or as `view` says.
+
+        Declined where others would have to read a view of it.
+        """
+        base = None
         if piece.kind == "tokens":
-            self.bases[op.out] = self.bases[op.inputs()[0]].of(op.out.channels)
+            base = self.bases[op.inputs()[0]].of(op.out.channels)
             inputs = (self.native.get(n) for n in node.all_input_nodes)
             seen = next((k.view for k in inputs if k is not None and k.view is not None), None)
             view = view or (None if seen is None else seen.of(op.out.channels))
+        if view is not None and node.name in self.plain:
+            return False
+        piece.ops.append(op)
+        self.made[op.out] = op
+        self.roots[op.out] = node
+        if base is not None:
+            self.bases[op.out] = base
         self.native[node] = Native(piece, op.out, view)
         return True
 

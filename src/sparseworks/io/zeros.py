@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import Masks
 from sparseworks.models.views import View, find_prunable
 
@@ -31,13 +31,12 @@ def infer_masks(model: nn.Module, minimum: float = 0.01) -> Masks:
     """
     if not 0.0 < minimum <= 1.0:
         raise InvalidArgument(f"minimum={minimum}: a fraction of zeros in (0, 1]")
-    try:
-        views = find_prunable(model).views
-    except ModelError:
-        views = ()
+    views = find_prunable(model, torch_masked=True, required=False).views
     record = Masks(method="inferred")
     for view in views:
         mask = view.parameter.detach() != 0
+        if (held := view.torch_mask) is not None:
+            mask &= held
         total = mask.numel()
         if total and total - int(mask.sum()) >= minimum * total:
             record = record.with_mask(view.name, mask, _pattern(view, mask))

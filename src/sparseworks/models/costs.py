@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sparseworks.models.calls import Batch, call
+from sparseworks.models.recurrence import products_shown
 
 __all__ = ["Cost", "multiply_adds"]
 
@@ -64,13 +65,10 @@ def multiply_adds(model: nn.Module, example: Batch) -> Cost:
     counter = _Counter(model)
     training = {m: m.training for m in model.modules()}
     model.eval()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, nothing to see inside
     try:
-        with counter:
+        with products_shown(), counter:
             call(model, example)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, was in training.items():
             module.training = was
     return Cost(counter.parameters, counter.other)
@@ -79,9 +77,16 @@ def multiply_adds(model: nn.Module, example: Batch) -> Cost:
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters()}
-        self.parameters = dict.fromkeys(self.names.values(), 0)
+        self.parameters = {n: 0 for n, _ in model.named_parameters()}
         self.other = 0
+        self._held: dict[int, list[tuple[range, str]]] = {}  # several may share a storage
+        for name, p in model.named_parameters():
+            place = range(p.storage_offset(), p.storage_offset() + p.numel())
+            self._held.setdefault(p.untyped_storage().data_ptr(), []).append((place, name))
+
+    def _owner(self, operand: Tensor) -> str | None:
+        held = self._held.get(operand.untyped_storage().data_ptr(), ())
+        return next((name for place, name in held if operand.storage_offset() in place), None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -94,7 +99,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.other += places * (query.shape[-1] + value.shape[-1])
         elif packet in flop_registry:
             macs = flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2
-            owners = [self.names.get(a.untyped_storage().data_ptr()) for a in _products(args)]
+            owners = [self._owner(a) for a in _products(args)]
             owner = next((n for n in owners if n is not None), None)
             if owner is None:
                 self.other += macs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseworks.core.evidence import Collector
-from sparseworks.models.views import View
+from sparseworks.models.matrix import View
+from sparseworks.models.recurrence import products_shown
 
 __all__ = ["EvidenceTap", "calibration_mode", "conv_patches"]
 
@@ -192,15 +193,11 @@ def calibration_mode(model: nn.Module) -> Any:
             if sub is not None and getattr(sub, key, None) not in (None, value):
                 changed.append((sub, key, getattr(sub, key)))
                 setattr(sub, key, value)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad(), products_shown():
         model.eval()
         try:
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
             for owner, key, value in changed:
                 setattr(owner, key, value)
             for module, was in training.items():

@@ -1,127 +1,26 @@
-"""One 2-D view `[out, in]` of every weight that can be sparse.
-
-Whatever a parameter is (Linear, convolution, transposed Conv1D, packed in-projection, bank of
-experts), patterns, scores and kernels see a matrix whose rows are outputs and whose columns are
-inputs. Parameters that hold several matrices with inputs of their own stack them along the rows:
-`groups` of them, each with its own evidence.
-
-| parameter | shape | matrix | groups | run |
-| --- | --- | --- | --- | --- |
-| Linear | [out, in] | [out, in] | 1 | in |
-| HF Conv1D | [in, out] | [out, in] | 1 | in |
-| Conv1d/2d/3d | [out, in/g, k...] | [out, k... * in/g] (channels fastest) | g | in/g |
-| in-projection | [3 e, e] | [3 e, e] | 3 | e |
-| experts | [E, out, in] or [E, in, out] | [E * out, in] | E | in |
-
-`run` is how many consecutive columns belong together: N:M and blocks may not cross it.
-"""
+"""Which weights of a model can be sparse, as matrices, and why the others stay dense."""
 
 from __future__ import annotations
 
-import fnmatch
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparseworks.core.budgets import TensorSpec
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.patterns import Pattern
+from sparseworks.models.hooks import torch_mask
+from sparseworks.models.matrix import View, parameters_of, plain_view, view_of
+from sparseworks.models.roles import (
+    ADAPTER,
+    Adapters,
+    is_bare,
+    is_router,
+    matches,
+    output_head,
+    why_dense,
+)
 
-__all__ = ["Prunable", "Skipped", "View", "find_prunable", "view_of"]
-
-Layout = Literal["linear", "transposed", "conv", "packed", "experts", "experts_transposed"]
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """A parameter seen as a matrix `[groups * out, in]`.
-
-    Args:
-        name: qualified parameter name ("encoder.layer.0.attention.self.query.weight").
-        module: the module that owns the parameter.
-        attribute: the parameter's name in it.
-        layout: how the parameter's axes map to the matrix.
-        groups: matrices stacked along the rows, each with its own inputs.
-    """
-
-    name: str
-    module: nn.Module
-    attribute: str
-    layout: Layout
-    groups: int = 1
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as it is now (wrappers and `.to()` may have replaced it).
-
-        Of a reparametrized tensor, the one that its parametrization starts from.
-        """
-        parameter = self.module._parameters.get(self.attribute)
-        if parameter is None:
-            parameter = self.module.parametrizations[self.attribute].original  # type: ignore[index,union-attr]
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
-
-    @property
-    def module_name(self) -> str:
-        return self.name.rpartition(".")[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(rows, columns)` of the matrix."""
-        shape = self.parameter.shape
-        if self.layout == "transposed":
-            return shape[1], shape[0]
-        if self.layout == "experts":
-            return shape[0] * shape[1], shape[2]
-        if self.layout == "experts_transposed":
-            return shape[0] * shape[2], shape[1]
-        return shape[0], math.prod(shape[1:])
-
-    @property
-    def run(self) -> int:
-        """Consecutive columns that a group pattern may not cross."""
-        return self.parameter.shape[1] if self.layout == "conv" else self.shape[1]
-
-    def matrix(self, tensor: Tensor | None = None) -> Tensor:
-        """The matrix of the parameter, or of another tensor of its shape (a mask, a gradient)."""
-        t = self.parameter.detach() if tensor is None else tensor
-        if self.layout == "transposed":
-            return t.t()
-        if self.layout == "conv":
-            return t.movedim(1, -1).reshape(t.shape[0], -1)
-        if self.layout == "experts":
-            return t.reshape(-1, t.shape[-1])
-        if self.layout == "experts_transposed":
-            return t.transpose(1, 2).reshape(-1, t.shape[1])
-        return t
-
-    def from_matrix(self, matrix: Tensor) -> Tensor:
-        """A tensor of the parameter's shape from its matrix; the inverse of `matrix`."""
-        shape = self.parameter.shape
-        if self.layout == "transposed":
-            return matrix.t()
-        if self.layout == "conv":
-            return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-        if self.layout == "experts":
-            return matrix.reshape(shape)
-        if self.layout == "experts_transposed":
-            return matrix.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
-        return matrix
-
-    @torch.no_grad()
-    def write(self, matrix: Tensor) -> None:
-        """Put a matrix into the parameter, in its dtype and in place."""
-        self.parameter.copy_(self.from_matrix(matrix))
-
-    def spec(self, pattern: Pattern) -> TensorSpec:
-        """What a budget needs to know of this tensor."""
-        return TensorSpec(self.name, tuple(self.parameter.shape), self.shape, pattern)
+__all__ = ["Look", "Prunable", "Skipped", "View", "find_prunable", "recorded_views", "view_of"]
 
 
 @dataclass(frozen=True)
@@ -151,31 +50,32 @@ class Prunable(Sequence[View]):
     def by_name(self) -> dict[str, View]:
         return {v.name: v for v in self.views}
 
+    def reasons(self) -> dict[str, str]:
+        """Name -> why it is left dense."""
+        return {s.name: s.reason for s in self.skipped}
 
-def view_of(module: nn.Module, attribute: str, name: str) -> View | None:
-    """The 2-D view of one parameter of a module, or None when it has none."""
-    parameter = module._parameters.get(attribute)
-    if parameter is None:
-        return None
-    kind = type(module).__name__
-    if attribute == "weight":
-        if isinstance(module, nn.Linear):
-            return View(name, module, attribute, "linear")
-        if isinstance(module, _CONVOLUTIONS):
-            return View(name, module, attribute, "conv", module.groups)
-        if kind == "Conv1D" and parameter.ndim == 2 and hasattr(module, "nf"):
-            return View(name, module, attribute, "transposed")
-    if isinstance(module, nn.MultiheadAttention):
-        if attribute == "in_proj_weight":
-            return View(name, module, attribute, "packed", 3)
-        if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            return View(name, module, attribute, "linear")
-    if parameter.ndim == 3 and _is_expert_bank(module):
-        layout: Layout = (
-            "experts_transposed" if _experts_transposed(module, attribute) else "experts"
-        )
-        return View(name, module, attribute, layout, parameter.shape[0])
-    return None
+
+# tells of bare parameters how the model multiplies by them: their views, or why they have none
+Look = Callable[[Sequence[View]], Mapping[str, View | str]]
+
+
+def recorded_views(
+    model: nn.Module, record: Container[str], plain: Callable[[str], str] = str
+) -> list[View]:
+    """A view of every parameter that a mask record names, each parameter once.
+
+    Args:
+        model: any module.
+        record: names.
+        plain: makes the names of a wrapped model those of the record.
+    """
+    found: dict[int, View] = {}
+    for full, module, attribute, parameter in parameters_of(model):
+        name = plain(full)
+        if name in record and id(parameter) not in found:
+            view = view_of(module, attribute, name)
+            found[id(parameter)] = view or plain_view(name, module, attribute)
+    return list(found.values())
 
 
 def find_prunable(
@@ -184,73 +84,150 @@ def find_prunable(
     exclude: str | Iterable[str] | None = None,
     *,
     embeddings: bool = False,
+    torch_masked: bool = False,
+    look: Look | None = None,
+    required: bool = True,
 ) -> Prunable:
-    """The weights a method may make sparse, each parameter once.
+    """The weights a method may make sparse, each parameter once; all others, each with the reason.
 
-    By default every Linear, Conv1d/2d/3d, HF Conv1D, attention in-projection and expert bank; not
-    embeddings (nor what is tied to them), not the output head, not MoE routers, norms or biases.
+    By default every Linear, Conv1d/2d/3d, HF Conv1D, RNN, LSTM, GRU (and cells), attention
+    in-projection and expert bank; not embeddings (nor what is tied to them), not the output head,
+    not MoE routers, adapters, norms or biases. No parameter of two or more axes is missing in the
+    result.
 
     Args:
         model: any module.
         include: name patterns (shell style, on parameter or module names); only these, and these
-            even where the default leaves them out.
+            even where the default leaves them out. An adapter is meant only by its own name.
         exclude: name patterns to leave out.
         embeddings: embedding tables count as well, `[entries, width]`.
+        torch_masked: so does the `weight_orig` of layers pruned with `torch.nn.utils.prune`; the
+            caller keeps what `View.torch_mask` masks.
+        look: tells how bare parameters that `include` names are multiplied; without it they are
+            left dense.
+        required: raise where a name pattern matches no weight, or nothing is left to prune.
 
     Raises:
         InvalidArgument: a name pattern matches no weight.
         ModelError: nothing is left to prune.
     """
-    include, exclude = _patterns(include), _patterns(exclude)
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = _output_head(model)
-    candidates, unseen = [], {*include, *exclude}
+    choice = _Choice(model, _patterns(include), _patterns(exclude), embeddings, torch_masked)
+    places = list(parameters_of(model))
+    bare = [plain_view(n, m, a) for n, m, a, p in places if choice.bare(n, m, a, p)]
+    seen = look(bare) if look is not None and bare else {}
     views: list[View] = []
     skipped: list[Skipped] = []
-    seen: dict[int, str] = {}
-    for prefix, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            name = f"{prefix}.{attribute}" if prefix else attribute
-            view = view_of(module, attribute, name) if parameter is not None else None
-            if embeddings and isinstance(module, nn.Embedding):
-                view = View(name, module, attribute, "linear")
-            if view is None:
-                continue
-            candidates.append(name)
-            unseen -= {p for p in unseen if _matches(name, p)}
-            asked = any(_matches(name, p) for p in include)
-            reason = ""
-            if id(parameter) in seen:
-                reason = f"the same tensor as {seen[id(parameter)]}, which is treated once"
-            elif any(_matches(name, p) for p in exclude):
-                reason = "excluded by name"
-            elif include and not asked:
-                reason = "not included by name"
-            elif not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-                reason = f"quantized ({parameter.dtype})"
-            elif id(parameter) in tables and not asked and not embeddings:
-                reason = "tied to an embedding"
-            elif parameter is head and not asked:
-                reason = "output head"
-            elif _is_router(name, module) and not asked:
-                reason = "router of a mixture of experts"
-            elif parameter.device.type == "meta":
-                reason = "on the meta device: it has no values"
-            if not reason:
-                seen[id(parameter)] = name
-                views.append(view)
-            elif not (include and reason == "not included by name"):
-                skipped.append(Skipped(name, reason))
-        skipped += _reparametrized(prefix, module)
-    if unseen:
-        known = ", ".join(candidates[:3]) + (", ..." if len(candidates) > 3 else "")
-        raise InvalidArgument(
-            f"name pattern {sorted(unseen)[0]!r} matches no weight; weights are named like {known}"
-        )
-    if not views:
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or "no Linear or Conv"
+    for name, module, attribute, parameter in places:
+        view = choice.view(name, module, attribute)
+        found = seen.get(name)
+        view = found if isinstance(found, View) else view
+        if view is None and parameter.ndim < 2:
+            continue
+        reason = choice.reason(name, parameter, view is not None)
+        if not reason and view is None:
+            reason = found if isinstance(found, str) else why_dense(name, module, attribute)
+        if view is not None and not reason:
+            choice.taken[id(parameter)] = name
+            views.append(view)
+        else:
+            skipped.append(Skipped(name, reason))
+        choice.note(name, view is not None, reason)
+    if required:
+        choice.check()
+    if required and not views:
+        none = "no Linear, Conv or RNN"
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or none
         raise ModelError(f"{type(model).__name__} has no prunable weight ({reasons})")
     return Prunable(tuple(views), tuple(skipped))
+
+
+class _Choice:
+    """Which weights a call of `find_prunable` takes, and what its name patterns matched."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: list[str],
+        exclude: list[str],
+        embeddings: bool,
+        torch_masked: bool,
+    ) -> None:
+        self.include, self.exclude = include, exclude
+        self.embeddings, self.torch_masked = embeddings, torch_masked
+        self.tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self.adapters = Adapters(model)
+        self.head = output_head(model, self.adapters)
+        self.taken: dict[int, str] = {}  # parameter -> the name under which it is treated
+        self._unmatched = {*include, *exclude}
+        self._dense: dict[str, str] = {}  # pattern -> what it matched that has no view
+        self._weights: list[str] = []
+
+    def view(self, name: str, module: nn.Module, attribute: str) -> View | None:
+        if self.embeddings and isinstance(module, nn.Embedding):
+            return View(name, module, attribute, "linear")
+        if not self.torch_masked and torch_mask(module, attribute) is not None:
+            return None
+        return view_of(module, attribute, name)
+
+    def bare(self, name: str, module: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
+        """Is it a bare parameter that may be taken once it is known how it multiplies?"""
+        return (
+            parameter.ndim >= 2
+            and bool(self.include)
+            and self.view(name, module, attribute) is None
+            and is_bare(name, module, attribute)
+            and not self.reason(name, parameter, True)
+        )
+
+    def reason(self, name: str, parameter: nn.Parameter, known: bool) -> str:
+        """Why a parameter is left dense, or "".
+
+        Args:
+            known: it is the weight of a known layer.
+        """
+        asked = any(_named(name, p) for p in self.include)
+        chosen = asked and known
+        if id(parameter) in self.taken:
+            return f"the same tensor as {self.taken[id(parameter)]}, which is treated once"
+        if any(_named(name, p) for p in self.exclude):
+            return "excluded by name"
+        if self.include and not asked:
+            return "not included by name"
+        if self.adapters.part(name) is not None and not self.adapters.named(name, self.include):
+            return ADAPTER
+        if is_router(name) and not asked:
+            return "router of a mixture of experts"
+        if not known:
+            return ""
+        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+            return f"quantized ({parameter.dtype})"
+        if id(parameter) in self.tables and not chosen and not self.embeddings:
+            return "tied to an embedding"
+        if parameter is self.head and not chosen:
+            return "output head"
+        if parameter.device.type == "meta":
+            return "on the meta device: it has no values"
+        return ""
+
+    def note(self, name: str, known: bool, reason: str) -> None:
+        """Remember what the patterns matched."""
+        matched = {p for p in self._unmatched if _named(name, p)}
+        if known:
+            self._weights.append(name)
+            self._unmatched -= matched
+        else:
+            self._unmatched -= matched & {*self.exclude}
+            self._dense.update((p, f"{name}, which stays dense: {reason}") for p in matched)
+
+    def check(self) -> None:
+        """Raise where a pattern matched no weight."""
+        for pattern in sorted(self._unmatched):
+            if pattern in self._dense:
+                raise InvalidArgument(f"name pattern {pattern!r} means {self._dense[pattern]}")
+            known = ", ".join(self._weights[:3]) + (", ..." if len(self._weights) > 3 else "")
+            raise InvalidArgument(
+                f"name pattern {pattern!r} matches no weight; weights are named like {known}"
+            )
 
 
 def _patterns(given: str | Iterable[str] | None) -> list[str]:
@@ -259,80 +236,9 @@ def _patterns(given: str | Iterable[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Shell-style match on the parameter name, its module's name, or one of their parents."""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
-
-
-def _is_expert_bank(module: nn.Module) -> bool:
-    return "expert" in type(module).__name__.lower() or hasattr(module, "num_experts")
-
-
-def _experts_transposed(module: nn.Module, attribute: str) -> bool:
-    """True for banks stored [experts, in, out]."""
-    known = getattr(module, "is_transposed", None)
-    if known is not None:
-        return bool(known)
-    hidden = getattr(module, "hidden_size", None) or getattr(module, "hidden_dim", None)
-    _, first, last = module._parameters[attribute].shape  # type: ignore[union-attr]
-    if hidden is None or first == last:
-        return False
-    narrows = "down" in attribute or attribute in ("w2", "wo")
-    return bool(first != hidden if narrows else first == hidden)
-
-
-def _is_router(name: str, module: nn.Module) -> bool:
-    owner = name.split(".")[-2] if "." in name else ""
-    return owner in {"gate", "router", "wg", "shared_expert_gate"} or "router" in owner
-
-
-def _output_head(model: nn.Module) -> Tensor | None:
-    """The weight of the output head, by the model's own word or as the last Linear."""
-    get = getattr(model, "get_output_embeddings", None)
-    if callable(get):
-        try:
-            found = get()
-        except (NotImplementedError, AttributeError):
-            found = None
-        if found is not None and hasattr(found, "weight"):
-            weight: Tensor = found.weight
-            return weight
-        base = getattr(model, "base_model", model)
-        if base is model:
-            return None
-        inside = {id(m) for m in base.modules()}
-        kinds = (nn.Linear, *_CONVOLUTIONS)
-        outside = [m for m in model.modules() if isinstance(m, kinds) and id(m) not in inside]
-        return outside[-1].weight if outside else None
-    leaves = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))
-    ]
-    if len(leaves) < 2 or not isinstance(leaves[-1][1], nn.Linear):
-        return None
-    name, last = leaves[-1]
-    return None if _in_repeated_block(model, name) else last.weight
-
-
-def _in_repeated_block(model: nn.Module, name: str) -> bool:
-    """Does the path pass through a list of two or more composite children of one class?"""
-    module = model
-    for part in name.split(".")[:-1]:
-        children = list(module.children())
-        child = getattr(module, part)
-        alike = [c for c in children if type(c) is type(child) and any(True for _ in c.children())]
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(alike) > 1:
-            return True
-        module = child
-    return isinstance(module, nn.MultiheadAttention)
-
-
-def _reparametrized(prefix: str, module: nn.Module) -> list[Skipped]:
-    if not hasattr(module, "parametrizations") or not isinstance(
-        module, (nn.Linear, *_CONVOLUTIONS, nn.MultiheadAttention)
-    ):
-        return []
-    return [
-        Skipped(f"{prefix}.{a}", "reparametrized; remove the parametrization first")
-        for a in module.parametrizations  # type: ignore[union-attr]
-    ]
+def _named(name: str, pattern: str) -> bool:
+    """Does a pattern match a parameter, also by the name of the weight computed from it?"""
+    weight = name.replace(".parametrizations.", ".").replace("parametrizations.", "", 1)
+    return any(
+        matches(n, pattern) for n in dict.fromkeys((name, name.removesuffix("_orig"), weight))
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparseworks.core.errors import MissingDependency
 from sparseworks.core.masks import masks
 from sparseworks.io.atomic import atomic_file
-from sparseworks.models.views import View, find_prunable
+from sparseworks.models.views import View, recorded_views
 from sparseworks.report.text import megabytes
 
 __all__ = ["COLORS", "document", "layout", "plot", "versions", "write_report"]
@@ -86,7 +86,7 @@ def _plotly() -> str:
 
 def _sections(summary: Mapping[str, Any], model: nn.Module, title: str) -> list[str]:
     result = summary["result"]
-    views = [v for v in find_prunable(model, include="*") if v.name in (masks(model) or {})]
+    views = recorded_views(model, masks(model) or {})
     shown = max(views, key=lambda v: v.parameter.numel())
     sections = [
         f"<h1>{html.escape(title)}</h1>",

@@ -6,7 +6,6 @@ is there is not made again.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from abc import ABC, abstractmethod
@@ -23,8 +22,9 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import Masks, attach, masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
-from sparseworks.core.types import Progress
+from sparseworks.core.types import Progress, dense_lines
 from sparseworks.models.calls import Batch
+from sparseworks.models.hooks import duplicate
 from sparseworks.models.views import View, find_prunable
 from sparseworks.training.parts import Fit, train_part
 from sparseworks.training.runs import (
@@ -68,6 +68,7 @@ class Experiment:
         result: the run that the model holds, once the experiment is over.
         total: how many runs the method expects, for progress.
         figures: what was measured between runs.
+        skipped: tensor name -> why it stays dense in all of them.
     """
 
     def __init__(
@@ -98,11 +99,12 @@ class Experiment:
         self.result: Finished | None = None
         self.figures: dict[str, float] = {}
         self._common = {"format": 1, "model": digest_of_model(model), "about": dict(about)}
-        self.views(model)  # a name pattern that matches nothing is refused before any training
+        # a name pattern that matches nothing is refused before any training
+        self.skipped = find_prunable(model, include, exclude).reasons()
 
     def fresh(self) -> nn.Module:
         """A copy of the model as it was given."""
-        return copy.deepcopy(self.model)
+        return duplicate(self.model)
 
     def views(self, model: nn.Module) -> list[View]:
         """The prunable weights of a copy of the model, as the caller chose them."""
@@ -221,6 +223,7 @@ class Experiment:
             **self._common,
             "runs": {n: {"run": r.digest, **r.figures} for n, r in self.finished.items()},
             "figures": self.figures,
+            "skipped": self.skipped,
             "result": None if self.result is None else self.result.name,
         }
 
@@ -232,4 +235,5 @@ class Experiment:
             mark = "  <- the model" if run is self.result else ""
             lines.append(f"  {name:<{width}}  {run.figures['sparsity']:.2%} zeros{score}{mark}")
         lines += [f"  {name}: {value:.4g}" for name, value in self.figures.items()]
+        lines += dense_lines(self.skipped)
         return "\n".join(lines)

@@ -9,68 +9,38 @@ before the step, because some trainers step before backward.
 from __future__ import annotations
 
 import warnings
-from abc import ABC
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparseworks.core import registry
-from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.masks import Masks, attach
+from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
-from sparseworks.core.registry import MethodInfo
+from sparseworks.core.types import dense_lines
 from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.views import View
+from sparseworks.training.attaching import attach_beside, put_masks
+from sparseworks.training.method import Hooked, Periodic
+from sparseworks.training.names import plain_name, unwrapped
+from sparseworks.training.optimizers import Optimizers
 from sparseworks.training.sharding import local_mask, local_part
 
-__all__ = ["Hooked", "Run", "plain_name", "unwrapped"]
-
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooked(ABC):
-    """Base of methods that change masks while a model trains; frozen dataclasses of options.
-
-    Args:
-        pattern: legal zeros, where the call names none.
-        budget: who pays, where the call names none.
-    """
-
-    pattern: str | Pattern = "unstructured"
-    budget: str | Mapping[str, float] | Budget = "uniform"
-
-    info: ClassVar[MethodInfo]
-    starts_from_record: ClassVar[bool] = False
-    embeddings: ClassVar[bool] = False  # embedding tables are masked too
-
-    def takes(self, view: View) -> bool:
-        """Is this one of the tensors that the method prunes?"""
-        return True
-
-    def begin(self, run: Run) -> None:  # noqa: B027
-        """Choose the first masks, `run.masks[name]`; all weights are kept before this."""
-
-    def wants_dense_gradients(self, run: Run) -> bool:
-        """Must the next step's gradients also be kept for masked weights?"""
-        return False
-
-    def update(self, run: Run) -> None:  # noqa: B027
-        """Called after every optimizer step, `run.step` counted from 1."""
+__all__ = ["Hooked", "Periodic", "Run"]
 
 
 class Run:
     """One sparse training run; made by `sparsify`.
 
     Attributes:
-        step: optimizer steps taken.
+        step: steps taken; of several optimizers, those in which each has stepped.
+        every: steps between mask updates, of methods that have such an option; else 0.
         masks: parameter name -> bool mask on the parameter's device.
         views: parameter name -> its matrix view.
+        skipped: parameter name -> why it is left as it is.
         dense_gradients: of the last step, where the method asked for them.
         dense_steps: steps whose gradients were computed for masked weights too.
         memory: tensors that the method keeps from step to step; part of the saved state.
@@ -79,7 +49,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Optimizers,
         method: Hooked,
         views: Iterable[View],
         *,
@@ -88,12 +58,14 @@ class Run:
         pattern: Pattern,
         budget: Any,
         seed: int,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.method = model, optimizer, method
+        self.model, self.method, self.skipped = model, method, dict(skipped or {})
         self.views = {v.name: v for v in views}
         self.sparsity, self.steps, self.pattern, self.budget = sparsity, steps, pattern, budget
         self.seed = seed
         self.step = 0
+        self.every = method.interval(steps) if isinstance(method, Periodic) else 0
         self.masks: dict[str, Tensor] = {
             n: torch.ones(v.parameter.shape, dtype=torch.bool, device=v.parameter.device)
             for n, v in self.views.items()
@@ -102,10 +74,22 @@ class Run:
         self.dense_steps = 0
         self.memory: dict[str, Tensor] = {}
         self.finished = False
+        self._optimizers = optimizers
+        self._arriving: dict[str, Tensor] = {}  # dense gradients whose optimizer has yet to step
         self._bound: dict[str, nn.Parameter] = {}
         self._places: dict[str, tuple[Mapping[str, Any], str]] = {}  # a module's parameters, key
         self._overwritten: list[tuple[Tensor, int, Tensor]] = []
         self._handles: list[Any] = []
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Those that the run follows, out of their wrappers."""
+        return self._optimizers.all
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The first of them, for most trainings the only one."""
+        return self.optimizers[0]
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -123,14 +107,19 @@ class Run:
         """Bind the parameters, choose the first masks, and hook in."""
         self._bind()
         before = {n: [local_part(t).clone() for t in self._tensors(n)] for n in self._bound}
-        self.method.begin(self)
+        try:
+            self.method.begin(self)
+        except BaseException:
+            self.remove()
+            raise
         self.apply()
         # weights that were loaded before the run, whose masks come with `load_state_dict`
         for name, values in before.items():
             if not bool(self.masks[name].all()):
                 for tensor, old in zip(map(local_part, self._tensors(name)), values):
                     self._overwritten.append((tensor, tensor._version, old))
-        self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def _bind(self) -> None:
         """Find the parameters by name (wrappers replace the objects) and hook their gradients."""
@@ -152,6 +141,7 @@ class Run:
                 add = parameter.register_post_accumulate_grad_hook
                 self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
                 self._handles.append(add(after))  # type: ignore[no-untyped-call]
+        self._optimizers.bind(self._bound)
 
     def _found(self, name: str) -> Any:
         held, leaf = self._places[name]
@@ -161,10 +151,10 @@ class Run:
         """Forget a dense gradient whose step never came (a scaler skips steps that overflow)."""
 
         def forget(gradient: Tensor) -> None:
-            if name in self.dense_gradients:
+            if name in self._arriving:
                 grad = self._bound[name].grad
                 if grad is None or not bool(local_part(grad).any()):
-                    del self.dense_gradients[name]
+                    del self._arriving[name]
 
         return forget
 
@@ -183,18 +173,23 @@ class Run:
 
     def _keep_dense(self, name: str, gradient: Tensor, mask: Tensor) -> None:
         """The dense gradient over accumulated batches: only its kept part survives in `.grad`."""
-        before = self.dense_gradients.get(name)
+        before = self._arriving.get(name)
         dense = gradient.clone()
         if before is not None:
             local_part(dense).add_(local_part(before).masked_fill(mask, 0.0))
-        self.dense_gradients[name] = dense
+        self._arriving[name] = dense
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._bind()
+        for name in self._optimizers.names_of(optimizer):
+            self._zero(name)
+            if name in self._arriving:
+                self.dense_gradients[name] = self._arriving.pop(name)
+        if not self._optimizers.step_is_over(optimizer):
+            return
         self.step += 1
         self.dense_steps += bool(self.dense_gradients)
-        self.apply()
         self.method.update(self)
         self.dense_gradients.clear()
 
@@ -211,11 +206,8 @@ class Run:
         self._zero(name)
 
     def _tensors(self, name: str) -> list[Tensor]:
-        """A parameter and what the optimizer keeps for each of its elements."""
-        parameter = self._bound[name]
-        state = self.optimizer.state.get(parameter, {}).values()
-        alike = [v for v in state if isinstance(v, Tensor) and v.shape == parameter.shape]
-        return [parameter, *alike]
+        """A parameter and what its optimizer keeps for each of its elements."""
+        return [self._bound[name], *self._optimizers.state_of(self._bound[name])]
 
     def _zero(self, name: str) -> None:
         mask = local_mask(self.masks[name], self._bound[name])
@@ -228,19 +220,44 @@ class Run:
     def finish(self) -> Masks:
         """End the run: zeros exact, hooks gone, the mask record on the model.
 
+        Masks that the model had of other tensors stay in its record where their zeros still hold.
         Warns where the training ended before its schedule and the sparsity is not reached.
 
         Returns:
-            The record.
+            The masks of this run.
         """
         if not self.finished:
             self._warn_if_short()
             self.apply()
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
-            self.finished = True
-            attach(unwrapped(self.model), self.record())
+            self.remove()
+            attach_beside(unwrapped(self.model), self.record())
+        return self.record()
+
+    def remove(self) -> None:
+        """Let go of model and optimizers, which stay as they are now; no record is attached."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.finished = True
+
+    def apply_to(self, model: nn.Module) -> Masks:
+        """The masks as they are now on a copy of the model, an average of its weights say.
+
+        Masked weights of the copy become exactly 0, and the record of the masks is attached to the
+        model inside its wrappers. The run goes on as before.
+
+        Args:
+            model: of the same parameters as the model of the run, in names and shapes; wrappers
+                (`AveragedModel`, DDP, `torch.compile`) may be round either.
+
+        Returns:
+            The masks of this run.
+
+        Raises:
+            ModelError: another model; nothing was changed.
+        """
+        put_masks(self.masks, self.model, model)
+        attach_beside(unwrapped(model), self.record())
         return self.record()
 
     def _warn_if_short(self) -> None:
@@ -258,12 +275,19 @@ class Run:
         """Everything that resuming needs beside the model's and the optimizer's own state."""
         return {
             "method": self.method.info.name,
-            "options": registry.options_of(self.method),
+            "options": self._options(),
             "step": self.step,
             "dense_steps": self.dense_steps,
+            "stepped": sorted(self._optimizers.stepped),
+            "dense_gradients": {n: t.clone() for n, t in self.dense_gradients.items()},
             "masks": self.record().state_dict(),
             "memory": {n: t.clone() for n, t in self.memory.items()},
         }
+
+    def _options(self) -> dict[str, Any]:
+        """The method's options, with the interval that a default comes to."""
+        every = {"every": self.every} if self.every else {}
+        return {**registry.options_of(self.method), **every}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -274,7 +298,7 @@ class Run:
         Raises:
             InvalidArgument: the state is of another method or of other tensors.
         """
-        mine = registry.options_of(self.method)
+        mine = self._options()
         if state["method"] != self.method.info.name or state["options"] != mine:
             raise InvalidArgument(
                 f"the state is of method {state['method']!r} with {state['options']}, this run is "
@@ -293,20 +317,16 @@ class Run:
             self.masks[name] = mask.to(self._bound[name].device)
         device = next((p.device for p in self._bound.values()), torch.device("cpu"))
         self.memory = {n: t.to(device, copy=True) for n, t in state.get("memory", {}).items()}
+        self._optimizers.stepped = set(state.get("stepped", ()))
+        gradients = state.get("dense_gradients", {})
+        self.dense_gradients = {n: t.to(device, copy=True) for n, t in gradients.items()}
+        self._arriving.clear()
         self.apply()
 
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of DDP, torch.compile and FSDP."""
-    for prefix in _WRAPPERS:
-        name = name.replace(prefix, "", 1) if name.startswith(prefix) else name
-    return name.replace("._orig_mod.", ".").replace("._fsdp_wrapped_module.", ".")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    def __str__(self) -> str:
+        steps = "" if self.steps is None else f" of {self.steps}"
+        lines = [
+            f"{self.method.info.name}: sparsity {self.current_sparsity:.4f} over "
+            f"{len(self.masks)} tensors at step {self.step}{steps}"
+        ]
+        return "\n".join(lines + dense_lines(self.skipped, "left as it is"))

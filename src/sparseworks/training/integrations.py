@@ -14,11 +14,11 @@ trainer's own checkpoints, resume from it, and finish the run when the training 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument, MissingDependency
 from sparseworks.training.checkpointing import load_state, save_state
@@ -50,19 +50,17 @@ class Sparsifier:
         self.steps = steps
         self.run: Run | None = None
 
-    def begin(self, model: nn.Module, optimizer: Optimizer, total: int) -> Run:
+    def begin(self, model: nn.Module, optimizer: Any, total: int) -> Run:
         """Start the run for a training of `total` optimizer steps."""
-        steps, every = self.steps or total, self.sparse.every
+        if self.run is not None:
+            self.run.remove()  # of a training that failed: it must not go on beside this one
+        steps = self.steps or total
         if steps > total:
             raise InvalidArgument(
                 f"the sparsity schedule ends at step {steps}, after the training ({total} steps); "
                 "leave `steps` out or train longer"
             )
-        if every is not None and every > total:
-            raise InvalidArgument(
-                f"the masks would change every {every} steps, but the training has {total}: "
-                "set `every` lower"
-            )
+        self.sparse.check_steps(total)
         self.run = sparsify(
             model,
             optimizer,
@@ -165,7 +163,7 @@ def lightning_callback(
     *,
     sparsity: float | None = None,
     steps: int | None = None,
-    optimizer: int = 0,
+    optimizer: int | Sequence[int] = 0,
     **settings: Any,
 ) -> Any:
     """A callback for Lightning's Trainer that makes its training sparse.
@@ -177,7 +175,8 @@ def lightning_callback(
         method: a hooked method, as `sparsify` takes it.
         sparsity: final fraction of zeros.
         steps: optimizer steps of the schedule; None: `trainer.estimated_stepping_batches`.
-        optimizer: which of the trainer's optimizers, by number.
+        optimizer: which of the trainer's optimizers, by number; several where more than one
+            trains the masked weights.
         settings: the other arguments of `sparsify`.
 
     Raises:
@@ -186,7 +185,8 @@ def lightning_callback(
         MissingDependency: Lightning is not installed.
     """
     sparsifier = Sparsifier(method, sparsity, steps, settings)
-    return _lightning_class()(sparsifier, optimizer)
+    numbers = (optimizer,) if isinstance(optimizer, int) else tuple(optimizer)
+    return _lightning_class()(sparsifier, numbers)
 
 
 @functools.cache
@@ -202,8 +202,8 @@ def _lightning_class() -> Any:
             ) from None
 
     class SparseLightningCallback(Callback):  # type: ignore[misc]
-        def __init__(self, sparsifier: Sparsifier, number: int) -> None:
-            self.sparsifier, self.number = sparsifier, number
+        def __init__(self, sparsifier: Sparsifier, numbers: tuple[int, ...]) -> None:
+            self.sparsifier, self.numbers = sparsifier, numbers
             self._saved: dict[str, Any] | None = None
 
         @property
@@ -213,7 +213,8 @@ def _lightning_class() -> Any:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             # Lightning loads a callback's state before there is an optimizer to hook
             total = int(trainer.estimated_stepping_batches)
-            run = self.sparsifier.begin(pl_module, trainer.optimizers[self.number], total)
+            chosen = [trainer.optimizers[i] for i in self.numbers]
+            run = self.sparsifier.begin(pl_module, chosen, total)
             if self._saved is not None:
                 run.load_state_dict(self._saved)
                 self._saved = None

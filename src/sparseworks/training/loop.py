@@ -76,12 +76,8 @@ class Training:
                 f"the data give {len(batches)} batches of {plan.batch_size} an epoch, fewer than "
                 f"the {plan.accumulate} of one step; give more data or a smaller batch_size"
             )
-        every = None if sparse is None else sparse.every
-        if every is not None and every > self.steps:
-            raise InvalidArgument(
-                f"the masks would change every {every} steps, but the training ends after "
-                f"{self.steps}: set every to {max(1, self.steps // 20)}, say"
-            )
+        if sparse is not None:
+            sparse.check_steps(self.steps)
         torch.manual_seed(plan.seed)
         self.run: Run | Transformed | None = None
         if sparse is None:

@@ -12,6 +12,7 @@ from torch import nn
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.patterns import check_sparsity
+from sparseworks.core.schedules import interval
 from sparseworks.training.fitting import Recipe
 from sparseworks.training.hooked import Hooked, Run
 from sparseworks.training.sparsify import sparsify
@@ -98,11 +99,18 @@ class Sparse:
             check_sparsity(self.sparsity)
         object.__setattr__(self, "chosen", chosen)
 
-    @property
-    def every(self) -> int | None:
-        """Steps between mask updates, for methods that have such an option."""
+    def check_steps(self, steps: int) -> None:
+        """A training of so many steps must reach the first change of the masks.
+
+        Raises:
+            InvalidArgument: the method was given a longer `every`.
+        """
         every = getattr(self.chosen, "every", None)
-        return every if isinstance(every, int) else None
+        if isinstance(every, int) and every > steps:
+            raise InvalidArgument(
+                f"the masks would change every {every} steps, but the training has {steps}: leave "
+                f"`every` out or set it to {interval(steps)}, say"
+            )
 
     def begin(
         self,

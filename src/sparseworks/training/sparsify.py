@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,21 +13,19 @@ from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.masks import masks
 from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
-from sparseworks.models.views import View, find_prunable
-from sparseworks.training.hooked import Hooked, Run, plain_name, unwrapped
+from sparseworks.models.hooks import with_torch_masks
+from sparseworks.models.matrix import parameters_of
+from sparseworks.models.views import View, find_prunable, recorded_views
+from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.names import plain_name, unwrapped
+from sparseworks.training.optimizers import Optimizers
 
 __all__ = ["sparsify"]
-
-_FLATTENING = (
-    "FP16_Optimizer", "DistributedFusedAdam", "DistributedFusedLAMB", "DeepSpeedZeroOptimizer",
-    "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer", "ZeroRedundancyOptimizer",
-)  # fmt: skip
-_WRAPPING = ("AcceleratedOptimizer", "LightningOptimizer")  # hooks go on the optimizer inside
 
 
 def sparsify(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     method: str | Hooked,
     *,
     sparsity: float | None = None,
@@ -42,69 +41,53 @@ def sparsify(
 
     Args:
         model: the model that trains; wrappers may be put round it afterwards.
-        optimizer: any torch optimizer that holds the model's parameters one by one.
+        optimizer: any torch optimizer that holds the model's parameters one by one, or a list of
+            them; a step of the run is then over when each that holds a masked tensor has stepped.
         method: "fixed" (the zeros of the model's mask record stay zero) or a registered method.
         sparsity: final fraction of zeros, for methods that choose masks.
         steps: optimizer steps of the whole training, for methods with a schedule.
         pattern: legal zeros; None: the method's own.
         budget: who pays; None: the method's own.
-        include: name patterns of the only weights to mask.
+        include: name patterns of the only weights to mask. Frozen ones are refused here; without
+            `include` they stay as they are and `run.skipped` names them.
         exclude: name patterns of weights to leave dense.
         seed: of the run's private random numbers.
         options: fields of the method.
 
     Raises:
         InvalidArgument: an option or an optimizer that cannot be used; nothing was changed.
-        ModelError: "fixed" on a model without masks.
+        ModelError: "fixed" on a model without masks, or no weight left that trains.
     """
     chosen = registry.build(method, **options)
     if not isinstance(chosen, Hooked):
         kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
         raise InvalidArgument(f"method {method!r} is {kind}, not one for a training loop")
-    if type(optimizer).__name__ in _WRAPPING:
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    optimizers = Optimizers(optimizer)
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise InvalidArgument(
             "FullyShardedDataParallel keeps flattened copies of the weights, in which masks cannot "
             "be enforced; shard the model with torch.distributed.fsdp.fully_shard"
         )
-    if type(optimizer).__name__ in _FLATTENING:
-        raise InvalidArgument(
-            f"{type(optimizer).__name__} keeps flattened copies of the weights, in which masks "
-            "cannot be enforced; use an optimizer that steps the parameters themselves"
-        )
     if chosen.starts_from_record:
-        record = masks(unwrapped(model))
-        if record is None or not len(record):
-            raise ModelError(
-                f"method {chosen.info.name!r} needs a model with masks: prune or load one first"
-            )
-        masked = {id(p) for n, p in model.named_parameters() if plain_name(n) in record}
-        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        everything = find_prunable(
-            model, include="*", embeddings=any(id(m.weight) in masked for m in tables)
-        )
-        views = [v for v in everything if plain_name(v.name) in record]
+        views, skipped = _recorded(model, chosen)
     else:
-        found = find_prunable(model, include, exclude, embeddings=chosen.embeddings)
-        views = [v for v in found if chosen.takes(v)]
-        if not views:
-            raise ModelError(f"method {chosen.info.name!r} takes none of the tensors given")
+        views, skipped = _trained(model, chosen, include, exclude)
         if sparsity is None:
             raise InvalidArgument(f"method {chosen.info.name!r} needs `sparsity`")
         check_sparsity(sparsity)
     legal = parse_pattern(chosen.pattern if pattern is None else pattern)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = optimizers.held
     lacking = [v.name for v in views if v.parameter.requires_grad and id(v.parameter) not in held]
     if lacking:
+        who = "the optimizer does" if len(optimizers.all) == 1 else "the optimizers do"
         raise InvalidArgument(
-            f"the optimizer does not hold {lacking[0]!r}; build it from this model's parameters, "
-            "or exclude the tensor"
+            f"{who} not hold {lacking[0]!r}; build it from this model's parameters, give the list "
+            "where several train the model, or exclude the tensor"
         )
-    plain = [View(plain_name(v.name), v.module, v.attribute, v.layout, v.groups) for v in views]
+    plain = [replace(v, name=plain_name(v.name)) for v in views]
     run = Run(
         model,
-        optimizer,
+        optimizers,
         chosen,
         plain,
         sparsity=sparsity,
@@ -112,6 +95,54 @@ def sparsify(
         pattern=legal,
         budget=chosen.budget if budget is None else budget,
         seed=seed,
+        skipped=skipped,
     )
     run.start()
     return run
+
+
+def _recorded(model: nn.Module, method: Hooked) -> tuple[list[View], dict[str, str]]:
+    """The weights of the model's mask record, frozen or not: their zeros are chosen already."""
+    record = with_torch_masks(unwrapped(model), masks(unwrapped(model)))
+    if record is None or not len(record):
+        raise ModelError(
+            f"method {method.info.name!r} needs a model with masks: prune or load one first"
+        )
+    absent = set(record) - {plain_name(n) for n, *_ in parameters_of(model)}
+    if absent:
+        raise ModelError(f"the mask record names {min(absent)!r}, which the model has not")
+    views = recorded_views(model, record, plain_name)
+    taken = {v.name for v in views}
+    found = find_prunable(model, torch_masked=True, required=False)
+    reasons = found.reasons() | {v.name: "it has no mask" for v in found}
+    return views, {p: why for n, why in reasons.items() if (p := plain_name(n)) not in taken}
+
+
+def _trained(
+    model: nn.Module,
+    method: Hooked,
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+) -> tuple[list[View], dict[str, str]]:
+    """The weights that the method masks, and why the others are left as they are.
+
+    No gradient will ever say what a frozen one should keep or grow.
+    """
+    include = [include] if isinstance(include, str) else list(include or ())
+    found = find_prunable(model, include, exclude, embeddings=method.embeddings)
+    views = [v for v in found if method.takes(v) and v.parameter.requires_grad]
+    skipped = {plain_name(n): reason for n, reason in found.reasons().items()}
+    for view in found:
+        if not method.takes(view):
+            skipped[plain_name(view.name)] = f"not of the kind that {method.info.name!r} prunes"
+        elif not view.parameter.requires_grad:
+            skipped[plain_name(view.name)] = "frozen (requires_grad=False)"
+            if include:
+                raise InvalidArgument(
+                    f"`include` asks for {view.name!r}, which is frozen (requires_grad=False): no "
+                    "gradient would say what to keep or grow; let it train, or exclude it"
+                )
+    if not views:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+        raise ModelError(f"method {method.info.name!r} takes none of the tensors given ({reasons})")
+    return views, skipped

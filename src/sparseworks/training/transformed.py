@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from sparseworks.core import registry
 from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.masks import Masks, attach
+from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
+from sparseworks.training.attaching import attach_beside
 
 __all__ = ["Transform", "Transformed"]
 
@@ -75,6 +76,7 @@ class Transformed:
             `finish`. A method that replaces modules sets the views of the new ones.
         optimizer: after `attach`.
         step: optimizer steps taken.
+        skipped: tensor name -> why it is left dense.
         own: what the method keeps between its calls.
     """
 
@@ -96,6 +98,7 @@ class Transformed:
         self.seed = seed
         self.step = 0
         self.optimizer: Optimizer | None = None
+        self.skipped: dict[str, str] = {}
         self.finished = False
         self.own: dict[str, Any] = {}
         self._masks: dict[str, Tensor] = {}
@@ -174,7 +177,8 @@ class Transformed:
                 f"{name} is also {tied[0]} (tied weights): a parametrization would reach only one "
                 "of them; exclude it"
             )
-        order = list(view.module._parameters)
+        before = (o for n, o in self._orders.items() if self.views[n].module is view.module)
+        order = next(before, list(view.module._parameters))
         parametrize.register_parametrization(view.module, view.attribute, part)
         self._orders[name] = order
 
@@ -293,7 +297,7 @@ class Transformed:
             self._masks = masks
             self._release()
             self.finished = True
-            attach(self.model, self.record())
+            attach_beside(self.model, self.record())
         return self.record()
 
     def record(self) -> Masks:
@@ -365,7 +369,8 @@ class Transformed:
         parametrize.remove_parametrizations(view.module, view.attribute, leave_parametrized=False)
         known = view.module._parameters
         for attribute in order:
-            known[attribute] = known.pop(attribute)
+            if attribute in known:  # others of the module may still be parametrized
+                known[attribute] = known.pop(attribute)
 
     def _release(self) -> None:
         for parameter in self._trainable:

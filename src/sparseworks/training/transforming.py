@@ -70,7 +70,8 @@ def transform(
     if steps is not None and steps < 1:
         raise InvalidArgument(f"steps={steps} must be at least 1")
     legal = parse_pattern(chosen.pattern if pattern is None else pattern)
-    views = list(find_prunable(model, include, exclude))
+    found = find_prunable(model, include, exclude)
+    views = list(found)
     for view in views:
         legal.check(view.shape, view.run)
         if not bool(torch.isfinite(view.parameter).all()):
@@ -85,6 +86,7 @@ def transform(
         budget=chosen.budget if budget is None else budget,
         seed=seed,
     )
+    job.skipped = found.reasons()
     try:
         chosen.begin(job)
     except BaseException:

@@ -167,6 +167,7 @@ def test_misuse_is_refused_before_anything_changes():
     before = copy.deepcopy(model.state_dict())
     for options, message in (
         ({"accumulate": 5, "every": 4}, "accumulate"),
+        ({"accumulate": 5, "steps": 40}, "larger `every`"),  # the default is 2
         ({"growth": "magic"}, "growth"),
         ({"rate": 2.0}, "rate"),
         ({"steps": None}, "give `steps`"),

@@ -13,7 +13,7 @@ from torch import nn
 import sparseworks as sw
 from sparseworks.core.budgets import erk
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.schedules import cosine, cubic
+from sparseworks.core.schedules import cosine, cubic, interval
 from sparseworks.models.views import find_prunable
 
 STEPS = 24
@@ -185,6 +185,35 @@ def test_the_same_seed_gives_the_same_run_and_resuming_is_exact(method):
                                                          make(4)[2].masks.values()))  # fmt: skip
 
 
+@pytest.mark.parametrize("second", [*sorted(OPTIONS), "fixed"])
+@pytest.mark.parametrize("first", sorted(OPTIONS))
+def test_a_second_run_after_the_first_is_finished_is_a_run_of_its_own(first, second):
+    """On the same model and optimizer; nothing of the first goes on beside it."""
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    run = sw.sparsify(model, optimizer, first, sparsity=0.7, steps=STEPS, **OPTIONS[first])
+    train(model, optimizer)
+    kept = run.finish()
+    twin = net()
+    twin.load_state_dict(model.state_dict())
+    sw.attach(twin, kept)
+    alike = OPTIMIZERS["sgd"](twin.parameters())
+    alike.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    runs = []
+    for net_, optimizer_ in ((model, optimizer), (twin, alike)):
+        given = {} if second == "fixed" else {"sparsity": 0.8, "steps": STEPS, **OPTIONS[second]}
+        runs.append(sw.sparsify(net_, optimizer_, second, **given))
+        train(net_, optimizer_)
+    assert runs[0].step == STEPS and run.step == STEPS
+    records = [r.finish() for r in runs]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    for record, net_ in zip(records, (model, twin)):
+        assert record.sparsity() == pytest.approx(0.7 if second == "fixed" else 0.8, abs=1e-3)
+        assert sw.masks(net_).violations(net_) == {}
+    if second == "fixed":
+        assert all(torch.equal(records[0][n], m) for n, m in kept.items())
+
+
 def test_gradual_masks_never_grow():
     model = net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -228,6 +257,26 @@ def test_misuse(options, message):
         with pytest.raises(InvalidArgument, match=message):
             sw.sparsify(model, OPTIMIZERS["sgd"](model.parameters()), method, **options)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "granet", "gradual", "dsl"])
+@pytest.mark.parametrize("steps", [1, 7, 60, 500, 5000])
+def test_the_default_interval_is_the_law_of_the_schedules(method, steps):
+    def train_with(**given):
+        model = net()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        run = sw.sparsify(model, optimizer, method, sparsity=0.8, steps=steps, **given)
+        train(model, optimizer, last=min(steps, 12))
+        return model, run
+
+    model, run = train_with()
+    twin, told = train_with(every=interval(steps))
+    assert run.every == told.every == interval(steps)
+    assert all(torch.equal(m, told.masks[n]) for n, m in run.masks.items())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    told.load_state_dict(run.state_dict())  # the same run, whoever chose the interval
+    if steps <= 12:
+        assert run.finish().sparsity() == pytest.approx(0.8, abs=2e-3)
 
 
 def test_a_schedule_that_outlasts_the_training_is_named():

@@ -61,8 +61,8 @@ class Group(Pattern):
     Args:
         axis: "rows" (output channels) or "columns" (input channels).
         size: consecutive rows or columns that form one unit (a head's width, say).
-        stride: for columns of a convolution, the taps repeat every `stride` columns; a unit then
-            holds its channels at every tap. 0: no repetition.
+        stride: a unit is repeated every `stride` rows or columns and holds all of its repetitions:
+            the taps of a convolution (columns), the gates of a recurrent layer (rows). 0: none.
     """
 
     axis: Literal["rows", "columns"] = "rows"
@@ -79,13 +79,11 @@ class Group(Pattern):
         return self.axis if self.size == 1 else f"{self.axis}{self.size}"
 
     def _extent(self, shape: Sequence[int]) -> int:
-        if self.axis == "rows":
-            return shape[0]
-        return self.stride or shape[1]
+        return self.stride or shape[0 if self.axis == "rows" else 1]
 
     def check(self, shape: Sequence[int], run: int | None = None) -> None:
         extent = self._extent(shape)
-        if extent % self.size or (self.axis == "columns" and self.stride and shape[1] % extent):
+        if extent % self.size or shape[0 if self.axis == "rows" else 1] % extent:
             raise PatternError(f"pattern {self}: {extent} {self.axis} do not divide by {self.size}")
 
     def units(self, shape: Sequence[int]) -> int:
@@ -93,17 +91,14 @@ class Group(Pattern):
 
     def pool(self, scores: Tensor) -> Tensor:
         self.check(scores.shape)
-        if self.axis == "rows":
-            lines = scores.sum(dim=1, dtype=torch.float32)
-        else:
-            lines = scores.reshape(-1, self._extent(scores.shape)).sum(dim=0, dtype=torch.float32)
-        return lines.view(-1, self.size).sum(1)
+        lines = scores.sum(dim=1 if self.axis == "rows" else 0, dtype=torch.float32)
+        return lines.view(-1, self._extent(scores.shape)).sum(0).view(-1, self.size).sum(1)
 
     def select(self, scores: Tensor, keep: int | None = None) -> Tensor:
         lines = keep_top(self.pool(scores), required(self, keep)).repeat_interleave(self.size)
         rows, columns = scores.shape
         if self.axis == "rows":
-            return lines[:, None].expand(rows, columns).clone()
+            return lines.repeat(rows // lines.numel())[:, None].expand(rows, columns).clone()
         return lines.repeat(columns // lines.numel())[None, :].expand(rows, columns).clone()
 
 

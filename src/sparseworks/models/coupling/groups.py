@@ -62,6 +62,7 @@ class Family:
         axes: what every group touches.
         exact: cutting equals zeroing; `reason` says why not.
         multiple: the width must stay a multiple of this (kernels of the traced operations).
+        least: groups that must stay (operations that compare widths).
     """
 
     index: int
@@ -70,6 +71,7 @@ class Family:
     exact: bool
     reason: str = ""
     multiple: int = 1
+    least: int = 1
 
     def __len__(self) -> int:
         return len(self.roots)
@@ -175,9 +177,10 @@ def solve(
         for labels, reason in atoms.statistics
         for root in np.unique(number[parent[labels]])
     }
-    multiples = {
-        int(root): n for labels, n in atoms.multiples for root in np.unique(number[parent[labels]])
-    }
+    multiples, least = (
+        {int(root): n for labels, n in told for root in np.unique(number[parent[labels]])}
+        for told in (atoms.multiples, atoms.least)
+    )
     final = tuple(
         Cost(c.name, c.macs, tuple(number[parent[np.maximum(x, 0)]] for x in c.labels))
         for c in costs
@@ -185,7 +188,7 @@ def solve(
     reached = {id(t) for n, t in _tensors(model) if n in sources}
     unreached = tuple(n for n, t in model.named_parameters() if id(t) not in reached)
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    found = _families(axes, len(used), reasons, multiples)
+    found = _families(axes, len(used), reasons, multiples, least)
     families = tuple(f for f in found if any(name in parameters for name, _ in f.axes))
     return Coupling(model, axes, families, final, len(used), unreached)
 
@@ -237,6 +240,7 @@ def _families(
     count: int,
     reasons: Mapping[int, str],
     multiples: Mapping[int, int],
+    least: Mapping[int, int],
 ) -> tuple[Family, ...]:
     touched: dict[int, list[int]] = {root: [] for root in range(1, count)}
     keys = list(axes)
@@ -261,6 +265,7 @@ def _families(
                 not reason,
                 reason,
                 max(multiples.get(r, 1) for r in members),
+                max(least.get(r, 1) for r in members),
             )
         )
     return tuple(families)

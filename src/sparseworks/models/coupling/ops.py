@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseworks.models.coupling import contractions, shapes
+from sparseworks.models.coupling import contractions, recurrences, shapes
 from sparseworks.models.coupling.calls import Call
 from sparseworks.models.coupling.provenance import FROZEN, Block, Provenance, frozen
 
@@ -346,6 +346,8 @@ _GROUPS: dict[Callable[[Call], Any], str] = {
     contractions.layer_norm: "layer_norm rms_norm native_layer_norm",
     contractions.group_norm: "group_norm native_group_norm",
     contractions.grouped_matmul: "grouped_mm_fallback _grouped_mm",
+    recurrences.layers: "lstm gru rnn_tanh rnn_relu",
+    recurrences.cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
 }
 HANDLERS: dict[str, Callable[[Call], Any]] = {
     name: handler for handler, names in _GROUPS.items() for name in names.split()

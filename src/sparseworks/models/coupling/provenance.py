@@ -75,6 +75,7 @@ class Atoms:
     splits: list[Labels] = field(default_factory=list)
     statistics: list[tuple[Labels, str]] = field(default_factory=list)
     multiples: list[tuple[Labels, int]] = field(default_factory=list)
+    least: list[tuple[Labels, int]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Labels:
         labels = np.arange(self.count, self.count + size, dtype=np.int64)

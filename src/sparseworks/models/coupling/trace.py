@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from sparseworks.models.coupling.calls import Call, Cost
 from sparseworks.models.coupling.groups import Coupling, solve
 from sparseworks.models.coupling.ops import HANDLERS, elementwise
 from sparseworks.models.coupling.provenance import Atoms, Provenance, frozen
+from sparseworks.models.hooks import refresh
+from sparseworks.models.recurrence import relist
 
 __all__ = ["CouplingError", "trace"]
 
@@ -58,7 +61,11 @@ def _exported(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no key-value cache, no fused fast path; put back afterwards."""
+    """Evaluation mode, no key-value cache, no fused fast path; put back afterwards.
+
+    The export leaves its own stand-ins in the lists that recurrent layers keep of their weights,
+    and warns that it did: they take their parameters again.
+    """
     training = {m: m.training for m in model.modules()}
     configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     caches = [c for c in configs if getattr(c, "use_cache", False)]
@@ -68,13 +75,17 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         config.use_cache = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for config in caches:
             config.use_cache = True
         for module, was in training.items():
             module.training = was
+            refresh(module)  # what hooks computed in the export has no values
+        relist(model.modules())
 
 
 def _decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -30,7 +30,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.schedules import cosine
-from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.hooked import Periodic, Run
 from sparseworks.weights.dynamic.masks import (
     check_fraction,
     drop_and_grow,
@@ -46,18 +46,18 @@ Growth = Literal["gradient", "random", "unexplored"]
 
 
 @dataclass(frozen=True)
-class DSL(Hooked):
+class DSL(Periodic):
     """Sparse tables whose entries move to where the gradient asks for them.
 
+    The paper has them move every 2,000 to 3,000 steps for LightGCN and NeuMF.
+
     Args:
-        every: steps between updates (the paper: 2,000 to 3,000 for LightGCN and NeuMF).
         rate: rho_0, the share of active entries moved at first.
         growth: "gradient"; "random"; "unexplored": never-yet-active entries first, at random.
         accumulate: how many steps' gradients the growth score sums. A batch of plain matrix
             factorisation reaches only its own rows; LightGCN reaches their neighbours too.
     """
 
-    every: int = 100
     rate: float = 0.5
     growth: Growth = "gradient"
     accumulate: int = 1
@@ -80,16 +80,19 @@ class DSL(Hooked):
 
     def __post_init__(self) -> None:
         check_fraction("dsl", rate=self.rate)
-        if not 1 <= self.accumulate <= self.every:
-            raise InvalidArgument(
-                f"dsl: every={self.every} must be at least 1, and accumulate={self.accumulate} "
-                "between 1 and every"
-            )
+        super().__post_init__()
+        if self.accumulate < 1:
+            raise InvalidArgument(f"dsl: accumulate={self.accumulate} must be at least 1")
         if self.growth not in get_args(Growth):
             raise InvalidArgument(f"dsl: growth={self.growth!r} is not one of {get_args(Growth)}")
 
     def begin(self, run: Run) -> None:
         span(run, 0.0, 1.0)
+        if self.accumulate > run.every:
+            raise InvalidArgument(
+                f"dsl: accumulate={self.accumulate} must be at most the {run.every} steps between "
+                "updates; give a larger `every`"
+            )
         for view in run.views.values():
             if isinstance(view.module, nn.Embedding) and view.module.sparse:
                 raise InvalidArgument(
@@ -101,14 +104,14 @@ class DSL(Hooked):
             run.memory[f"explored/{name}"] = mask.clone()
 
     def wants_dense_gradients(self, run: Run) -> bool:
-        ahead = -(run.step + 1) % self.every  # steps from the next one to the next update
+        ahead = -(run.step + 1) % run.every  # steps from the next one to the next update
         return self.growth == "gradient" and ahead < self.accumulate
 
     def update(self, run: Run) -> None:
         for name, gradient in run.dense_gradients.items():
             before = run.memory.get(f"gradient/{name}")
             run.memory[f"gradient/{name}"] = gradient if before is None else before + gradient
-        if run.step % self.every:
+        if run.step % run.every:
             return
         rate = cosine(run.step, begin=0, end=run.steps or 1, initial=self.rate, final=_LAST_RATE)
         for name, mask in run.masks.items():

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from sparseworks.core.masks import masks
 from sparseworks.core.registry import MethodInfo
-from sparseworks.training.hooked import Hooked, Run, unwrapped
+from sparseworks.models.hooks import with_torch_masks
+from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.names import unwrapped
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Fixed(Hooked):
     )
 
     def begin(self, run: Run) -> None:
-        record = masks(unwrapped(run.model))
+        model = unwrapped(run.model)
+        record = with_torch_masks(model, masks(model))
         assert record is not None
         for name in run.masks:
             run.masks[name] = record[name].to(run.masks[name].device)

@@ -14,21 +14,19 @@ from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.schedules import cubic, periodic
-from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.hooked import Periodic, Run
 from sparseworks.weights.dynamic.masks import check_fraction, magnitudes, select_masks, span
 
 
 @dataclass(frozen=True)
-class Gradual(Hooked):
+class Gradual(Periodic):
     """Mask ever more of the smallest weights while the model trains.
 
     Args:
-        every: steps between mask updates.
         start: fraction of the training at which pruning starts.
         end: fraction at which the final sparsity is reached.
     """
 
-    every: int = 100
     start: float = 0.0
     end: float = 0.75
 
@@ -48,11 +46,9 @@ class Gradual(Hooked):
 
     def __post_init__(self) -> None:
         check_fraction("gradual", start=self.start, end=self.end)
-        if self.every < 1 or self.start > self.end:
-            raise InvalidArgument(
-                f"gradual: every={self.every}, start={self.start}, end={self.end}; "
-                "every >= 1 and start <= end are needed"
-            )
+        super().__post_init__()
+        if self.start > self.end:
+            raise InvalidArgument(f"gradual: start={self.start} must be at most end={self.end}")
 
     def begin(self, run: Run) -> None:
         span(run, self.start, self.end)
@@ -62,10 +58,10 @@ class Gradual(Hooked):
         first, last = span(run, self.start, self.end)
         if step < first:
             return 0.0
-        moved = last if step >= last else first + (step - first) // self.every * self.every
+        moved = last if step >= last else first + (step - first) // run.every * run.every
         return cubic(moved, begin=first, end=last, final=run.sparsity or 0.0)
 
     def update(self, run: Run) -> None:
         first, last = span(run, self.start, self.end)
-        if run.step == last or periodic(run.step, every=self.every, begin=first, end=last):
+        if run.step == last or periodic(run.step, every=run.every, begin=first, end=last):
             select_masks(run, magnitudes(run), self.sparsity_at(run, run.step))

@@ -23,7 +23,7 @@ from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.schedules import cosine, cubic
-from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.hooked import Periodic, Run
 from sparseworks.weights.dynamic.masks import (
     check_fraction,
     drop_and_grow,
@@ -38,17 +38,15 @@ _LAST_RATE = 0.005
 
 
 @dataclass(frozen=True)
-class GraNet(Hooked):
+class GraNet(Periodic):
     """Prune gradually and regrow what was pruned by mistake.
 
     Args:
-        every: steps between mask updates.
         initial_density: d_i; below 1 training starts from a random ERK mask.
         regeneration: r_0, the share of active weights swapped at first.
         end: fraction of the training at which the final sparsity is reached.
     """
 
-    every: int = 100
     initial_density: float = 0.5
     regeneration: float = 0.5
     end: float = 0.7
@@ -70,10 +68,10 @@ class GraNet(Hooked):
 
     def __post_init__(self) -> None:
         check_fraction("granet", regeneration=self.regeneration, end=self.end)
-        if not 0 < self.initial_density <= 1 or self.every < 1:
+        super().__post_init__()
+        if not 0 < self.initial_density <= 1:
             raise InvalidArgument(
-                f"granet: initial_density={self.initial_density} must be in (0, 1], "
-                f"every={self.every} at least 1"
+                f"granet: initial_density={self.initial_density} must be in (0, 1]"
             )
 
     def begin(self, run: Run) -> None:
@@ -88,19 +86,19 @@ class GraNet(Hooked):
             random_masks(run, 1 - self.initial_density)
             run.budget = budget
 
-    def due(self, step: int) -> bool:
-        return step > 0 and step % self.every == 0
+    def due(self, run: Run, step: int) -> bool:
+        return step > 0 and step % run.every == 0
 
     def wants_dense_gradients(self, run: Run) -> bool:
-        return self.due(run.step + 1)
+        return self.due(run, run.step + 1)
 
     def update(self, run: Run) -> None:
         _, last = span(run, 0.0, self.end)
-        if run.step == last or (self.due(run.step) and run.step < last):
+        if run.step == last or (self.due(run, run.step) and run.step < last):
             first = 1 - self.initial_density
             sparsity = cubic(run.step, begin=0, end=last, initial=first, final=run.sparsity or 0.0)
             select_masks(run, magnitudes(run), sparsity)
-        if self.due(run.step):
+        if self.due(run, run.step):
             rate = cosine(
                 run.step, begin=0, end=run.steps or 1, initial=self.regeneration, final=_LAST_RATE
             )

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.random import generator_for
 from sparseworks.models.calls import Batch, call, split
+from sparseworks.models.recurrence import products_shown
 from sparseworks.models.views import View
 
 __all__ = [
@@ -174,15 +175,12 @@ class _Counter(TorchFunctionMode):
 def model_macs(model: nn.Module, example: Batch) -> int:
     """Multiply-adds of one call: convolutions, linear layers, matrix products and attention."""
     training = {m: m.training for m in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused call that tells nothing
     counter = _Counter()
     try:
-        with counter:
+        with counter, products_shown():
             call(model, split(example)[0])
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for module, was in training.items():
             module.training = was
     return counter.total

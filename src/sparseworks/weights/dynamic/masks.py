@@ -64,8 +64,7 @@ def chosen_masks(
     specs = [v.spec(run.pattern) for v in run.views.values()]
     keep = get_budget(run.budget)(specs, sparsity, scores)
     for name, view in run.views.items():
-        mask = run.pattern.select(scores[name], keep[name])
-        yield name, view.from_matrix(mask).contiguous()
+        yield name, view.select(run.pattern, scores[name], keep[name])
 
 
 def select_masks(run: Run | Transformed, scores: Mapping[str, Tensor], sparsity: float) -> None:

@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.budgets import Budget
-from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.schedules import cosine, periodic
-from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.hooked import Hooked, Periodic, Run
 from sparseworks.weights.dynamic.masks import (
     check_fraction,
     drop_and_grow,
@@ -64,16 +63,14 @@ class Static(Hooked):
 
 
 @dataclass(frozen=True)
-class _Rewiring(Hooked):
+class _Rewiring(Periodic):
     """Constant density, periodic drop and grow.
 
     Args:
-        every: steps between updates.
         fraction: zeta, the share of active weights moved at first.
         end: fraction of the training after which the masks are fixed.
     """
 
-    every: int = 100
     fraction: float = 0.3
     end: float = 0.75
 
@@ -81,8 +78,7 @@ class _Rewiring(Hooked):
 
     def __post_init__(self) -> None:
         check_fraction(self.info.name, fraction=self.fraction, end=self.end)
-        if self.every < 1:
-            raise InvalidArgument(f"{self.info.name}: every={self.every} must be at least 1")
+        super().__post_init__()
 
     def begin(self, run: Run) -> None:
         span(run, 0.0, self.end)
@@ -90,7 +86,7 @@ class _Rewiring(Hooked):
 
     def due(self, run: Run, step: int) -> bool:
         _, last = span(run, 0.0, self.end)
-        return step > 0 and periodic(step, every=self.every, end=last)
+        return step > 0 and periodic(step, every=run.every, end=last)
 
     def update(self, run: Run) -> None:
         if not self.due(run, run.step):

@@ -55,7 +55,7 @@ class SparseIFT(Transform):
     Args:
         member: which transformation, see above.
         rewire: how the masks move: "rigl", "set" or "static".
-        every: steps between mask updates.
+        every: steps between mask updates; None: `sw.schedules.interval(steps)`.
         fraction: share of active weights moved at first.
         end: fraction of the training after which the masks are fixed.
         dense: "wide": the model whose cost the one given, already wide, must match; None: the
@@ -65,7 +65,7 @@ class SparseIFT(Transform):
 
     member: str = "wide"
     rewire: str = "rigl"
-    every: int = 100
+    every: int | None = None
     fraction: float = 0.3
     end: float = 0.75
     dense: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -139,6 +139,10 @@ class SparseIFT(Transform):
             raise InvalidArgument(
                 f"sparse-ift: {view.name} is {view.layout} with {view.groups} groups; only linear "
                 "layers and convolutions of one group can be enlarged, exclude it"
+            )
+        if not view.parameter.requires_grad:
+            raise InvalidArgument(
+                f"sparse-ift: {view.name} is frozen (requires_grad=False); exclude it"
             )
 
     def _enlarge(self, job: Transformed, view: View) -> list[str]:

@@ -18,6 +18,7 @@ from sparseworks.core.patterns import Pattern
 from sparseworks.core.types import Progress, TensorResult
 from sparseworks.models.calibration import Calibration, collect, stream
 from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.hooks import as_given, with_torch_masks
 from sparseworks.models.views import View
 from sparseworks.weights.oneshot.base import OneShot, Solution, Target
 from sparseworks.weights.oneshot.obs import prepare_hessian
@@ -70,9 +71,9 @@ class Job:
         self.batches, self.loss, self.recovery, self.seed = batches, loss, recovery, seed
         self.calibration: Calibration | None = None
         before = masks(model)
-        self.record = before if before is not None else Masks()
+        self.finished = set(before or ()) if resume else set()
+        self.record = with_torch_masks(model, before) or Masks()
         self.record = Masks({n: self.record.entry(n) for n in self.record}, method.info.name)
-        self.finished = set(self.record) if resume else set()
         self.results: dict[str, TensorResult] = {}
         self.warnings: list[str] = []
         self.shortfall = 0
@@ -84,8 +85,28 @@ class Job:
         skipped: dict[str, str],
         progress: Progress | None,
     ) -> None:
-        before = masks(self.model)
         undo = self.method.prepare(self, views, ladder[-1])
+        total = sum(v.parameter.numel() for v in views)
+        kept = sum(
+            self.record.entry(v.name).kept if v.name in self.record else v.parameter.numel()
+            for v in views
+        )
+        ladder = [s for s in ladder if s >= 1 - kept / total] or ladder[-1:]  # the first are behind
+        with as_given(views) as pruned:
+            try:
+                self._rounds(views, ladder, skipped, progress, undo)
+            finally:
+                pruned.update(self.results)
+
+    def _rounds(
+        self,
+        views: Sequence[View],
+        ladder: Sequence[float],
+        skipped: dict[str, str],
+        progress: Progress | None,
+        undo: Callable[[], None],
+    ) -> None:
+        before = masks(self.model)
         size = sum(v.parameter.numel() * v.parameter.element_size() for v in views)
         backup = (
             {v.name: v.parameter.detach().clone() for v in views}
@@ -98,7 +119,7 @@ class Job:
                 self.round(views, sparsity, skipped, report)
                 if progress is not None and len(ladder) > 1:
                     progress(position + 1, len(ladder), f"round {position + 1}")
-            attach(self.model, self.record)
+            attach(self.model, self._told(before))
         except BaseException as error:
             if backup is not None:
                 with torch.no_grad():
@@ -106,14 +127,20 @@ class Job:
                         view.parameter.copy_(backup[view.name])
                 undo()
                 attach(self.model, before)
+                self.results.clear()
             else:
-                attach(self.model, self.record if len(self.record) else before)
+                attach(self.model, self._told(before) if self.results else before)
                 if isinstance(error, SparseworksError):
                     raise type(error)(
                         f"{error}; {len(self.results)} of {len(views)} tensors are done and keep "
                         "their masks, call again with resume=True"
                     ) from error
             raise
+
+    def _told(self, before: Masks | None) -> Masks:
+        """The record to attach: torch's own masks only of what was pruned."""
+        names = [n for n in self.record if n in self.results or n in (before or ())]
+        return Masks({n: self.record.entry(n) for n in names}, self.record.method)
 
     def round(
         self,
@@ -183,7 +210,7 @@ class Job:
         allowed = view.matrix(self.record[view.name]) if view.name in self.record else None
         if allowed is not None:
             allowed = allowed.to(view.parameter.device)
-        return Target(view, self.pattern, keep, allowed, self.seed)
+        return Target(view, view.fitted(self.pattern), keep, allowed, self.seed)
 
     @torch.no_grad()
     def prune_one(
@@ -195,7 +222,9 @@ class Job:
         try:
             solution = self.method.solve(target, dense, evidence)
         except InvalidArgument as reason:
-            raise InvalidArgument(f"{view.name}: {reason}") from None
+            masked = "; it has a mask from before: ask for a higher sparsity, take pattern="
+            hint = "" if target.allowed is None else f"{masked}'unstructured', or exclude it"
+            raise InvalidArgument(f"{view.name}: {reason}{hint}") from None
         note = ""
         for collector in collectors or ():
             if unseen := collector.unseen_groups():

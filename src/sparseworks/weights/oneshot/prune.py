@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +18,8 @@ from sparseworks.core.schedules import exponential_rounds
 from sparseworks.core.types import Progress, PruneResult
 from sparseworks.models.calibration import Calibration
 from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.hooks import duplicate
+from sparseworks.models.seen import look_at
 from sparseworks.models.views import View, find_prunable
 from sparseworks.weights.oneshot.base import OneShot
 from sparseworks.weights.oneshot.job import Job
@@ -50,7 +51,9 @@ def prune(
 ) -> PruneResult:
     """Zero weights of a trained model with a one-shot method and attach the mask record.
 
-    A second call starts from the masks of the first: what is masked stays masked.
+    A second call starts from the masks of the first: what is masked stays masked. So does what
+    `torch.nn.utils.prune` masked: its layers are pruned at their `weight_orig`, and its masks join
+    the record (`sparseworks.fold_torch_masks` makes ordinary weights of them).
 
     Args:
         model: changed in place, unless `copy`.
@@ -62,7 +65,8 @@ def prune(
             method's own.
         data: calibration batches (Tensor, mapping, or (inputs, target)), re-iterable.
         loss: `(model, batch) -> scalar` for gradient methods; cross-entropy when None.
-        include: name patterns of the only weights to prune.
+        include: name patterns of the only weights to prune. With `data`, also of matrices that a
+            module holds as bare parameters, where the forward pass is seen to multiply by them.
         exclude: name patterns of weights to leave dense.
         skip_indivisible: leave tensors dense that cannot take the pattern, instead of an error.
         rounds: prune in this many steps of equal relative size; None: the method's own.
@@ -106,16 +110,16 @@ def prune(
     allot = get_budget(chosen.budget if budget is None else budget)
     if legal.fixed_density is not None and budget is None:
         allot = uniform
-    found = find_prunable(model, include, exclude)
+    look = None if batches is None else look_at(model, batches)
+    found = find_prunable(model, include, exclude, torch_masked=True, look=look)
     views, skipped = _fitting(found.views, legal, skip_indivisible)
-    skipped = {s.name: s.reason for s in found.skipped} | skipped
+    skipped = found.reasons() | skipped
     _check_finite(views)
 
     target = model
     if copy:
-        target = copying.deepcopy(model)
-        twins = find_prunable(target, include, exclude).by_name()
-        views = [twins[v.name] for v in views]
+        target = duplicate(model)
+        views = [v.within(target) for v in views]
     job = Job(target, chosen, legal, allot, batches, loss, recovery, seed, resume)
     job.calibration = (
         None if batches is None else Calibration(batches, device, chosen.propagate, spill, progress)
@@ -180,7 +184,7 @@ def _fitting(
     fitting, skipped = [], {}
     for view in views:
         try:
-            pattern.check(view.shape, view.run)
+            view.fitted(pattern).check(view.shape, view.run)
             fitting.append(view)
         except PatternError as error:
             if not skip:

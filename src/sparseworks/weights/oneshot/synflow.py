@@ -10,7 +10,6 @@ in many small rounds (100 in the paper), because one round can cut a whole layer
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import DataError
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch, Loss, split
-from sparseworks.models.views import View, find_prunable
+from sparseworks.models.hooks import duplicate
+from sparseworks.models.views import View
 from sparseworks.weights.oneshot.base import OneShot, Target
 
 
@@ -49,13 +49,12 @@ class SynFlow(OneShot):
     def gather(
         self, model: nn.Module, views: Sequence[View], batches: Sequence[Batch], loss: Loss | None
     ) -> Mapping[str, Tensor]:
-        positive = copy.deepcopy(model).double().eval().requires_grad_(False)
+        positive = duplicate(model).double().eval().requires_grad_(False)
         with torch.no_grad():
             for parameter in positive.parameters():
                 parameter.abs_()
         names = [v.name for v in views]
-        twins = find_prunable(positive, include=names).by_name()
-        weights = [twins[n].parameter.requires_grad_(True) for n in names]
+        weights = [v.within(positive).parameter.requires_grad_(True) for v in views]
         total = _sum_of(_with_ones(positive, batches[0]))
         found = torch.autograd.grad(total, weights, allow_unused=True)
         zero = torch.zeros((), dtype=torch.float64)

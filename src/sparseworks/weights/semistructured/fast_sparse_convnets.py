@@ -84,12 +84,11 @@ class FastSparseConvNets(Gradual):
 
     def update(self, run: Run) -> None:
         first, last = span(run, self.start, self.end)
-        if run.step != last and not periodic(run.step, every=self.every, begin=first, end=last):
+        if run.step != last and not periodic(run.step, every=run.every, begin=first, end=last):
             return
         patterns = {n: self.pattern_of(run, v) for n, v in run.views.items()}
         specs = [v.spec(patterns[n]) for n, v in run.views.items()]
         scores = magnitudes(run)
         keep = get_budget(run.budget)(specs, self.sparsity_at(run, run.step), scores)
         for name, view in run.views.items():
-            mask = patterns[name].select(scores[name], keep[name])
-            run.set_mask(name, view.from_matrix(mask).contiguous())
+            run.set_mask(name, view.select(patterns[name], scores[name], keep[name]))

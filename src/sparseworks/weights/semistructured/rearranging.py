@@ -18,6 +18,7 @@ from sparseworks.core.masks import masks
 from sparseworks.core.patterns import Block, Pattern, SharedInputs, check_sparsity, parse_pattern
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, trace
+from sparseworks.models.hooks import with_torch_masks
 from sparseworks.models.views import View, find_prunable
 from sparseworks.weights.semistructured.grouping import Table, find_order, moved, retained
 from sparseworks.weights.semistructured.permuting import (
@@ -90,7 +91,7 @@ def rearrange(
     """
     check_sparsity(sparsity)
     groups = groups_of(parse_pattern(pattern))
-    record = masks(model)
+    record = with_torch_masks(model, masks(model))
     if record is not None and len(record):
         raise ModelError("the model has masks already; rearrange it before it is pruned")
     views = find_prunable(model, include, exclude).views

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from sparseworks.models.recurrence import RECURRENT, gates_of
 from sparseworks.weights.structured.backup import Backup, Change
 
 __all__ = ["HEADS", "update"]
@@ -64,6 +65,8 @@ def update(model: nn.Module, before: Mapping[str, tuple[int, ...]], backup: Back
 def _known(module: nn.Module, before: Any) -> dict[str, Any]:
     """Sizes of the modules that torch and transformers define."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, RECURRENT):
+        return _recurrent(module)
     if isinstance(module, nn.Linear):
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}  # type: ignore[union-attr]
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
@@ -107,6 +110,13 @@ def _known(module: nn.Module, before: Any) -> dict[str, Any]:
         known = {"nf": weight.shape[1]}  # type: ignore[union-attr]
         return {**known, "nx": weight.shape[0]} if hasattr(module, "nx") else known  # type: ignore[union-attr]
     return {}
+
+
+def _recurrent(module: nn.Module) -> dict[str, Any]:
+    first = "_l0" if isinstance(module, nn.RNNBase) else ""
+    w_ih, w_hh, w_hr = (getattr(module, f"weight_{k}{first}", None) for k in ("ih", "hh", "hr"))
+    known = {"input_size": w_ih.shape[1], "hidden_size": w_hh.shape[0] // gates_of(module)}  # type: ignore[union-attr]
+    return known if w_hr is None else {**known, "proj_size": w_hr.shape[0]}
 
 
 def _remembered(

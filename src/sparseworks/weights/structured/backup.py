@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.masks import Masks, attach
+from sparseworks.models.recurrence import relist
 
 __all__ = ["Backup", "Change"]
 
@@ -37,11 +38,16 @@ class Backup:
             (module._parameters if is_parameter else module._buffers)[name] = tensor  # type: ignore[assignment]
         for owner, name, value in reversed(self.attributes):
             setattr(owner, name, value)
+        self.relist()
         if self.masks is not None:
             attach(*self.masks)
         with torch.no_grad():
             for tensor, value in reversed(self.values):
                 tensor.copy_(value)
+
+    def relist(self) -> None:
+        """Modules that keep a list of their parameters beside them take the present ones."""
+        relist({module for module, *_ in self.tensors})
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         self.attributes.append((owner, name, getattr(owner, name)))

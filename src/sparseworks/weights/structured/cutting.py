@@ -104,6 +104,7 @@ def cut(
             table: dict[str, Any] = module._parameters if is_parameter else module._buffers
             table[attribute] = made[id(tensor)]
         changes = update(model, before, backup)
+        backup.relist()
         _slice_masks(model, kept, backup)
     except Exception:
         backup.restore()

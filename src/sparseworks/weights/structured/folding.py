@@ -19,6 +19,7 @@ Accelerating Very Deep Neural Networks, per channel instead of per output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,15 +59,14 @@ def fold(
     norms = _following_norms(model, batches[0])
     folded = 0
     for name, (mean, square) in input_moments(model, batches).items():
-        labels = coupling.axes.get((f"{name}.weight", 1))
+        labels = coupling.axes.get((name, 1))
         if labels is None or keep[labels].all():
             continue
-        module = model.get_submodule(name)
         gone = torch.as_tensor(~keep[labels], device=mean.device)
         if exact_only:
             spread = (square - mean.square()).clamp_min(0).sqrt()
             gone &= spread <= 1e-5 * mean.abs().clamp_min(1e-6)
-        folded += _shift(module, norms.get(name), mean * gone, backup)
+        folded += _shift(_layer(model, name, norms), mean * gone, backup)
     return folded
 
 
@@ -88,9 +88,8 @@ def fold_linear(
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     cut = {
         name: torch.as_tensor(keep[labels])
-        for (parameter, axis), labels in coupling.axes.items()
+        for (name, axis), labels in coupling.axes.items()
         if axis == 1 and not keep[labels].all()
-        for name in [parameter.removesuffix(".weight")]
     }
     sums: dict[str, list[Tensor]] = {}
 
@@ -102,11 +101,10 @@ def fold_linear(
     watch_inputs(model, batches, see, cut)
     folded = 0
     for name, (total, square, count) in sums.items():
-        module, norm = model.get_submodule(name), norms.get(name)
+        layer = _layer(model, name, norms)
         mean, stays = total / count, cut[name].to(total.device)
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        takes = module.bias is not None or (norm is not None and norm.running_mean is not None)
-        centre = mean if takes else torch.zeros_like(mean)
+        weight = layer.weight
+        centre = mean if layer.constant is not None else torch.zeros_like(mean)
         moments = square / count - torch.outer(centre, centre)
         inner = moments[stays][:, stays]
         inner += (
@@ -119,37 +117,50 @@ def fold_linear(
             guess.zero_()
         constant = torch.zeros_like(mean)
         constant[~stays] = centre[~stays] - centre[stays] @ guess
-        _shift(module, norm, constant, backup)
+        _shift(layer, constant, backup)
         new = weight.detach().double().movedim(1, -1)
         new[..., stays] += new[..., ~stays] @ guess.T
         new = new.movedim(-1, 1).to(weight.dtype) * (weight != 0)  # masks stay true
-        _replace(module, "weight", new, backup)
+        _replace(weight, new, backup)
         folded += 1
     return folded
 
 
-def _shift(
-    module: nn.Module,
-    norm: nn.modules.batchnorm._BatchNorm | None,
-    constant: Tensor,
-    backup: Backup,
-) -> bool:
-    """Add what constant inputs say to the bias, or take it from the next batch norm's mean."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    columns = weight.double().flatten(2).sum(2) if weight.ndim > 2 else weight.double()
-    shift = (columns @ constant).to(weight.dtype)
-    if module.bias is not None:
-        _replace(module, "bias", module.bias + shift, backup)  # type: ignore[operator]
-    elif norm is not None and norm.running_mean is not None:
-        _replace(norm, "running_mean", norm.running_mean - shift, backup)
-    else:
+@dataclass(frozen=True)
+class _Layer:
+    """A weight, and where a constant goes: `sign` times it, added there; nowhere when None."""
+
+    weight: Tensor
+    constant: Tensor | None
+    sign: int = 1
+
+
+def _layer(
+    model: nn.Module, name: str, norms: Mapping[str, nn.modules.batchnorm._BatchNorm]
+) -> _Layer:
+    """The bias of a weight's layer takes constants, or the mean of the next batch norm does."""
+    path, _, attribute = name.rpartition(".")
+    module, norm = model.get_submodule(path), norms.get(path)
+    weight: Tensor = getattr(module, attribute)
+    bias = getattr(module, attribute.replace("weight", "bias"), None)
+    if bias is None and norm is not None:
+        return _Layer(weight, norm.running_mean, -1)
+    return _Layer(weight, bias)
+
+
+def _shift(layer: _Layer, constant: Tensor, backup: Backup) -> bool:
+    """Add what constant inputs say to where the layer takes it."""
+    if layer.constant is None:
         return False
+    weight = layer.weight.double()
+    columns = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    shift = (columns @ constant).to(layer.weight.dtype)
+    _replace(layer.constant, layer.constant + layer.sign * shift, backup)
     return True
 
 
-def _replace(module: nn.Module, name: str, value: Tensor, backup: Backup) -> None:
+def _replace(tensor: Tensor, value: Tensor, backup: Backup) -> None:
     """Write in place; the values before are kept beside it."""
-    tensor: Tensor = getattr(module, name)
     backup.values.append((tensor, tensor.detach().clone()))
     tensor.copy_(value)
 

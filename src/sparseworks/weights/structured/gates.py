@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from sparseworks.core.errors import ModelError
 from sparseworks.models.coupling import Coupling, Family
+from sparseworks.models.recurrence import is_weight
 
 __all__ = ["Consumer", "Gates", "consumers"]
 
@@ -55,8 +56,8 @@ def consumers(model: nn.Module, coupling: Coupling, family: Family) -> list[Cons
             found.append(Consumer(module, attribute, axis, torch.tensor(index)))
     if not found:
         raise ModelError(
-            f"{family.axes[0][0]}: no linear layer or convolution reads these channels, so they "
-            "cannot be gated; exclude= the layer"
+            f"{family.axes[0][0]}: no linear layer, recurrent layer or convolution reads these "
+            "channels, so they cannot be gated; exclude= the layer"
         )
     return found
 
@@ -64,6 +65,8 @@ def consumers(model: nn.Module, coupling: Coupling, family: Family) -> list[Cons
 def _input_axis(module: nn.Module, attribute: str) -> int | None:
     if isinstance(module, nn.MultiheadAttention):
         return 1 if attribute.endswith("proj_weight") else None
+    if is_weight(module, attribute):
+        return 1
     if attribute != "weight":
         return None
     if isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D":

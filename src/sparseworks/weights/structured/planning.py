@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.coupling import Coupling, Family
+from sparseworks.models.roles import ADAPTER, Adapters
 from sparseworks.weights.structured.configs import describe, has_config
 from sparseworks.weights.structured.cutting import kept_indices
 from sparseworks.weights.structured.selection import Multiples, kind, ladders, search, under
 
-__all__ = ["Keep", "Plan", "choose", "cut_shapes", "shapes_of"]
+__all__ = ["Keep", "Plan", "choose", "cut_shapes", "left_whole", "shapes_of"]
 
 Keep = NDArray[np.bool_]
 
@@ -84,14 +85,45 @@ def _allowed(coupling: Coupling, plan: Plan) -> list[Family]:
                     f"name pattern {pattern!r} matches no parameter that can be cut; they are "
                     f"named like {', '.join(sorted(names)[:3])}"
                 )
-    return [
-        f
-        for f in coupling.families
-        if (f.exact or plan.streams)
-        and (not plan.include or any(under(n, p) for n, _ in f.axes for p in plan.include))
-        and not any(under(n, p) for n, _ in f.axes for p in plan.exclude)
-        and len(f) > 1
-    ]
+    adapters = Adapters(coupling.model)
+    return [f for f in coupling.families if not _barred(f, plan, adapters)]
+
+
+def _barred(family: Family, plan: Plan, adapters: Adapters) -> str:
+    """Why a family may not be cut, or ""."""
+    names = {n for n, _ in family.axes}
+    if any(under(n, p) for n in names for p in plan.exclude):
+        return "excluded by name"
+    if plan.include and not any(under(n, p) for n in names for p in plan.include):
+        return "not included by name"
+    if all(adapters.part(n) is not None for n in names) and not any(
+        adapters.named(n, plan.include) for n in names
+    ):
+        return ADAPTER
+    if not (family.exact or plan.streams):
+        return family.reason
+    return "" if len(family) > 1 else "it has one group, which must stay"
+
+
+def left_whole(coupling: Coupling, plan: Plan, names: Iterable[str]) -> dict[str, str]:
+    """Why these parameters kept their shape, of those with two or more axes."""
+    adapters = Adapters(coupling.model)
+    reasons: dict[str, list[str]] = {}
+    for family in coupling.families:
+        why = _barred(family, plan, adapters) or "its width was kept"
+        for name, _ in family.axes:
+            reasons.setdefault(name, []).append(why)
+    found = {}
+    for name, parameter in coupling.model.named_parameters():
+        if parameter.ndim < 2 or name not in names:
+            continue
+        bound = "its sizes are bound: inputs, outputs, or what the model computes with them"
+        whys = dict.fromkeys(reasons.get(name, [bound]))
+        if adapters.part(name) is not None and ADAPTER in whys:
+            whys = {ADAPTER: None}
+        unreached = name in coupling.unreached
+        found[name] = "not reached by the example" if unreached else "; ".join(whys)
+    return found
 
 
 def _described(model: nn.Module, coupling: Coupling, families: list[Family]) -> dict[int, object]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sparseworks.core.types import dense_lines
 from sparseworks.weights.structured.backup import Change
 
 __all__ = ["SlimResult", "Width"]
@@ -47,6 +48,7 @@ class SlimResult:
         seconds: in all.
         blocks: whole blocks that went, in order, each by its name at that time.
         warnings: things the user should know.
+        skipped: parameter name -> why it kept its shape, of those with two or more axes.
     """
 
     method: str
@@ -62,6 +64,7 @@ class SlimResult:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON (the model is left out)."""
@@ -72,6 +75,7 @@ class SlimResult:
         plain["config"] = None if self.config is None else dict(self.config)
         plain["blocks"] = list(self.blocks)
         plain["options"] = dict(self.options)
+        plain["skipped"] = dict(self.skipped)
         return plain
 
     def __str__(self) -> str:
@@ -91,5 +95,6 @@ class SlimResult:
             lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in self.config.items()))
         if self.blocks:
             lines.append("  blocks dropped, one after the other: " + ", ".join(self.blocks))
+        lines += dense_lines(self.skipped, "left whole")
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)

@@ -20,6 +20,7 @@ from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.io.atomic import replaced_folder
+from sparseworks.models.recurrence import relist
 from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.depth import drop
@@ -143,6 +144,7 @@ def _resize(
         except AttributeError as error:
             raise CheckpointError(f"{folder}: the model has no {path}.{attribute}") from error
         setattr(module, attribute, tuple(value) if isinstance(old, tuple) else value)
+    relist(model.modules())
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ Every score is a sum over all slices of a group g of an elementwise importance, 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,9 @@ from sparseworks.core.errors import DataError, InvalidArgument, ModelError
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch, Loss, call, default_loss, split
 from sparseworks.models.coupling import Coupling
+from sparseworks.models.recurrence import RECURRENT
+from sparseworks.models.tap import EvidenceTap, calibration_mode
+from sparseworks.models.views import View, view_of
 
 __all__ = ["ActivationEnergy", "BatchNormScale", "Fisher", "GroupNorm", "RandomGroups", "Taylor"]
 
@@ -271,9 +275,9 @@ class ActivationEnergy:
         moments = input_moments(model, _batches(data, type(self).__name__))
         importance = {}
         for name, (_, square) in moments.items():
-            weight = dict(model.named_parameters())[f"{name}.weight"].detach().double()
+            weight = dict(model.named_parameters())[name].detach().double()
             columns = weight.square().sum([d for d in range(weight.ndim) if d != 1])
-            importance[f"{name}.weight"] = (square * columns).expand(1, -1)
+            importance[name] = (square * columns).expand(1, -1)
         scores = np.zeros(coupling.count)
         for name, value in importance.items():
             if (labels := coupling.axes.get((name, 1))) is not None:
@@ -282,7 +286,7 @@ class ActivationEnergy:
 
 
 def input_moments(model: nn.Module, batches: Iterable[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and mean square per input channel of every plain Linear and ungrouped convolution."""
+    """Mean and mean square per input channel of the weights that `watch_inputs` sees, by name."""
     sums: dict[str, list[Tensor]] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -300,8 +304,10 @@ def watch_inputs(
     see: Callable[[str, Tensor], None],
     names: Container[str] | None = None,
 ) -> None:
-    """Run the model; `see(name, x)` gets the input `[positions, channels]` (fp64) of every plain
-    Linear and ungrouped convolution, or of those in `names`."""
+    """Run the model; `see(name, x)` gets the input `[positions, channels]` (fp64) of the weight of
+    every plain Linear and ungrouped convolution, and of every recurrent layer (what is multiplied
+    with its hidden states too), or of those in `names`."""
+    recurrent: list[View] = []
 
     def hook(name: str, channel: int):  # type: ignore[no-untyped-def]
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -311,7 +317,12 @@ def watch_inputs(
         return before
 
     handles = []
-    for name, module in model.named_modules():
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(module, RECURRENT):
+            found = [view_of(module, a, dot + a) for a in module._parameters]
+            recurrent += [v for v in found if v and (names is None or v.name in names)]
+        name = dot + "weight"
         if names is not None and name not in names:
             continue
         if isinstance(module, nn.Linear):
@@ -319,15 +330,12 @@ def watch_inputs(
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
             rank = module.weight.ndim
             handles.append(module.register_forward_pre_hook(hook(name, 1 - rank)))
-    training = {m: m.training for m in model.modules()}
-    model.eval()
+    tap = EvidenceTap(recurrent, lambda view, x, _: see(view.name, x.detach().double()))
     try:
-        with torch.no_grad():
+        with calibration_mode(model), tap if recurrent else nullcontext():
             for batch in batches:
                 inputs, _ = split(batch)
                 call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for m, was in training.items():
-            m.training = was

@@ -139,18 +139,27 @@ def _steps(
     coupling: Coupling, group: Sequence[Family], levels: int, multiples: list[int], floor: float
 ) -> tuple[int, ...]:
     """Removable numbers of bundles: some must stay, and widths are of these multiples."""
-    least = max(1, math.ceil(floor * levels))
+    fewest = max(-(-f.least * levels // len(f)) for f in group)
+    least = max(1, math.ceil(floor * levels), fewest)
     steps = [0]
     for removed in range(1, levels - least + 1):
         widths = []
         for family in group:
-            name, axis = family.axes[0]
-            labels = coupling.axes[name, axis]
-            per = int((labels == family.roots[0]).sum())
+            per, labels = _narrowest(coupling, family)
             widths.append(len(labels) - removed * (len(family) // levels) * per)
         if all(w % m == 0 for w, m in zip(widths, multiples)):
             steps.append(removed)
     return tuple(steps)
+
+
+def _narrowest(coupling: Coupling, family: Family) -> tuple[int, NDArray[np.int64]]:
+    """Entries of a group on the axis where it has the fewest (others hold gates, taps), and that
+    axis' labels."""
+    counted = [
+        (int((coupling.axes[axis] == family.roots[0]).sum()), coupling.axes[axis])
+        for axis in family.axes
+    ]
+    return min(counted, key=lambda pair: pair[0])
 
 
 def search(

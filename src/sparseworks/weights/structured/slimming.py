@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass, replace
@@ -16,12 +15,13 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.types import Progress
 from sparseworks.models.calls import Arguments, Batch, Example, Loss
 from sparseworks.models.coupling import Coupling, trace
+from sparseworks.models.hooks import duplicate
 from sparseworks.weights.structured.applying import apply_cut
 from sparseworks.weights.structured.backup import Backup, Change
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.depth import drop_least, renamed
 from sparseworks.weights.structured.measure import latency as measure_latency
-from sparseworks.weights.structured.planning import Keep, Plan, shapes_of
+from sparseworks.weights.structured.planning import Keep, Plan, left_whole, shapes_of
 from sparseworks.weights.structured.result import SlimResult, Width
 from sparseworks.weights.structured.selection import OutOfReach
 from sparseworks.weights.structured.targets import RoundTo, measured, pick, target
@@ -129,7 +129,7 @@ def slim(
     given = Arguments.of(example).named(model)
     auto = round_to == "auto" or (round_to is None and what == "latency")
     if copy:
-        model = copying.deepcopy(model)
+        model = duplicate(model)
     shapes = shapes_of(model)
     report, undo = progress or (lambda *_: None), []
     first: Coupling | None = None
@@ -178,6 +178,7 @@ def slim(
     assert first is not None
     after = shapes_of(model)
     parameters = sum(p.numel() for p in model.parameters())
+    last = trace(model, given)
     return SlimResult(
         scorer.info.name,
         {**targets, **_plain(plan), "blocks": blocks, "iterations": iterations, **_fields(scorer)},
@@ -185,13 +186,14 @@ def slim(
         {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
         tuple(changes),
         (config if plan.uniform and has_config(model) else None),
-        (sum(2.0 * c.macs for c in first.costs), trace(model, given).flops()),
+        (sum(2.0 * c.macs for c in first.costs), last.flops()),
         (sum(int(np.prod(s)) for s in shapes.values()), parameters),
         (base, measure_latency(model, given)) if what == "latency" else None,
         model,
         time.perf_counter() - start,
         tuple(f"not reached by the example, left whole: {n}" for n in first.unreached),
         tuple(gone),
+        left_whole(last, plan, {n for n in after if shapes.get(n) == after[n]}),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.models.calls import Arguments
 from sparseworks.models.coupling import Coupling
+from sparseworks.models.hooks import duplicate
 from sparseworks.weights.structured.cutting import cut
 from sparseworks.weights.structured.measure import latency
 from sparseworks.weights.structured.planning import Keep, Plan, choose
@@ -70,7 +70,7 @@ def _count(coupling: Coupling, sizes: Mapping[str, tuple[int, ...]], keep: Keep)
 
 
 def _trial(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
-    trial = copy.deepcopy(model)
+    trial = duplicate(model)
     if not keep.all():
         cut(trial, coupling, keep)
     return trial

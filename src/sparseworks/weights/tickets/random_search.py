@@ -191,10 +191,7 @@ class RandomSearch(Driver):
                 for v in views
             }
             keep = budget([v.spec(pattern) for v in views], sparsity, scores)
-            found = {
-                v.name: v.from_matrix(pattern.select(scores[v.name], keep[v.name])).contiguous()
-                for v in views
-            }
+            found = {v.name: v.select(pattern, scores[v.name], keep[v.name]) for v in views}
             return Masks.of(found, self.info.name, str(pattern))
 
         return weights

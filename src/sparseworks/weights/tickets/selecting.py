@@ -59,7 +59,7 @@ def pruned(
     specs = [v.spec(experiment.pattern) for v in views.values()]
     keep = get_budget(experiment.budget)(specs, sparsity, scores)
     found = {
-        name: view.from_matrix(experiment.pattern.select(scores[name], keep[name])).contiguous()
+        name: view.select(experiment.pattern, scores[name], keep[name])
         for name, view in views.items()
     }
     made = Masks.of(found, experiment.method.info.name, str(experiment.pattern))
