@@ -59,29 +59,26 @@ inline void widen_block(const Matrix& m, Stream& from, int columns, uint16_t* ou
 
 #if defined(__AMX_BF16__)
 
-struct TileConfig {
+struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-  TileConfig() {
-    for (int i = 0; i < 8; ++i) {
-      bytes[i] = 64;
-      rows[i] = 16;
-    }
-  }
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+constexpr TileConfig kTileConfig;
 
 // Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 panels. What others on this thread had configured
-// (llama.cpp does so once and for all) is put back.
+// (llama.cpp does so once and for all) is put back. The compiler takes the instructions to read and
+// write but the first bytes of a configuration.
 struct Tiles {
-  TileConfig before;
+  alignas(64) uint8_t before[sizeof(TileConfig)];
   Tiles() {
-    _tile_storeconfig(&before);
-    const TileConfig config;
-    _tile_loadconfig(&config);
+    _tile_storeconfig(before);
+    asm volatile("" : : : "memory");
+    _tile_loadconfig(&kTileConfig);
   }
   ~Tiles() {
-    if (before.palette != 0) _tile_loadconfig(&before);
+    asm volatile("" : : : "memory");
+    if (before[0] != 0) _tile_loadconfig(before);
     else _tile_release();
   }
 };

@@ -1,5 +1,6 @@
 // One step of a decoder, compiled once per instruction set under the name DECODER.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -12,7 +13,7 @@
 namespace sparseworks {
 namespace {
 
-constexpr int kFew = 4;  // tokens up to which a panel is multiplied with one after the other
+constexpr int kFew = 8;  // tokens up to which weights are not widened
 
 // Where pieces of a product begin, as shares of its bytes: large ones first, so that threads meet
 // rarely, small ones last, so that they end together.
@@ -251,15 +252,12 @@ class Run {
     const Matrix& w = linear.weight;
     pieces(walk, w, mlp && mlp->gated ? 2 : 1, [&](int panel, int count) {
       if (few_) {
-        for (int t = 0; t < s_.tokens; ++t) {
-          const Input x = x_.input(t);
-          if (count == 2) {
-            put(linear, mlp, panel, 2, panel_product(w, panel, x), panel_product(w, panel + 1, x),
-                row(out, t, width), width);
-          } else {
-            put(linear, mlp, panel, 1, panel_product(w, panel, x), Vec{}, row(out, t, width), width);
-          }
-        }
+        Vec a[kFew], b[kFew] = {};
+        const std::array<Input, kFew> from = inputs(s_.tokens);
+        panel_products(w, panel, from.data(), s_.tokens, a);
+        if (count == 2) panel_products(w, panel + 1, from.data(), s_.tokens, b);
+        for (int t = 0; t < s_.tokens; ++t)
+          put(linear, mlp, panel, count, a[t], b[t], row(out, t, width), width);
         return;
       }
       const Batch x = x_.batch(s_.tokens);
@@ -411,9 +409,12 @@ class Run {
       float* sum = mine(walk).out;
       const Batch x = x_.batch(s_.wanted);
       if (few) {
-        for (int p = 0; p < count; ++p)
-          for (int i = 0; i < s_.wanted; ++i)
-            store(sum + (p * x.tokens + i) * kPanel, panel_product(w, panel + p, x_.input(i)));
+        for (int p = 0; p < count; ++p) {
+          Vec found[kFew];
+          const std::array<Input, kFew> from = inputs(s_.wanted);
+          panel_products(w, panel + p, from.data(), s_.wanted, found);
+          for (int i = 0; i < s_.wanted; ++i) store(sum + (p * x.tokens + i) * kPanel, found[i]);
+        }
       } else {
         batch_product(w, panel, count, x, sum, *mine(walk).wide);
       }
@@ -432,6 +433,12 @@ class Run {
   template <typename T>
   static T* row(T* matrix, int64_t at, int64_t width) {
     return matrix + at * width;
+  }
+
+  std::array<Input, kFew> inputs(int count) const {
+    std::array<Input, kFew> found{};
+    for (int i = 0; i < count; ++i) found[static_cast<size_t>(i)] = x_.input(i);
+    return found;
   }
 
   Thread& mine(Walk& walk) { return threads_[static_cast<size_t>(walk.thread())]; }

@@ -31,61 +31,78 @@ inline void fetch(const uint8_t* at) {
 
 inline __m512i four(const uint8_t* p) { return _mm512_set1_epi32(static_cast<int>(word32(p))); }
 
-// Sums of codes times both halves of the inputs, in two chains each.
+// T vectors at once: weights are taken apart once for all of them. One vector alone sums in two
+// chains, as its next product would else wait for the last one.
+template <int T>
+constexpr int kChains = T == 1 ? 2 : 1;
+
+// Sums of codes times both halves of the inputs.
+template <int T>
 struct Sums {
-  __m512i high[2] = {}, low[2] = {};
-  void add(int chain, __m512i codes, const Input& x, int column) {
-    high[chain] = _mm512_dpbusd_epi32(high[chain], four(x.high + column), codes);
-    low[chain] = _mm512_dpbusd_epi32(low[chain], four(x.low + column), codes);
+  __m512i high[T][kChains<T>] = {}, low[T][kChains<T>] = {};
+
+  void add(int part, __m512i codes, const Input* x, int column) {
+    for (int t = 0; t < T; ++t) {
+      __m512i &h = high[t][part % kChains<T>], &l = low[t][part % kChains<T>];
+      h = _mm512_dpbusd_epi32(h, four(x[t].high + column), codes);
+      l = _mm512_dpbusd_epi32(l, four(x[t].low + column), codes);
+    }
   }
-  __m512 total() const {
-    const __m512i h = _mm512_slli_epi32(_mm512_add_epi32(high[0], high[1]), 8);
-    return _mm512_cvtepi32_ps(_mm512_add_epi32(h, _mm512_add_epi32(low[0], low[1])));
+
+  __m512 total(int t) const {
+    __m512i h = high[t][0], l = low[t][0];
+    if (kChains<T> == 2) {
+      h = _mm512_add_epi32(h, high[t][kChains<T> - 1]);
+      l = _mm512_add_epi32(l, low[t][kChains<T> - 1]);
+    }
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l));
+  }
+
+  void scaled(__m512 scale, __m512* sum) const {
+    for (int t = 0; t < T; ++t) sum[t] = _mm512_fmadd_ps(total(t), scale, sum[t]);
   }
 };
 
-inline __m512 int8_panel(const Matrix& m, const uint8_t* at, const Input& x) {
-  __m512 sum = _mm512_setzero_ps();
+template <int T>
+inline void int8_panel(const Matrix& m, const uint8_t* at, const Input* x, __m512* sum) {
   for (int c = 0; c < m.padded(); c += m.group) {
     const __m512 scale = scales_at(at);
     at += 32;
-    Sums part;
+    Sums<T> part;
     for (int i = 0; i < m.group; i += 8, at += 128) {
       fetch(at);
       fetch(at + 64);
       part.add(0, _mm512_loadu_si512(at), x, c + i);
       part.add(1, _mm512_loadu_si512(at + 64), x, c + i + 4);
     }
-    sum = _mm512_fmadd_ps(part.total(), scale, sum);
+    part.scaled(scale, sum);
   }
-  return sum;
 }
 
-inline __m512 int4_panel(const Matrix& m, const uint8_t* at, const Input& x) {
-  __m512 sum = _mm512_setzero_ps();
+template <int T>
+inline void int4_panel(const Matrix& m, const uint8_t* at, const Input* x, __m512* sum) {
   for (int c = 0; c < m.padded(); c += m.group) {
     const __m512 scale = scales_at(at);
     at += 32;
-    Sums part;
+    Sums<T> part;
     for (int i = 0; i < m.group; i += 8, at += 64) {
       fetch(at);
       const __m512i v = _mm512_loadu_si512(at);
       part.add(0, low_codes(v), x, c + i);
       part.add(1, high_codes(v), x, c + i + 4);
     }
-    sum = _mm512_fmadd_ps(part.total(), scale, sum);
+    part.scaled(scale, sum);
   }
-  return sum;
 }
 
-inline __m512 masked_int8_panel(const Matrix& m, const uint8_t* at, const Input& x) {
-  __m512 sum = _mm512_setzero_ps();
+template <int T>
+inline void masked_int8_panel(const Matrix& m, const uint8_t* at, const Input* x, __m512* sum) {
   for (int c = 0; c < m.padded(); c += m.group) {
     const __m512 scale = scales_at(at);
     const uint8_t* mask = at + 32;
     at = mask + 2 * m.group;
     for (int i = 0; i < m.group; i += 32) fetch(mask + 2 * i);
-    Sums part;
+    Sums<T> part;
     for (int i = 0; i < m.group; i += 8) {
       const uint64_t a = word64(mask + 2 * i), b = word64(mask + 2 * i + 8);
       fetch(at);
@@ -94,19 +111,18 @@ inline __m512 masked_int8_panel(const Matrix& m, const uint8_t* at, const Input&
       part.add(1, _mm512_maskz_expand_epi8(b, _mm512_loadu_si512(at)), x, c + i + 4);
       at += __builtin_popcountll(b);
     }
-    sum = _mm512_fmadd_ps(part.total(), scale, sum);
+    part.scaled(scale, sum);
   }
-  return sum;
 }
 
-inline __m512 masked_int4_panel(const Matrix& m, const uint8_t* at, const Input& x) {
-  __m512 sum = _mm512_setzero_ps();
+template <int T>
+inline void masked_int4_panel(const Matrix& m, const uint8_t* at, const Input* x, __m512* sum) {
   for (int c = 0; c < m.padded(); c += m.group) {
     const __m512 scale = scales_at(at);
     const uint8_t* mask = at + 32;
     at = mask + 2 * m.group;
     for (int i = 0; i < m.group; i += 32) fetch(mask + 2 * i);
-    Sums part;
+    Sums<T> part;
     for (int i = 0; i < m.group; i += 8) {
       const uint64_t a = word64(mask + 2 * i), b = word64(mask + 2 * i + 8);
       fetch(at);
@@ -116,56 +132,63 @@ inline __m512 masked_int4_panel(const Matrix& m, const uint8_t* at, const Input&
       const int used = __builtin_popcountll(a), other = __builtin_popcountll(b);
       at += used > other ? used : other;
     }
-    sum = _mm512_fmadd_ps(part.total(), scale, sum);
+    part.scaled(scale, sum);
   }
-  return sum;
 }
 
-// Codes are 16 times what they stand for, as in the other layouts of 4 bits.
-template <bool Zeros>
-inline __m512 group_int4_panel(const Matrix& m, Stream from, const Input& x) {
-  __m512 sum = _mm512_setzero_ps();
+// Codes are 16 times what they stand for, as in the other formats of 4 bits.
+template <int T, bool Zeros>
+inline void group_int4_panel(const Matrix& m, Stream from, const Input* x, __m512* sum) {
   for (int c = 0; c < m.padded(); c += m.group, from.rows += 2) {
     const KeptGroup kept(m, from);
     const uint8_t*& at = from.at;
     fetch(at);
     fetch(at + 64);
     at = kept.codes;
-    Sums part;
+    Sums<T> part;
     for (int i = 0; i < m.group; i += 8, at += 4 * kept.count) {
       const __m512i v = _mm512_maskz_expand_epi32(kept.rows, _mm512_loadu_si512(at));
       part.add(0, low_codes(v), x, c + i);
       part.add(1, high_codes(v), x, c + i + 4);
     }
-    __m512 total = part.total();
-    if (Zeros)
+    part.scaled(kept.scale, sum);
+    if (!Zeros) continue;
+    const __m512 less = _mm512_mul_ps(kept.zero, kept.scale);
+    for (int t = 0; t < T; ++t)
       for (int i = 0; i < m.group; i += 16)
-        total = _mm512_fnmadd_ps(kept.zero, _mm512_set1_ps(16.0f * x.sums[(c + i) / 16]), total);
-    sum = _mm512_fmadd_ps(total, kept.scale, sum);
+        sum[t] = _mm512_fnmadd_ps(less, _mm512_set1_ps(16.0f * x[t].sums[(c + i) / 16]), sum[t]);
   }
-  return sum;
 }
 
-inline __m512 half_panel(const Matrix& m, const uint8_t* at, const Input& x) {
-  __m512 sum[4] = {};
+// Two columns of 16 rows, in the halves of 32 bits, times two numbers of each vector.
+template <int T>
+inline void add_pairs(__m512i pairs, const Input* x, int column, __m512 (*sum)[2]) {
   const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, top));
+  for (int t = 0; t < T; ++t) {
+    sum[t][0] = _mm512_fmadd_ps(even, _mm512_set1_ps(x[t].value[column]), sum[t][0]);
+    sum[t][1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(x[t].value[column + 1]), sum[t][1]);
+  }
+}
+
+template <int T>
+inline void half_panel(const Matrix& m, const uint8_t* at, const Input* x, __m512* sum) {
+  __m512 part[2][T][2] = {};
   for (int c = 0; c < m.padded(); c += 4, at += 128) {
     fetch(at);
     fetch(at + 64);
-    for (int k = 0; k < 2; ++k) {
-      const __m512i v = _mm512_loadu_si512(at + 64 * k);
-      const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-      const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(v, top));
-      sum[2 * k] = _mm512_fmadd_ps(even, _mm512_set1_ps(x.value[c + 2 * k]), sum[2 * k]);
-      sum[2 * k + 1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(x.value[c + 2 * k + 1]), sum[2 * k + 1]);
-    }
+    add_pairs<T>(_mm512_loadu_si512(at), x, c, part[0]);
+    add_pairs<T>(_mm512_loadu_si512(at + 64), x, c + 2, part[T == 1 ? 1 : 0]);
   }
-  return _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+  for (int t = 0; t < T; ++t)
+    sum[t] = _mm512_add_ps(_mm512_add_ps(part[0][t][0], part[0][t][1]),
+                           _mm512_add_ps(part[1][t][0], part[1][t][1]));
 }
 
-inline __m512 masked_half_panel(const Matrix& m, const uint8_t* at, const Input& x) {
-  __m512 sum[4] = {};
-  const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+template <int T>
+inline void masked_half_panel(const Matrix& m, const uint8_t* at, const Input* x, __m512* sum) {
+  __m512 part[2][T][2] = {};
   for (int c = 0; c < m.padded(); c += m.group) {
     const uint8_t* mask = at;
     at += 2 * m.group;
@@ -174,67 +197,85 @@ inline __m512 masked_half_panel(const Matrix& m, const uint8_t* at, const Input&
       for (int k = 0; k < 2; ++k) {
         const uint32_t bits = word32(mask + 2 * i + 4 * k);
         fetch(at);
-        const __m512i v = _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(at));
+        add_pairs<T>(_mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(at)), x, c + i + 2 * k,
+                     part[T == 1 ? k : 0]);
         at += 2 * __builtin_popcount(bits);
-        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(v, top));
-        const float* value = x.value + c + i + 2 * k;
-        sum[2 * k] = _mm512_fmadd_ps(even, _mm512_set1_ps(value[0]), sum[2 * k]);
-        sum[2 * k + 1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(value[1]), sum[2 * k + 1]);
       }
   }
-  return _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+  for (int t = 0; t < T; ++t)
+    sum[t] = _mm512_add_ps(_mm512_add_ps(part[0][t][0], part[0][t][1]),
+                           _mm512_add_ps(part[1][t][0], part[1][t][1]));
 }
 
-inline __m512 float_panel(const Matrix& m, const uint8_t* at, const Input& x) {
-  __m512 sum[4] = {};
-  for (int c = 0; c < m.padded(); c += 4, at += 256)
-    for (int k = 0; k < 4; ++k) {
+template <int T>
+inline void float_panel(const Matrix& m, const uint8_t* at, const Input* x, __m512* sum) {
+  __m512 part[2][T] = {};
+  for (int c = 0; c < m.padded(); c += 2, at += 128)
+    for (int k = 0; k < 2; ++k) {
       fetch(at + 64 * k);
-      sum[k] = _mm512_fmadd_ps(_mm512_loadu_ps(at + 64 * k), _mm512_set1_ps(x.value[c + k]), sum[k]);
+      const __m512 w = _mm512_loadu_ps(at + 64 * k);
+      for (int t = 0; t < T; ++t)
+        part[k][t] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[t].value[c + k]), part[k][t]);
     }
-  return _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
-}
-
-inline __m512 integer_panel(const Matrix& m, const Stream& from, const Input& x) {
-  const uint8_t* at = from.at;
-  switch (m.format) {
-    case Format::kInt8: return int8_panel(m, at, x);
-    case Format::kInt4: return int4_panel(m, at, x);
-    case Format::kMaskedInt8: return masked_int8_panel(m, at, x);
-    case Format::kMaskedInt4: return masked_int4_panel(m, at, x);
-    default: return m.zeros ? group_int4_panel<true>(m, from, x)
-                              : group_int4_panel<false>(m, from, x);
-  }
+  for (int t = 0; t < T; ++t) sum[t] = _mm512_add_ps(part[0][t], part[1][t]);
 }
 
 // Whether integers of the inputs are used (else `value`).
 constexpr bool kIntegers = true;
 
-inline Vec panel_product(const Matrix& m, int panel, const Input& x) {
+template <int T>
+inline void panel_product(const Matrix& m, int panel, const Input* x, Vec* y) {
   const Stream from(m, panel);
   const uint8_t* at = from.at;
-  if (m.format == Format::kFloat) return reinterpret_cast<Vec>(float_panel(m, at, x));
-  if (m.format == Format::kHalf) return reinterpret_cast<Vec>(half_panel(m, at, x));
-  if (m.format == Format::kMaskedHalf) return reinterpret_cast<Vec>(masked_half_panel(m, at, x));
-  const bool eight = m.format == Format::kInt8 || m.format == Format::kMaskedInt8;
-  const __m512 sum = integer_panel(m, from, x);
-  const __m512 moved = _mm512_mul_ps(_mm512_loadu_ps(m.data + m.offset[panel]),
-                                     _mm512_set1_ps(kMiddle));
-  const __m512 found = eight ? _mm512_sub_ps(sum, moved)
-                             : _mm512_fmsub_ps(sum, _mm512_set1_ps(1.0f / 16), moved);
-  return reinterpret_cast<Vec>(_mm512_mul_ps(found, _mm512_set1_ps(x.unit)));
+  __m512 sum[T] = {};
+  switch (m.format) {
+    case Format::kFloat: float_panel<T>(m, at, x, sum); break;
+    case Format::kHalf: half_panel<T>(m, at, x, sum); break;
+    case Format::kMaskedHalf: masked_half_panel<T>(m, at, x, sum); break;
+    case Format::kInt8: int8_panel<T>(m, at, x, sum); break;
+    case Format::kInt4: int4_panel<T>(m, at, x, sum); break;
+    case Format::kMaskedInt8: masked_int8_panel<T>(m, at, x, sum); break;
+    case Format::kMaskedInt4: masked_int4_panel<T>(m, at, x, sum); break;
+    case Format::kGroupInt4:
+      if (m.zeros) group_int4_panel<T, true>(m, from, x, sum);
+      else group_int4_panel<T, false>(m, from, x, sum);
+  }
+  if (m.integers()) {
+    const bool eight = m.format == Format::kInt8 || m.format == Format::kMaskedInt8;
+    const __m512 part = _mm512_set1_ps(eight ? 1.0f : 1.0f / 16);
+    const __m512 moved = _mm512_mul_ps(_mm512_loadu_ps(m.data + m.offset[panel]),
+                                       _mm512_set1_ps(kMiddle));
+    for (int t = 0; t < T; ++t)
+      sum[t] = _mm512_mul_ps(_mm512_fmsub_ps(sum[t], part, moved), _mm512_set1_ps(x[t].unit));
+  }
+  for (int t = 0; t < T; ++t) y[t] = reinterpret_cast<Vec>(sum[t]);
 }
 
 #else
 
 constexpr bool kIntegers = false;
 
-inline Vec panel_product(const Matrix& m, int panel, const Input& x) {
-  return panel_plainly(m, panel, x);
+template <int T>
+inline void panel_product(const Matrix& m, int panel, const Input* x, Vec* y) {
+  for (int t = 0; t < T; ++t) y[t] = panel_plainly(m, panel, x[t]);
 }
 
 #endif
+
+inline Vec panel_product(const Matrix& m, int panel, const Input& x) {
+  Vec y;
+  panel_product<1>(m, panel, &x, &y);
+  return y;
+}
+
+// Of `count` vectors, as many as possible at a time.
+inline void panel_products(const Matrix& m, int panel, const Input* x, int count, Vec* y) {
+  int t = 0;
+  for (; t + 8 <= count; t += 8) panel_product<8>(m, panel, x + t, y + t);
+  for (; t + 4 <= count; t += 4) panel_product<4>(m, panel, x + t, y + t);
+  for (; t + 2 <= count; t += 2) panel_product<2>(m, panel, x + t, y + t);
+  if (t < count) panel_product<1>(m, panel, x + t, y + t);
+}
 
 }  // namespace
 }  // namespace sparseworks
