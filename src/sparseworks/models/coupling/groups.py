@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from sparseworks.core.errors import ModelError
+from sparseworks.models.coupling.numbers import Attribute, solved
 from sparseworks.models.coupling.ops import Cost
 from sparseworks.models.coupling.provenance import FROZEN, Atoms, Labels, Provenance
+from sparseworks.models.coupling.sizes import Told, along, demands
 
 __all__ = ["Coupling", "Family", "Group", "Slice", "solve"]
 
@@ -85,6 +88,7 @@ class Coupling:
         families: the groups, gathered by what they touch.
         costs: multiply-adds of the traced operations, as label arrays of group numbers.
         unreached: parameters that the example did not use; they are never changed.
+        sizes: formulas of the model's own numbers -> group numbers of the axis each counts.
     """
 
     model: nn.Module = field(repr=False)
@@ -93,6 +97,7 @@ class Coupling:
     costs: tuple[Cost, ...]
     count: int
     unreached: tuple[str, ...] = ()
+    sizes: tuple[Told, ...] = ()
 
     def groups(self, families: Sequence[Family] | None = None) -> Iterator[Group]:
         """The groups, one at a time."""
@@ -106,6 +111,22 @@ class Coupling:
             for name, axis in family.axes
         )
         return Group(root, slices, family.exact, family.reason)
+
+    def numbers(self, keep: NDArray[Any]) -> dict[Attribute, int]:
+        """What the numbers that the model holds become, of those that told a size when traced.
+
+        Raises:
+            ModelError: no value of a number fits all that it counts.
+        """
+        told = [(formula, int(keep[labels].sum())) for formula, labels in self.sizes]
+        values, refused = solved(told)
+        if refused:
+            one = min(refused, key=str)
+            raise ModelError(
+                f"{type(self.model).__name__}: {one} is {one.value}, and no other value fits all "
+                "the widths that it tells; exclude= the layers it belongs to"
+            )
+        return values
 
     def keep_all(self) -> NDArray[np.bool_]:
         """True for every group number: what `flops` and `parameters` take."""
@@ -158,6 +179,8 @@ def solve(
     while True:
         parent = _components(parent, edges)
         forced = [e for labels in atoms.splits if (e := _rectangle(parent, labels)) is not None]
+        if not forced and (equal := demands(parent, atoms.sizes)) is not None:
+            forced = [equal]
         if not forced:
             break
         edges = _stacked(forced)
@@ -187,7 +210,8 @@ def solve(
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     found = _families(axes, len(used), reasons, multiples)
     families = tuple(f for f in found if any(name in parameters for name, _ in f.axes))
-    return Coupling(model, axes, families, final, len(used), unreached)
+    sizes = tuple((f, number[along(parent[np.maximum(x, 0)])]) for f, x in atoms.sizes)
+    return Coupling(model, axes, families, final, len(used), unreached, sizes)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:

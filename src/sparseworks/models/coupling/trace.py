@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
-from sparseworks.models.calls import Batch, split
+from sparseworks.models.calls import Batch
+from sparseworks.models.coupling.exporting import exported
 from sparseworks.models.coupling.groups import Coupling, solve
 from sparseworks.models.coupling.ops import HANDLERS, Call, Cost, elementwise
-from sparseworks.models.coupling.provenance import Atoms, Provenance, frozen
+from sparseworks.models.coupling.provenance import Atoms, Block, Provenance, frozen
+from sparseworks.models.coupling.shapes import take
+from sparseworks.models.coupling.tracking import SIZED, Size, Tracking
 
 __all__ = ["CouplingError", "trace"]
 
@@ -33,53 +36,14 @@ def trace(model: nn.Module, example: Batch) -> Coupling:
         ModelError: torch.export cannot follow the model.
         CouplingError: the graph holds an operation that is not known, with node and source line.
     """
-    program = _exported(model, example)
+    tracking = Tracking()
+    program = exported(model, example, tracking)
     unknown = {
         n.target for n in program.graph.nodes if n.op == "call_function" and _handler(n) is None
     }
     if unknown:
         program = _decomposed(program)
-    return _walk(program, model)
-
-
-def _exported(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
-    inputs, _ = split(example)
-    mapped = isinstance(inputs, Mapping)
-    try:
-        with _quiet(model), torch.no_grad():
-            return torch.export.export(
-                model,
-                () if mapped else (inputs,),
-                dict(inputs) if mapped else {},
-                strict=False,
-            )
-    except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"{type(model).__name__}: torch.export cannot follow the forward pass "
-            f"({type(error).__name__}: {first[:300]}); channels can only be cut where it can"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no key-value cache, no fused fast path; put back afterwards."""
-    training = {m: m.training for m in model.modules()}
-    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    caches = [c for c in configs if getattr(c, "use_cache", False)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    for config in caches:
-        config.use_cache = False
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for config in caches:
-            config.use_cache = True
-        for module, was in training.items():
-            module.training = was
+    return _walk(program, model, tracking)
 
 
 def _decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -114,7 +78,7 @@ def _silent(node: Any) -> bool:
     return str(node.target).startswith(("aten._assert", "aten.sym_", "aten._assert_scalar"))
 
 
-def _walk(program: torch.export.ExportedProgram, model: nn.Module) -> Coupling:
+def _walk(program: torch.export.ExportedProgram, model: nn.Module, tracking: Tracking) -> Coupling:
     atoms, costs = Atoms(), list[Cost]()
     known: dict[Any, Any] = {}
     sources: dict[str, Provenance] = {}
@@ -143,7 +107,9 @@ def _walk(program: torch.export.ExportedProgram, model: nn.Module) -> Coupling:
                 constant = node.name in constants
                 known[node] = Provenance(shape[0]) if constant else frozen(shape[0])
         elif node.op == "call_function":
-            known[node] = _step(node, known, atoms, costs)
+            known[node] = _step(node, known, atoms, costs, tracking)
+            if _base(node.target) == SIZED:
+                known[node] = _told(known[node], tracking.calls[node.args[1]], atoms)
         elif node.op == "get_attr":
             shape = _shapes(node)
             known[node] = Provenance(shape[0]) if shape else None
@@ -160,7 +126,20 @@ def _walk(program: torch.export.ExportedProgram, model: nn.Module) -> Coupling:
     return solve(model, atoms, costs, sources)
 
 
-def _step(node: Any, known: dict[Any, Any], atoms: Atoms, costs: list[Cost]) -> Any:
+def _told(tensor: Provenance, sizes: Sequence[Size], atoms: Atoms) -> Provenance:
+    """Note what numbers of the model count; an axis that was free is from now on one of its own."""
+    free = {s.dim for s in sizes if tensor.block(s.dim) is None}
+    fresh = [Block((d,), atoms.fresh(tensor.shape[d])) for d in sorted(free)]
+    tensor = Provenance(tensor.shape, (*tensor.blocks, *fresh))
+    for size in sizes:
+        index = np.arange(tensor.shape[size.dim])[size.start : size.stop]
+        atoms.told(take(tensor, size.dim, index), size.dim, size.formula)
+    return tensor
+
+
+def _step(
+    node: Any, known: dict[Any, Any], atoms: Atoms, costs: list[Cost], tracking: Tracking
+) -> Any:
     if getattr(node.target, "__name__", "") == "getitem":
         return known[node.args[0]][node.args[1]]
     if _silent(node):
@@ -170,6 +149,7 @@ def _step(node: Any, known: dict[Any, Any], atoms: Atoms, costs: list[Cost]) -> 
         raise CouplingError(_where(node, "its effect on channels is not known"))
     arguments = {k: _resolve(v, known) for k, v in _bound(node).items()}
     call = Call(atoms, arguments, shapes, costs, _base(node.target))
+    call.held = lambda: _held(node, tracking)
     call.siblings = lambda key: [
         _bound(user)
         for user in node.args[0].users
@@ -181,6 +161,23 @@ def _step(node: Any, known: dict[Any, Any], atoms: Atoms, costs: list[Cost]) -> 
         raise
     except Exception as error:
         raise CouplingError(_where(node, f"{type(error).__name__}: {error}")) from error
+
+
+def _held(node: Any, tracking: Tracking) -> bool:
+    """Does the model tell by its own numbers how long every piece of a cut axis is?"""
+    dim = _bound(node).get("dim") or 0
+    rank = len(_bound(node)["self"].meta["val"].shape)
+
+    def told(mark: Any, bounds: bool) -> bool:
+        return _base(getattr(mark, "target", "")) == SIZED and any(
+            size.dim == dim % rank and (size.stop is not None) == bounds
+            for size in tracking.calls[mark.args[1]]
+        )
+
+    if _base(node.target) == "slice":
+        return told(node.args[0], bounds=True)
+    pieces = [u for u in node.users if any(told(mark, bounds=False) for mark in u.users)]
+    return len(pieces) == len(_shapes(node))
 
 
 def _bound(node: Any) -> dict[str, Any]:

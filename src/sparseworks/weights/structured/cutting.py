@@ -139,7 +139,7 @@ def cut(
             backup.tensors.append((module, attribute, is_parameter, tensor))
             table: dict[str, Any] = module._parameters if is_parameter else module._buffers
             table[attribute] = made[id(tensor)]
-        changes = update(model, before, backup)
+        changes = update(model, before, coupling.numbers(keep), backup)
         _slice_masks(model, kept, backup)
     except Exception:
         backup.restore()
