@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sparseworks.core.errors import ModelError
+from sparseworks.models.coupling.functions import Function
 from sparseworks.models.coupling.numbers import Attribute, solved
 from sparseworks.models.coupling.ops import Cost
 from sparseworks.models.coupling.provenance import FROZEN, Atoms, Labels, Provenance
@@ -89,6 +90,7 @@ class Coupling:
         costs: multiply-adds of the traced operations, as label arrays of group numbers.
         unreached: parameters that the example did not use; they are never changed.
         sizes: formulas of the model's own numbers -> group numbers of the axis each counts.
+        functions: layers whose weight is computed from parameters; they stay whole.
     """
 
     model: nn.Module = field(repr=False)
@@ -98,6 +100,7 @@ class Coupling:
     count: int
     unreached: tuple[str, ...] = ()
     sizes: tuple[Told, ...] = ()
+    functions: tuple[Function, ...] = ()
 
     def groups(self, families: Sequence[Family] | None = None) -> Iterator[Group]:
         """The groups, one at a time."""
@@ -166,6 +169,7 @@ class Coupling:
             for name, axis in family.axes:
                 per = int((self.axes[name, axis] == family.roots[0]).sum())
                 lines.append(f"  {name} axis {axis}: {per} each")
+        lines += [f"left whole: {function}" for function in self.functions]
         lines += [f"not reached by the example: {name}" for name in self.unreached]
         return "\n".join(lines)
 

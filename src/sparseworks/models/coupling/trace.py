@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sparseworks.core.errors import ModelError
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling.exporting import exported
+from sparseworks.models.coupling.functions import Function, weight_functions
 from sparseworks.models.coupling.groups import Coupling, solve
 from sparseworks.models.coupling.ops import HANDLERS, Call, Cost, elementwise
 from sparseworks.models.coupling.provenance import Atoms, Block, Provenance, frozen
@@ -38,12 +40,22 @@ def trace(model: nn.Module, example: Batch) -> Coupling:
     """
     tracking = Tracking()
     program = exported(model, example, tracking)
-    unknown = {
-        n.target for n in program.graph.nodes if n.op == "call_function" and _handler(n) is None
-    }
-    if unknown:
+    _, inside = _functions(program)
+    if any(
+        n.op == "call_function" and _handler(n) is None
+        for n in program.graph.nodes
+        if n not in inside
+    ):
         program = _decomposed(program)
     return _walk(program, model, tracking)
+
+
+def _functions(
+    program: torch.export.ExportedProgram,
+) -> tuple[tuple[Function, ...], set[Any]]:
+    signature = program.graph_signature
+    buffers = {*signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
+    return weight_functions(program.graph, set(signature.inputs_to_parameters), buffers, _base)
 
 
 def _decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -95,8 +107,16 @@ def _walk(program: torch.export.ExportedProgram, model: nn.Module, tracking: Tra
     canonical: dict[int, str] = {}  # tied tensors are one, under the first of their names
     for name, tensor in tensors.items():
         canonical.setdefault(id(tensor), name)
+    functions, inside = _functions(program)
     for node in program.graph.nodes:
-        if node.op == "placeholder":
+        if node in inside:
+            # nothing that a weight is computed from can be cut, nor what that weight meets
+            for source in node.all_input_nodes:
+                if source not in inside and isinstance(known.get(source), Provenance):
+                    atoms.freeze_all(known[source])
+            fixed = [frozen(shape) for shape in _shapes(node)]
+            known[node] = fixed[0] if len(fixed) == 1 else fixed
+        elif node.op == "placeholder":
             shape = _shapes(node)
             if node.name in named and shape and node.users:
                 name = canonical[id(tensors[named[node.name]])]
@@ -123,7 +143,7 @@ def _walk(program: torch.export.ExportedProgram, model: nn.Module, tracking: Tra
             for name, _ in module.named_parameters():
                 if (found := sources.get(f"{prefix}.{name}" if prefix else name)) is not None:
                     atoms.freeze_all(found)
-    return solve(model, atoms, costs, sources)
+    return replace(solve(model, atoms, costs, sources), functions=functions)
 
 
 def _told(tensor: Provenance, sizes: Sequence[Size], atoms: Atoms) -> Provenance:

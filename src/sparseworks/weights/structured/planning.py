@@ -58,6 +58,7 @@ def choose(
         raise ModelError(
             f"{type(model).__name__}: no group may be cut; widen include=/exclude=, allow streams "
             "under normalisation (streams=True), or widths per layer (uniform=False)"
+            + "".join(f"; {f}" for f in coupling.functions[:1])
         )
     allowed = replace(coupling, families=tuple(families))
     scores = plan.method.score(model, allowed, plan.data, plan.loss)

@@ -46,6 +46,7 @@ class SlimResult:
         model: the slimmed model.
         seconds: in all.
         blocks: whole blocks that went, in order, each by its name at that time.
+        plain: layers whose weight was a function of their parameters, plain ones of it now.
         warnings: things the user should know.
     """
 
@@ -62,15 +63,17 @@ class SlimResult:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON (the model is left out)."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("model", "widths", "changes")}
+        skipped = ("model", "widths", "changes")
+        plain = {k: v for k, v in vars(self).items() if k not in skipped}
         plain["widths"] = [asdict(w) for w in self.widths]
         plain["changes"] = [asdict(c) for c in self.changes]
         plain["shapes"] = {n: [list(a), list(b)] for n, (a, b) in self.shapes.items()}
         plain["config"] = None if self.config is None else dict(self.config)
-        plain["blocks"] = list(self.blocks)
+        plain["blocks"], plain["plain"] = list(self.blocks), list(self.plain)
         plain["options"] = dict(self.options)
         return plain
 
@@ -91,5 +94,7 @@ class SlimResult:
             lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in self.config.items()))
         if self.blocks:
             lines.append("  blocks dropped, one after the other: " + ", ".join(self.blocks))
+        if self.plain:
+            lines.append("  plain now, with the weight computed before: " + ", ".join(self.plain))
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)
