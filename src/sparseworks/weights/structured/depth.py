@@ -26,7 +26,7 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.core.masks import masks
 from sparseworks.models.calls import Batch
-from sparseworks.weights.structured.applying import output_of
+from sparseworks.weights.structured.checking import output_of
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.cutting import Backup
 

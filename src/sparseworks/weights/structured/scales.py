@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparseworks.core.errors import ModelError
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, Family
-from sparseworks.weights.structured.applying import check
+from sparseworks.weights.structured.checking import check
 from sparseworks.weights.structured.cutting import Backup, cut
 from sparseworks.weights.structured.folding import fold
 from sparseworks.weights.structured.selection import under
