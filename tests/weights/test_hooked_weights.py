@@ -200,6 +200,7 @@ def test_slim_cuts_masks_with_their_weights():
     slimmed = result.model
     assert slimmed[0].weight_orig.shape == slimmed[0].weight_mask.shape != (16, 8)
     assert slimmed[0].weight.shape == slimmed[0].weight_orig.shape
+    assert (slimmed[0].out_features, slimmed[0].in_features) == slimmed[0].weight.shape
     slimmed(x)
     sw.slim(model, x, flops=0.6)
     assert type(model[0].weight) is torch.Tensor  # none that the export left

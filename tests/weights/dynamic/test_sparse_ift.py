@@ -129,11 +129,10 @@ def test_what_cannot_be_widened_is_given_back():
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
-            self.places = 8
 
         def forward(self, x):
             y = self.a(x)
-            return self.b(y.view(-1, self.places))
+            return self.b(y.view(-1, 8))
 
     for model, x in [(Fixed(), torch.randn(2, 6)), (nn.Sequential(nn.Linear(6, 4)),
                                                     torch.randn(2, 6))]:  # fmt: skip

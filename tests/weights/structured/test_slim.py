@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparseworks as sw
-from sparseworks.core.errors import DataError, InvalidArgument, ModelError
+from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.core.masks import Masks, attach, masks
 from sparseworks.models.coupling import trace
 from sparseworks.models.zoo import CifarResNet
@@ -178,21 +178,6 @@ def test_masks_are_cut_with_their_weights(fold: str) -> None:
     assert record is not None
     record.check(model)
     assert not any(record.violations(model).values())
-
-
-def test_a_module_with_an_unknown_size_is_an_error_that_changes_nothing() -> None:
-    class Stubborn(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.n = nn.Linear(6, 8), nn.Linear(8, 2), 8
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x).reshape(-1, self.n))
-
-    model = Stubborn()
-    with pytest.raises(ModelError, match="does not run with its new shapes"):
-        sw.slim(model, torch.randn(3, 6), flops=0.5)
-    assert model.a.weight.shape == (8, 6) and model(torch.randn(3, 6)).shape == (3, 2)
 
 
 def test_fine_tuning_with_a_teacher_lowers_its_loss() -> None:

@@ -18,6 +18,7 @@ from sparseworks.models.calls import call
 from sparseworks.weights.structured import SlimResult, load_slim, save_slim
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "models" / "coupling"))
 logging.getLogger("transformers").setLevel(logging.ERROR)
 UNIFORM = ["bert", "vit", "gpt2", "opt", "llama", "gemma3", "qwen2", "mixtral", "t5", "swin"]
 HF = [*UNIFORM, "convnext", "gpt_oss"]
@@ -94,6 +95,19 @@ def test_diffusion_models(factory: type[nn.Module], tmp_path: Path) -> None:
     save_slim(result, tmp_path / "slim")
     again = load_slim(tmp_path / "slim", factory())
     assert torch.equal(output(again, batch), output(model, batch))
+
+
+@pytest.mark.parametrize("kind", ["scales", "branches", "dual", "heads"])
+def test_models_that_hold_the_sizes_of_their_tensors(kind: str, tmp_path: Path) -> None:
+    from held import Between
+
+    model, images = Between(kind), torch.randn(2, 3, 6, 6)
+    result = slim(model, images, flops=0.6)
+    assert result.flops[1] <= 0.6 * result.flops[0]
+    assert any(c.module == "block" for c in result.changes)
+    save_slim(result, tmp_path / "slim")
+    again = load_slim(tmp_path / "slim", Between(kind))
+    assert torch.equal(output(again, images), output(model, images))
 
 
 def test_whole_key_value_groups_go_and_the_config_says_so() -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import sparseworks as sw
 from sparseworks.core.errors import ModelError
@@ -224,3 +225,31 @@ def test_gates_of_zero_and_one_compute_what_the_cut_model_computes(case):
             found = model(X)
         cut(model, coupling, keep)
         torch.testing.assert_close(found, model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [("lstm", "projected"), ("gru", "both"), ("rnn", "deep")])
+def test_a_layer_that_torch_masked_is_slimmed_with_its_masks(case: tuple[str, str]) -> None:
+    model = Tagger(*case)
+    prune.l1_unstructured(model.core, "weight_hh_l0", 0.3)
+    result = sw.slim(model, X, flops=0.6)
+    core = model.core
+    assert core.hidden_size < 6 and "core.weight_hh_l0_orig" in result.shapes
+    assert core.weight_hh_l0_mask.shape == core.weight_hh_l0_orig.shape == core.weight_hh_l0.shape
+    assert core.weight_hh_l0.shape[0] == gates_of(core) * core.hidden_size
+    plain = copy.deepcopy(model)
+    sw.fold_torch_masks(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), plain(X))
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("case", [("lstm", "plain"), ("gru", "both")])
+def test_units_whose_weight_is_normalised_stay_with_the_reason(case, norm) -> None:  # type: ignore[no-untyped-def]
+    model = Tagger(*case)
+    norm(model.core, "weight_hh_l0")
+    result = sw.slim(model, X, flops=0.9)
+    core = model.core
+    assert core.hidden_size == 6 and core.weight_hh_l0.shape == (gates_of(core) * 6, 6)
+    computed = [n for n in result.skipped if "core" in n and "hh_l0" in n and "reverse" not in n]
+    assert computed and all("function of its parameters" in result.skipped[n] for n in computed)
+    assert any("left whole: core" in w for w in result.warnings)

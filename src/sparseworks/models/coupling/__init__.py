@@ -5,7 +5,8 @@ print(coupling)          # every family of groups, before anything is cut
 coupling.flops()         # of the products on the example
 """
 
+from sparseworks.models.coupling.functions import Function
 from sparseworks.models.coupling.groups import Coupling, Family, Group, Slice
 from sparseworks.models.coupling.trace import CouplingError, trace
 
-__all__ = ["Coupling", "CouplingError", "Family", "Group", "Slice", "trace"]
+__all__ = ["Coupling", "CouplingError", "Family", "Function", "Group", "Slice", "trace"]

@@ -30,6 +30,7 @@ class Call:
     costs: list[Cost] = field(default_factory=list)
     name: str = ""
     siblings: Callable[[str], list[dict[str, Any]]] = lambda _: []
+    held: Callable[[], bool] = lambda: False
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)

@@ -245,6 +245,9 @@ def batch_norm(call: Call) -> Any:
         if call[name] is not None:
             labels = call.atoms.link(labels, call.atoms.axis(call[name], 0))
     blocks = [b for b in call.atoms.collapsed(x, [1]).blocks if 1 not in b.dims]
+    if call.first("training", "use_input_stats"):
+        for block in blocks:
+            call.atoms.statistic(block.labels, "normalised over what is given")
     out = Provenance(x.shape, (*blocks, Block((1,), labels)))
     return _outputs(call, out)
 

@@ -10,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from sparseworks.core.errors import ModelError
 from sparseworks.models.coupling.calls import Cost
+from sparseworks.models.coupling.functions import Function
+from sparseworks.models.coupling.numbers import Attribute, solved
 from sparseworks.models.coupling.provenance import FROZEN, Atoms, Labels, Provenance
+from sparseworks.models.coupling.sizes import Told, along, demands
 
 __all__ = ["Coupling", "Family", "Group", "Slice", "solve"]
 
@@ -87,6 +91,8 @@ class Coupling:
         families: the groups, gathered by what they touch.
         costs: multiply-adds of the traced operations, as label arrays of group numbers.
         unreached: parameters that the example did not use; they are never changed.
+        sizes: formulas of the model's own numbers -> group numbers of the axis each counts.
+        functions: layers whose weight is computed from parameters; they stay whole.
     """
 
     model: nn.Module = field(repr=False)
@@ -95,6 +101,8 @@ class Coupling:
     costs: tuple[Cost, ...]
     count: int
     unreached: tuple[str, ...] = ()
+    sizes: tuple[Told, ...] = ()
+    functions: tuple[Function, ...] = ()
 
     def groups(self, families: Sequence[Family] | None = None) -> Iterator[Group]:
         """The groups, one at a time."""
@@ -108,6 +116,22 @@ class Coupling:
             for name, axis in family.axes
         )
         return Group(root, slices, family.exact, family.reason)
+
+    def numbers(self, keep: NDArray[Any]) -> dict[Attribute, int]:
+        """What the numbers that the model holds become, of those that told a size when traced.
+
+        Raises:
+            ModelError: no value of a number fits all that it counts.
+        """
+        told = [(formula, int(keep[labels].sum())) for formula, labels in self.sizes]
+        values, refused = solved(told)
+        if refused:
+            one = min(refused, key=str)
+            raise ModelError(
+                f"{type(self.model).__name__}: {one} is {one.value}, and no other value fits all "
+                "the widths that it tells; exclude= the layers it belongs to"
+            )
+        return values
 
     def keep_all(self) -> NDArray[np.bool_]:
         """True for every group number: what `flops` and `parameters` take."""
@@ -147,6 +171,7 @@ class Coupling:
             for name, axis in family.axes:
                 per = int((self.axes[name, axis] == family.roots[0]).sum())
                 lines.append(f"  {name} axis {axis}: {per} each")
+        lines += [f"left whole: {function}" for function in self.functions]
         lines += [f"not reached by the example: {name}" for name in self.unreached]
         return "\n".join(lines)
 
@@ -160,6 +185,8 @@ def solve(
     while True:
         parent = _components(parent, edges)
         forced = [e for labels in atoms.splits if (e := _rectangle(parent, labels)) is not None]
+        if not forced and (equal := demands(parent, atoms.sizes)) is not None:
+            forced = [equal]
         if not forced:
             break
         edges = _stacked(forced)
@@ -190,7 +217,8 @@ def solve(
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     found = _families(axes, len(used), reasons, multiples, least)
     families = tuple(f for f in found if any(name in parameters for name, _ in f.axes))
-    return Coupling(model, axes, families, final, len(used), unreached)
+    sizes = tuple((f, number[along(parent[np.maximum(x, 0)])]) for f, x in atoms.sizes)
+    return Coupling(model, axes, families, final, len(used), unreached, sizes)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -96,6 +96,8 @@ def _slice(call: Call) -> Provenance:
     index = np.arange(size)[bounds]
     if len(index) == size:
         return tensor  # type: ignore[no-any-return]
+    if call.held():
+        return shapes.take(tensor, dim, index)
     parts, regular = [], True
     for other in call.siblings("self"):
         if (other.get("dim") or 0) % len(tensor.shape) == dim % len(tensor.shape):
@@ -111,7 +113,7 @@ def _split(call: Call) -> list[Provenance]:
     tensor, dim = call["self"], call.arguments.get("dim") or 0
     ends = np.cumsum([s[dim] for s in call.shapes]).tolist()
     parts = list(zip([0, *ends], ends))
-    if len(parts) > 1:
+    if len(parts) > 1 and not (call.name == "split_with_sizes" and call.held()):
         shapes.pieces(call.atoms, tensor, dim, parts)
     return [shapes.take(tensor, dim, np.arange(a, b)) for a, b in parts]
 
@@ -300,7 +302,7 @@ _GROUPS: dict[Callable[[Call], Any], str] = {
     _same: "dropout feature_dropout contiguous clone to _to_copy type_as alias detach gelu relu "
     "native_dropout alpha_dropout lift_fresh_copy lift_fresh hardtanh relu6 silu mish elu selu "
     "zeros_like ones_like empty_like full_like randn_like rand_like leaky_relu hardswish "
-    "hardsigmoid softplus logsigmoid float half bfloat16 identity",
+    "hardsigmoid softplus logsigmoid float half bfloat16 identity sized",
     elementwise: "masked_fill where prelu add mul sub div pow copy lerp __and__ __or__ __xor__ "
     "logical_and logical_or maximum minimum floor_divide remainder rsub",
     _constant: "full zeros ones empty new_ones new_zeros new_full new_empty scalar_tensor",

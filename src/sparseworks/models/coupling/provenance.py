@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from sparseworks.models.coupling.numbers import Formula
+
 __all__ = ["FREE", "FROZEN", "Atoms", "Block", "Provenance", "frozen"]
 
 FROZEN, FREE = 0, -1
@@ -76,6 +78,7 @@ class Atoms:
     statistics: list[tuple[Labels, str]] = field(default_factory=list)
     multiples: list[tuple[Labels, int]] = field(default_factory=list)
     least: list[tuple[Labels, int]] = field(default_factory=list)
+    sizes: list[tuple[Formula, Labels]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Labels:
         labels = np.arange(self.count, self.count + size, dtype=np.int64)
@@ -157,6 +160,13 @@ class Atoms:
         """Remember that what is kept of these labels must be a full table."""
         if (labels > FROZEN).any():
             self.splits.append(labels)
+
+    def told(self, tensor: Provenance, dim: int, formula: Formula) -> None:
+        """Remember that a number of the model counts this axis: joint labels `[size, others]`."""
+        block = tensor.block(dim)
+        assert block is not None
+        axis = np.moveaxis(block.labels, block.dims.index(dim), 0)
+        self.sizes.append((formula, axis.reshape(len(axis), -1)))
 
     def elementwise(self, operands: Sequence[Provenance], shape: Sequence[int]) -> Provenance:
         """The result of an elementwise operation: operands broadcast to `shape`."""

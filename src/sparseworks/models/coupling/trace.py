@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
-from sparseworks.models.calls import Arguments, Batch
+from sparseworks.models.calls import Batch
 from sparseworks.models.coupling.calls import Call, Cost
+from sparseworks.models.coupling.exporting import exported
+from sparseworks.models.coupling.functions import Function, weight_functions
 from sparseworks.models.coupling.groups import Coupling, solve
 from sparseworks.models.coupling.ops import HANDLERS, elementwise
-from sparseworks.models.coupling.provenance import Atoms, Provenance, frozen
-from sparseworks.models.hooks import refresh
-from sparseworks.models.recurrence import relist
+from sparseworks.models.coupling.provenance import Atoms, Block, Provenance, frozen
+from sparseworks.models.coupling.shapes import take
+from sparseworks.models.coupling.tracking import SIZED, Size, Tracking
 
 __all__ = ["CouplingError", "trace"]
 
@@ -37,55 +39,24 @@ def trace(model: nn.Module, example: Batch) -> Coupling:
         ModelError: torch.export cannot follow the model.
         CouplingError: the graph holds an operation that is not known, with node and source line.
     """
-    program = _exported(model, example)
-    unknown = {
-        n.target for n in program.graph.nodes if n.op == "call_function" and _handler(n) is None
-    }
-    if unknown:
+    tracking = Tracking()
+    program = exported(model, example, tracking)
+    _, inside = _functions(program)
+    if any(
+        n.op == "call_function" and _handler(n) is None
+        for n in program.graph.nodes
+        if n not in inside
+    ):
         program = _decomposed(program)
-    return _walk(program, model)
+    return _walk(program, model, tracking)
 
 
-def _exported(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
-    given = Arguments.of_batch(example)
-    try:
-        with _quiet(model), torch.no_grad():
-            return torch.export.export(model, given.args, dict(given.kwargs), strict=False)
-    except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"{type(model).__name__}: torch.export cannot follow the forward pass "
-            f"({type(error).__name__}: {first[:300]}); channels can only be cut where it can"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no key-value cache, no fused fast path; put back afterwards.
-
-    The export leaves its own stand-ins in the lists that recurrent layers keep of their weights,
-    and warns that it did: they take their parameters again.
-    """
-    training = {m: m.training for m in model.modules()}
-    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    caches = [c for c in configs if getattr(c, "use_cache", False)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    for config in caches:
-        config.use_cache = False
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for config in caches:
-            config.use_cache = True
-        for module, was in training.items():
-            module.training = was
-            refresh(module)  # what hooks computed in the export has no values
-        relist(model.modules())
+def _functions(
+    program: torch.export.ExportedProgram,
+) -> tuple[tuple[Function, ...], set[Any]]:
+    signature = program.graph_signature
+    buffers = {*signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
+    return weight_functions(program.graph, set(signature.inputs_to_parameters), buffers, _base)
 
 
 def _decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -120,7 +91,7 @@ def _silent(node: Any) -> bool:
     return str(node.target).startswith(("aten._assert", "aten.sym_", "aten._assert_scalar"))
 
 
-def _walk(program: torch.export.ExportedProgram, model: nn.Module) -> Coupling:
+def _walk(program: torch.export.ExportedProgram, model: nn.Module, tracking: Tracking) -> Coupling:
     atoms, costs = Atoms(), list[Cost]()
     known: dict[Any, Any] = {}
     sources: dict[str, Provenance] = {}
@@ -137,8 +108,16 @@ def _walk(program: torch.export.ExportedProgram, model: nn.Module) -> Coupling:
     canonical: dict[int, str] = {}  # tied tensors are one, under the first of their names
     for name, tensor in tensors.items():
         canonical.setdefault(id(tensor), name)
+    functions, inside = _functions(program)
     for node in program.graph.nodes:
-        if node.op == "placeholder":
+        if node in inside:
+            # nothing that a weight is computed from can be cut, nor what that weight meets
+            for source in node.all_input_nodes:
+                if source not in inside and isinstance(known.get(source), Provenance):
+                    atoms.freeze_all(known[source])
+            fixed = [frozen(shape) for shape in _shapes(node)]
+            known[node] = fixed[0] if len(fixed) == 1 else fixed
+        elif node.op == "placeholder":
             shape = _shapes(node)
             if node.name in named and shape and node.users:
                 name = canonical[id(tensors[named[node.name]])]
@@ -149,7 +128,9 @@ def _walk(program: torch.export.ExportedProgram, model: nn.Module) -> Coupling:
                 constant = node.name in constants
                 known[node] = Provenance(shape[0]) if constant else frozen(shape[0])
         elif node.op == "call_function":
-            known[node] = _step(node, known, atoms, costs)
+            known[node] = _step(node, known, atoms, costs, tracking)
+            if _base(node.target) == SIZED:
+                known[node] = _told(known[node], tracking.calls[node.args[1]], atoms)
         elif node.op == "get_attr":
             shape = _shapes(node)
             known[node] = Provenance(shape[0]) if shape else None
@@ -163,10 +144,23 @@ def _walk(program: torch.export.ExportedProgram, model: nn.Module) -> Coupling:
             for name, _ in module.named_parameters():
                 if (found := sources.get(f"{prefix}.{name}" if prefix else name)) is not None:
                     atoms.freeze_all(found)
-    return solve(model, atoms, costs, sources)
+    return replace(solve(model, atoms, costs, sources), functions=functions)
 
 
-def _step(node: Any, known: dict[Any, Any], atoms: Atoms, costs: list[Cost]) -> Any:
+def _told(tensor: Provenance, sizes: Sequence[Size], atoms: Atoms) -> Provenance:
+    """Note what numbers of the model count; an axis that was free is from now on one of its own."""
+    free = {s.dim for s in sizes if tensor.block(s.dim) is None}
+    fresh = [Block((d,), atoms.fresh(tensor.shape[d])) for d in sorted(free)]
+    tensor = Provenance(tensor.shape, (*tensor.blocks, *fresh))
+    for size in sizes:
+        index = np.arange(tensor.shape[size.dim])[size.start : size.stop]
+        atoms.told(take(tensor, size.dim, index), size.dim, size.formula)
+    return tensor
+
+
+def _step(
+    node: Any, known: dict[Any, Any], atoms: Atoms, costs: list[Cost], tracking: Tracking
+) -> Any:
     if getattr(node.target, "__name__", "") == "getitem":
         return known[node.args[0]][node.args[1]]
     if _silent(node):
@@ -176,6 +170,7 @@ def _step(node: Any, known: dict[Any, Any], atoms: Atoms, costs: list[Cost]) -> 
         raise CouplingError(_where(node, "its effect on channels is not known"))
     arguments = {k: _resolve(v, known) for k, v in _bound(node).items()}
     call = Call(atoms, arguments, shapes, costs, _base(node.target))
+    call.held = lambda: _held(node, tracking)
     call.siblings = lambda key: [
         _bound(user)
         for user in node.args[0].users
@@ -187,6 +182,23 @@ def _step(node: Any, known: dict[Any, Any], atoms: Atoms, costs: list[Cost]) -> 
         raise
     except Exception as error:
         raise CouplingError(_where(node, f"{type(error).__name__}: {error}")) from error
+
+
+def _held(node: Any, tracking: Tracking) -> bool:
+    """Does the model tell by its own numbers how long every piece of a cut axis is?"""
+    dim = _bound(node).get("dim") or 0
+    rank = len(_bound(node)["self"].meta["val"].shape)
+
+    def told(mark: Any, bounds: bool) -> bool:
+        return _base(getattr(mark, "target", "")) == SIZED and any(
+            size.dim == dim % rank and (size.stop is not None) == bounds
+            for size in tracking.calls[mark.args[1]]
+        )
+
+    if _base(node.target) == "slice":
+        return told(node.args[0], bounds=True)
+    pieces = [u for u in node.users if any(told(mark, bounds=False) for mark in u.users)]
+    return len(pieces) == len(_shapes(node))
 
 
 def _bound(node: Any) -> dict[str, Any]:

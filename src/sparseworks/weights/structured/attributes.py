@@ -1,6 +1,7 @@
 """The numbers that modules keep beside their parameters, after those changed shape.
 
-Known modules are set from their new parameters. Any other module (attention, a gated MLP, an expert
+Known modules are set from their new parameters, and numbers that told a size when the model was
+traced from what became of that size. Beside those, any module (attention, a gated MLP, an expert
 bank) may hold widths and head counts of the parameters below it: head counts shrink with the
 parameters of whole heads, widths where exactly one changed axis had that size.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from sparseworks.models.coupling.numbers import Attribute
 from sparseworks.models.recurrence import RECURRENT, gates_of
 from sparseworks.weights.structured.backup import Backup, Change
 
@@ -41,8 +43,18 @@ _INNER = re.compile(r"all_head|split|inner|inter|ffn|mlp")
 _PROJECTIONS = re.compile(r"(^|[._])(q|k|v|query|key|value|qkv|c_attn|q_proj|to_q|in_proj)([._]|$)")
 
 
-def update(model: nn.Module, before: Mapping[str, tuple[int, ...]], backup: Backup) -> list[Change]:
-    """Set every size in every module; returns what changed."""
+def update(
+    model: nn.Module,
+    before: Mapping[str, tuple[int, ...]],
+    told: Mapping[Attribute, int],
+    backup: Backup,
+) -> list[Change]:
+    """Set every size in every module; returns what changed.
+
+    Args:
+        before: shapes of parameters and buffers before the cut.
+        told: numbers that told sizes when the model was traced, with what they become.
+    """
     changes: list[Change] = []
 
     def put(module: nn.Module, path: str, name: str, value: Any) -> None:
@@ -51,15 +63,32 @@ def update(model: nn.Module, before: Mapping[str, tuple[int, ...]], backup: Back
             backup.set(module, name, value)
             changes.append(Change(path, name, old, value))
 
+    traced = _traced(model, told)
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         known = _known(module, lambda n, dot=dot: before.get(dot + n))
-        for name, value in known.items():
+        exact = {**traced.get(path, {}), **known}
+        guessed = {} if known else _remembered(module, dot, before)
+        for name, value in {**guessed, **exact}.items():
             put(module, path, name, value)
-        if not known:
-            for name, value in _remembered(module, dot, before).items():
-                put(module, path, name, value)
     return changes
+
+
+def _traced(model: nn.Module, told: Mapping[Attribute, int]) -> dict[str, dict[str, Any]]:
+    """module -> attribute -> value, tuples and lists put together of their entries."""
+    found: dict[str, dict[str, Any]] = {}
+    for attribute, value in told.items():
+        fields = found.setdefault(attribute.module, {})
+        if attribute.index is None:
+            fields[attribute.name] = value
+            continue
+        whole = fields.get(attribute.name)
+        if whole is None:
+            whole = getattr(model.get_submodule(attribute.module), attribute.name)
+        entries = list(whole)
+        entries[attribute.index] = value
+        fields[attribute.name] = type(whole)(entries)
+    return found
 
 
 def _known(module: nn.Module, before: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.masks import Masks, attach
+from sparseworks.models.hooks import refresh
 from sparseworks.models.recurrence import relist
 
 __all__ = ["Backup", "Change"]
@@ -38,16 +39,19 @@ class Backup:
             (module._parameters if is_parameter else module._buffers)[name] = tensor  # type: ignore[assignment]
         for owner, name, value in reversed(self.attributes):
             setattr(owner, name, value)
-        self.relist()
         if self.masks is not None:
             attach(*self.masks)
         with torch.no_grad():
             for tensor, value in reversed(self.values):
                 tensor.copy_(value)
+        self.renew()
 
-    def relist(self) -> None:
-        """Modules that keep a list of their parameters beside them take the present ones."""
-        relist({module for module, *_ in self.tensors})
+    def renew(self) -> None:
+        """What modules list, or hooks compute, of their parameters is made of the present ones."""
+        changed = {module for module, *_ in self.tensors}
+        for module in changed:
+            refresh(module)
+        relist(changed)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         self.attributes.append((owner, name, getattr(owner, name)))

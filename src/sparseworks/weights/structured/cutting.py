@@ -103,8 +103,8 @@ def cut(
             backup.tensors.append((module, attribute, is_parameter, tensor))
             table: dict[str, Any] = module._parameters if is_parameter else module._buffers
             table[attribute] = made[id(tensor)]
-        changes = update(model, before, backup)
-        backup.relist()
+        backup.renew()
+        changes = update(model, before, coupling.numbers(keep), backup)
         _slice_masks(model, kept, backup)
     except Exception:
         backup.restore()

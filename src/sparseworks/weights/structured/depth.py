@@ -26,8 +26,8 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.core.masks import masks
 from sparseworks.models.calls import Batch
-from sparseworks.weights.structured.applying import output_of
 from sparseworks.weights.structured.backup import Backup
+from sparseworks.weights.structured.checking import output_of
 from sparseworks.weights.structured.configs import has_config
 
 __all__ = ["blocks", "drop", "drop_least", "renamed"]

@@ -40,7 +40,7 @@ from sparseworks.core.errors import DataError, InvalidArgument, ModelError
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch, call, logits_of, move, split
 from sparseworks.models.coupling import Coupling, trace
-from sparseworks.weights.structured.applying import check
+from sparseworks.weights.structured.checking import check
 from sparseworks.weights.structured.cutting import cut
 from sparseworks.weights.structured.gates import Gates
 from sparseworks.weights.structured.pmim import Pmim

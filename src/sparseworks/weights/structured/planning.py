@@ -59,6 +59,7 @@ def choose(
         raise ModelError(
             f"{type(model).__name__}: no group may be cut; widen include=/exclude=, allow streams "
             "under normalisation (streams=True), or widths per layer (uniform=False)"
+            + "".join(f"; {f}" for f in coupling.functions[:1])
         )
     allowed = replace(coupling, families=tuple(families))
     scores = plan.method.score(model, allowed, plan.data, plan.loss)
@@ -121,9 +122,17 @@ def left_whole(coupling: Coupling, plan: Plan, names: Iterable[str]) -> dict[str
         whys = dict.fromkeys(reasons.get(name, [bound]))
         if adapters.part(name) is not None and ADAPTER in whys:
             whys = {ADAPTER: None}
+        whys = dict.fromkeys(_computing(coupling, name)) or whys
         unreached = name in coupling.unreached
         found[name] = "not reached by the example" if unreached else "; ".join(whys)
     return found
+
+
+def _computing(coupling: Coupling, name: str) -> list[str]:
+    """That the parameter is of a layer whose weight is a function of its parameters."""
+    owner, parametrized, _ = f".{name}".partition(".parametrizations.")
+    path = owner if parametrized else owner.rpartition(".")[0]
+    return [f.why for f in coupling.functions if f".{f.module}".rstrip(".") == path]
 
 
 def _described(model: nn.Module, coupling: Coupling, families: list[Family]) -> dict[int, object]:

@@ -47,6 +47,7 @@ class SlimResult:
         model: the slimmed model.
         seconds: in all.
         blocks: whole blocks that went, in order, each by its name at that time.
+        plain: layers whose weight was a function of their parameters, plain ones of it now.
         warnings: things the user should know.
         skipped: parameter name -> why it kept its shape, of those with two or more axes.
     """
@@ -64,16 +65,18 @@ class SlimResult:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON (the model is left out)."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("model", "widths", "changes")}
+        others = ("model", "widths", "changes")
+        plain = {k: v for k, v in vars(self).items() if k not in others}
         plain["widths"] = [asdict(w) for w in self.widths]
         plain["changes"] = [asdict(c) for c in self.changes]
         plain["shapes"] = {n: [list(a), list(b)] for n, (a, b) in self.shapes.items()}
         plain["config"] = None if self.config is None else dict(self.config)
-        plain["blocks"] = list(self.blocks)
+        plain["blocks"], plain["plain"] = list(self.blocks), list(self.plain)
         plain["options"] = dict(self.options)
         plain["skipped"] = dict(self.skipped)
         return plain
@@ -95,6 +98,8 @@ class SlimResult:
             lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in self.config.items()))
         if self.blocks:
             lines.append("  blocks dropped, one after the other: " + ", ".join(self.blocks))
+        if self.plain:
+            lines.append("  plain now, with the weight computed before: " + ", ".join(self.plain))
         lines += dense_lines(self.skipped, "left whole")
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)

@@ -24,6 +24,7 @@ from sparseworks.models.recurrence import relist
 from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.depth import drop
+from sparseworks.weights.structured.materialising import plain_layer, replace_layer
 from sparseworks.weights.structured.result import SlimResult
 
 __all__ = ["load_slim", "save_slim"]
@@ -47,6 +48,7 @@ def save_slim(result: SlimResult, folder: str | Path) -> Path:
         "version": 1,
         "class": type(model).__name__,
         "shapes": {n: list(t.shape) for n, t in tensors.items()},
+        "plain": list(result.plain),
         "blocks": [] if has_config(model) else list(result.blocks),  # a config tells its own depth
         "attributes": [[c.module, c.attribute, _plain(c.after)] for c in result.changes],
     }
@@ -80,11 +82,14 @@ def load_slim(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ValueError("unknown format or version")
         shapes = {str(n): tuple(int(x) for x in s) for n, s in record["shapes"].items()}
         attributes = [(str(m), str(a), v) for m, a, v in record["attributes"]]
+        plain = [str(p) for p in record.get("plain", [])]
         gone = [str(b) for b in record.get("blocks", [])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no readable {_RECORD} ({error})") from error
     if model is None:
         model = _built(folder)
+    for path in plain:
+        _make_plain(model, path, folder)
     for block in gone:
         container, _, index = block.rpartition(".")
         try:
@@ -109,6 +114,16 @@ def _built(folder: Path) -> nn.Module:
         raise CheckpointError(f"{folder}: transformers has no class {name!r}")
     built: nn.Module = getattr(transformers, name)(config)
     return built
+
+
+def _make_plain(model: nn.Module, path: str, folder: Path) -> None:
+    try:
+        layer = plain_layer(model.get_submodule(path))
+    except AttributeError:
+        layer = None
+    if layer is None:
+        raise CheckpointError(f"{folder} is of another model: no Linear or convolution {path}")
+    replace_layer(model, path, layer, Backup())
 
 
 def _resize(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sparseworks.core.errors import ModelError
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, Family
-from sparseworks.weights.structured.applying import check
 from sparseworks.weights.structured.backup import Backup
+from sparseworks.weights.structured.checking import check
 from sparseworks.weights.structured.cutting import cut
 from sparseworks.weights.structured.folding import fold
 from sparseworks.weights.structured.selection import under

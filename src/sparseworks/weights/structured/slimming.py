@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 
 from sparseworks.core import registry
@@ -20,6 +19,7 @@ from sparseworks.weights.structured.applying import apply_cut
 from sparseworks.weights.structured.backup import Backup, Change
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.depth import drop_least, renamed
+from sparseworks.weights.structured.materialising import materialise
 from sparseworks.weights.structured.measure import latency as measure_latency
 from sparseworks.weights.structured.planning import Keep, Plan, left_whole, shapes_of
 from sparseworks.weights.structured.result import SlimResult, Width
@@ -60,6 +60,10 @@ def slim(
 
     Which channels go together is found from the model's graph (`sparseworks.models.coupling`).
     The result is a model of ordinary modules with new shapes. A failing call changes nothing.
+
+    A layer whose weight is a function of its parameters (weight standardisation, weight and
+    spectral norms) becomes a plain layer of that weight first, and the result names it; where no
+    plain layer computes the same it stays whole, and so do the channels that it reads and makes.
 
     Args:
         model: changed in place, unless `copy`.
@@ -130,13 +134,16 @@ def slim(
     auto = round_to == "auto" or (round_to is None and what == "latency")
     if copy:
         model = duplicate(model)
-    shapes = shapes_of(model)
+    parameters = sum(p.numel() for p in model.parameters())
     report, undo = progress or (lambda *_: None), []
     first: Coupling | None = None
     widths: dict[str, Width] = {}
     changes: list[Change] = []
     config: dict[str, Any] = {}
     gone: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    plain: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     base = 0.0
     try:
         for i in range(iterations):
@@ -145,9 +152,13 @@ def slim(
             undo.append(backup)
             while True:
                 coupling = trace(model, given)
+                if first is None and coupling.functions:
+                    plain, whole = _functions(model, given, coupling, plan, backup)
+                    coupling = trace(model, given) if plain else coupling
                 measure = measured(model, given, coupling, what)
                 if first is None:
                     first, base = coupling, measure(coupling.keep_all())
+                    shapes = shapes_of(model)
                 goal = base * share ** ((i + 1) / iterations)
                 try:
                     plan, keep = pick(model, given, coupling, plan, measure, goal, what, auto)
@@ -177,7 +188,7 @@ def slim(
     report(iterations, iterations, "cutting groups")
     assert first is not None
     after = shapes_of(model)
-    parameters = sum(p.numel() for p in model.parameters())
+    notes = [f"not reached by the example, left whole: {n}" for n in first.unreached]
     last = trace(model, given)
     return SlimResult(
         scorer.info.name,
@@ -187,14 +198,25 @@ def slim(
         tuple(changes),
         (config if plan.uniform and has_config(model) else None),
         (sum(2.0 * c.macs for c in first.costs), last.flops()),
-        (sum(int(np.prod(s)) for s in shapes.values()), parameters),
+        (parameters, sum(p.numel() for p in model.parameters())),
         (base, measure_latency(model, given)) if what == "latency" else None,
         model,
         time.perf_counter() - start,
-        tuple(f"not reached by the example, left whole: {n}" for n in first.unreached),
+        (*notes, *whole),
         tuple(gone),
+        plain,
         left_whole(last, plan, {n for n in after if shapes.get(n) == after[n]}),
     )
+
+
+def _functions(
+    model: nn.Module, example: Batch, coupling: Coupling, plan: Plan, backup: Backup
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Make layers whose weight is computed plain where that is allowed; those, and the others."""
+    if plan.uniform and has_config(model):
+        why = "its config builds no plain layer there (uniform=False allows one)"
+        return (), tuple(f"left whole: {f}; {why}" for f in coupling.functions)
+    return materialise(model, example, coupling.functions, backup)
 
 
 def _listed(given: Patterns) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, Family, trace
-from sparseworks.weights.structured.applying import check
+from sparseworks.weights.structured.checking import check
 from sparseworks.weights.structured.cutting import cut
 
 __all__ = ["WGSEF", "envelope", "proximal_scale"]
