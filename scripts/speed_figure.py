@@ -1,4 +1,4 @@
-"""docs/assets/speed.svg from the committed benchmarks: bars of throughput beside other runtimes."""
+"""docs/assets/speed.svg and decoding.svg from the committed benchmarks: bars beside others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-OUT = ROOT / "docs/assets/speed.svg"
+OUT = ROOT / "docs/assets"
 CASES = [  # file, sparsity, batch, title
     ("minilm", 0.9, 16, "MiniLM, 16 x 128 tokens, fp32, 90 % zeros"),
     ("minilm", 0.9, 1, "MiniLM, 1 x 128 tokens, fp32, 90 % zeros"),
@@ -16,7 +16,7 @@ CASES = [  # file, sparsity, batch, title
     ("minilm-blocks-bf16", 0.75, 16, "MiniLM, 16 x 128 tokens, bf16, 75 % in 16 x 32 blocks"),
 ]
 NAMES = {"ours": "sparseworks", "ours, dense weights": "sparseworks, dense weights"}
-BAR, GAP, LEFT, WIDTH, SCALE = 16, 30, 190, 760, 440
+BAR, GAP, LEFT, WIDTH, SCALE = 16, 30, 190, 790, 440
 
 
 def bars() -> list[tuple[str, list[tuple[str, float]]]]:
@@ -31,21 +31,49 @@ def bars() -> list[tuple[str, list[tuple[str, float]]]]:
 
 def drawing() -> str:
     """Throughput relative to torch; longer is faster."""
-    parts, y = [], 8
+    cases = []
     for title, rows in bars():
         torch_ms = dict(rows)["torch"]
-        longest = max(torch_ms / ms for _, ms in rows)
+        cases.append((title, [
+            (NAMES.get(n, n), torch_ms / ms, f"{torch_ms / ms:.1f}x torch, {ms:.3g} ms", colour(n))
+            for n, ms in rows
+        ]))  # fmt: skip
+    return picture(cases)
+
+
+def decoding() -> str:
+    """Tokens a second of a language model; longer is faster."""
+    held: dict[str, Any] = json.loads((ROOT / "benchmarks/results/decoding.json").read_text())
+    rows = sorted(held["rows"], key=lambda r: r["decode_tokens_per_second"])
+    lines = []
+    for row in rows:
+        name, speed = row["candidate"], row["decode_tokens_per_second"]
+        theirs = name.startswith("llama.cpp")
+        shade = "#b0b7bf" if theirs else "#7fb8b5" if name.startswith("dense") else "#0b7a75"
+        told = f"{speed:.0f} tokens/s, {row['bytes'] / 1e6:.0f} MB"
+        lines.append((name, speed, told, shade))
+    title = "Llama of 395M parameters, one text: sparseworks (green) beside llama.cpp (grey)"
+    return picture([(title, lines)])
+
+
+def colour(name: str) -> str:
+    return {"ours": "#0b7a75", "ours, dense weights": "#7fb8b5"}.get(name, "#b0b7bf")
+
+
+def picture(cases: list[tuple[str, list[tuple[str, float, str, str]]]]) -> str:
+    """Bars (label, length, text, colour) under titles."""
+    parts, y = [], 8
+    for title, rows in cases:
+        longest = max(size for _, size, _, _ in rows)
         parts.append(f'<text x="8" y="{y + 14}" font-weight="bold">{title}</text>')
         y += 22
-        for name, ms in rows:
-            length = SCALE * torch_ms / ms / longest
-            colour = {"ours": "#0b7a75", "ours, dense weights": "#7fb8b5"}.get(name, "#b0b7bf")
-            label, figures = NAMES.get(name, name), f"{torch_ms / ms:.1f}x torch, {ms:.3g} ms"
-            size = f'width="{length:.1f}" height="{BAR - 3}"'
+        for label, size, text, shade in rows:
+            length = SCALE * size / longest
+            box = f'width="{length:.1f}" height="{BAR - 3}"'
             parts += [
                 f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end">{label}</text>',
-                f'<rect x="{LEFT}" y="{y}" {size} fill="{colour}"/>',
-                f'<text x="{LEFT + length + 6:.1f}" y="{y + 12}">{figures}</text>',
+                f'<rect x="{LEFT}" y="{y}" {box} fill="{shade}"/>',
+                f'<text x="{LEFT + length + 6:.1f}" y="{y + 12}">{text}</text>',
             ]
             y += BAR
         y += GAP - BAR
@@ -57,5 +85,6 @@ def drawing() -> str:
 
 
 if __name__ == "__main__":
-    OUT.write_text(drawing())
-    print(f"wrote {OUT.relative_to(ROOT)}")
+    for name, drawn in (("speed.svg", drawing()), ("decoding.svg", decoding())):
+        (OUT / name).write_text(drawn)
+        print(f"wrote {(OUT / name).relative_to(ROOT)}")
