@@ -49,7 +49,7 @@ def test_all_files_appear_and_everything_is_as_it_was(tmp_path, monkeypatch, inp
     before, level = [m.training for m in model.modules()], LOGGER.level
     path = tmp_path / "m.onnx"
     path.write_text("old")
-    assert export_onnx(model, (INPUTS[inputs], torch.zeros(2)), path) == path
+    assert export_onnx(model, INPUTS[inputs], path) == path
     assert exporter.seen == [(False, logging.ERROR, (2, 4))]
     assert [m.training for m in model.modules()] == before and LOGGER.level == level
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
