@@ -115,7 +115,7 @@ def llama_cpp_candidate(model: nn.Module, type: str, threads: int, folder: Path)
     export_gguf(model, path, type)
     config: Any = model.config
     context = min(4096, config.max_position_embeddings)
-    engine = llama_cpp.Llama(
+    engine: Any = llama_cpp.Llama(
         str(path), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads,
         verbose=False,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def llama_cpp_candidate(model: nn.Module, type: str, threads: int, folder: Path)
         return np.ctypeslib.as_array(found, shape=(config.vocab_size,))
 
     def prompt(ids: list[int]) -> Any:
-        engine.reset()  # type: ignore[no-untyped-call]
+        engine.reset()
         engine.eval(ids)
         return logits()
 
