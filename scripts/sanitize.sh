@@ -27,7 +27,7 @@ preload=
 for library in libasan.so libubsan.so libstdc++.so; do
   preload="$preload $("$CXX" -print-file-name=$library)"
 done
-if [ $# -eq 0 ]; then set -- tests/kernels tests/engine/test_{program,products,bands,rules,int8}.py; fi
+if [ $# -eq 0 ]; then set -- tests/kernels tests/engine/test_{program,products,bands,rules,int8,decoder}.py; fi
 # leaks: Python and torch keep much until the end
 env LD_PRELOAD="${preload# }" PYTHONMALLOC=malloc PYTHONPATH="$PWD/$build/package" \
   OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
