@@ -8,7 +8,6 @@ bench.csv, bench.json and bench.html.
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import statistics
 import tempfile
@@ -217,15 +216,12 @@ def _show(result: dict[str, Any]) -> None:
 def _write(out: Path, result: dict[str, Any]) -> None:
     import plotly.graph_objects as go
 
-    from sparseworks.cli.running import write_json
+    from sparseworks.cli.running import write_csv, write_json
     from sparseworks.io.atomic import atomic_file
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "bench.json", result)
-    with atomic_file(out / "bench.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(result["rows"][0]) if result["rows"] else ["candidate"])
-        writer.writeheader()
-        writer.writerows(result["rows"])
+    write_csv(out / "bench.csv", result["rows"], otherwise=["candidate"])
     cases = list(dict.fromkeys((r["sparsity"], r["batch"]) for r in result["rows"]))
     labels = [f"{'as it is' if s is None else f'{s:.0%} sparse'}, batch {b}" for s, b in cases]
     figure = go.Figure()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import tempfile
 from pathlib import Path
@@ -109,16 +108,12 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    from sparseworks.cli.running import write_json
+    from sparseworks.cli.running import write_csv, write_json
     from sparseworks.io.atomic import atomic_file
     from sparseworks.report.decoding import decoding_figure
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "decode.json", result)
-    names = list(dict.fromkeys(k for row in result["rows"] for k in row))
-    with atomic_file(out / "decode.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names or ["candidate"])
-        writer.writeheader()
-        writer.writerows(result["rows"])
+    write_csv(out / "decode.csv", result["rows"], otherwise=["candidate"])
     with atomic_file(out / "decode.html") as path:
         decoding_figure(result).write_html(path, include_plotlyjs=True)

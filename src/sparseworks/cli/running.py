@@ -99,12 +99,13 @@ def write_json(path: Path, value: Any) -> None:
         file.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys, whole or not at all."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], otherwise: Sequence[str] = ()) -> None:
+    """Write rows, whole or not at all; without rows the head alone, of the names `otherwise`."""
     from sparseworks.io.atomic import atomic_file
 
+    names = list(dict.fromkeys(key for row in rows for key in row)) or list(otherwise)
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
         writer.writerows(rows)
 

@@ -15,6 +15,7 @@ from torch import nn
 from sparseworks.core.errors import MissingDependency
 from sparseworks.io.atomic import atomic_files
 from sparseworks.models.calls import Arguments, Example
+from sparseworks.models.modes import evaluating
 
 __all__ = ["export_onnx", "onnx_session", "write_onnx"]
 
@@ -44,7 +45,7 @@ def write_onnx(
             "ONNX export needs onnx and onnxscript: pip install onnx onnxscript"
         ) from error
     path = Path(path)
-    with atomic_files(path) as place, _evaluating(model), _quiet():
+    with atomic_files(path) as place, evaluating(model), _quiet():
         program = torch.onnx.export(model, args, kwargs=kwargs or None, dynamo=True, verbose=False)
         assert program is not None
         program.save(str(place / path.name))
@@ -70,17 +71,6 @@ def onnx_session(path: str | Path, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 @contextmanager

@@ -71,21 +71,20 @@ def round_groups(
         tried = [base * s for base in (*tried, signed / -(top + 1)) for s in _SHRINK]
     if steps is not None:
         tried.append(steps[:, None].expand_as(largest))
-    best: tuple[Tensor, Tensor] | None = None
+    least = torch.full_like(largest, torch.inf)
+    best = Grid(torch.zeros(w.shape, dtype=torch.int8), torch.zeros_like(largest).half())
     for base in tried:
         scale = base.half()
         codes = _codes(w, scale, top)
         error = (codes * scale.float()[..., None]).sub_(w).square_()
         total = error.sum(2) if h is None else (error * h).sum(2)
-        if best is None:
-            best, least, kept_codes = (scale, total), total, codes.to(torch.int8)
-            continue
         better = total < least
         least = torch.where(better, total, least)
-        best = (torch.where(better, scale, best[0]), least)
-        kept_codes = torch.where(better[..., None], codes.to(torch.int8), kept_codes)
-    assert best is not None
-    return Grid(kept_codes, best[0])
+        best = Grid(
+            torch.where(better[..., None], codes.to(torch.int8), best.codes),
+            torch.where(better, scale, best.scale),
+        )
+    return best
 
 
 def row_steps(weight: Tensor, most: int = 512) -> Tensor | None:

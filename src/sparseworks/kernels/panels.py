@@ -241,10 +241,10 @@ def _packed(
     if format.masked:
         made = _variable(_by_steps(codes, 4), _by_steps(kept, 4), scale, head, format)
         return *made, grid.weight()
-    steps = _by_steps(codes, 4)  # [panels, steps, 16, 4]
+    fours = _by_steps(codes, 4)  # [panels, steps, 16, 4]
     if format == Format.INT4:
-        steps = _nibbles(steps[:, 0::2], steps[:, 1::2])
-    body = steps.contiguous().view(torch.uint8).view(panels, scale.shape[1], -1)
+        fours = _nibbles(fours[:, 0::2], fours[:, 1::2])
+    body = fours.contiguous().view(torch.uint8).view(panels, scale.shape[1], -1)
     rows = torch.cat([_bytes(scale).view(panels, scale.shape[1], 32), body], 2).flatten(1)
     data = torch.cat([_bytes(head).view(panels, 64), rows], 1)
     size = torch.full((panels,), data.shape[1], dtype=torch.int64)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sparseworks.models.calls import Batch, call
+from sparseworks.models.modes import evaluating
 from sparseworks.models.recurrence import products_shown
 
 __all__ = ["Cost", "multiply_adds"]
@@ -63,14 +64,8 @@ def multiply_adds(model: nn.Module, example: Batch) -> Cost:
         example: a batch; divide by its size for the cost of a sample.
     """
     counter = _Counter(model)
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with products_shown(), counter:
-            call(model, example)
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with evaluating(model), products_shown(), counter:
+        call(model, example)
     return Cost(counter.parameters, counter.other)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparseworks.engine.decoder.reading import read_model
 from sparseworks.engine.layerwise import LayerwiseDecoder, by_linear_layers
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.models.calls import call, split
+from sparseworks.models.modes import evaluating
 
 __all__ = ["compile_decoder"]
 
@@ -107,8 +109,6 @@ def _layerwise(model: nn.Module, dtype: str, threads: int, why: str) -> Layerwis
 
 
 def _config(model: nn.Module) -> Any:
-    import copy
-
     config = copy.deepcopy(model.config)
     if hasattr(config, "_attn_implementation"):
         config._attn_implementation = "sdpa"
@@ -122,12 +122,8 @@ def _difference(model: nn.Module, decoder: Any) -> float:
     high = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
     length = min(_TEXT, decoder.native.spec.max_positions)
     ids = torch.randint(0, high, (1, length), generator=generator)
-    was = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         wanted = model(input_ids=ids).logits.float()
-    finally:
-        model.train(was)
     cut = max(1, length - 3)
     from sparseworks.engine.decoder.generating import DecoderCache
 
@@ -159,13 +155,11 @@ def _mean_squares(model: nn.Module, data: Iterable[Any]) -> dict[str, Tensor]:
         for n, m in model.named_modules()
         if type(m) is nn.Linear or type(m).__name__ == "Conv1D"
     ]
-    was = model.training
-    model.eval()
     try:
-        for batch in data:
-            call(model, split(batch)[0])
+        with evaluating(model):
+            for batch in data:
+                call(model, split(batch)[0])
     finally:
-        model.train(was)
         for hook in hooks:
             hook.remove()
     if not sums:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.decoder.native import Memory, NativeDecoder
 from sparseworks.engine.decoder.packing import Report
+from sparseworks.engine.decoder.saving import save_decoder
 
 __all__ = ["Decoder", "DecoderCache"]
 
@@ -290,8 +291,6 @@ class Decoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the decoder as one safetensors file, which `load_decoder` maps."""
-        from sparseworks.engine.decoder.saving import save_decoder
-
         save_decoder(self, path)
 
 

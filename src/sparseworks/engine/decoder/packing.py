@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.decoder.spec import LinearSpec, MixtureSpec, ModelSpec, Weight
+from sparseworks.engine.measuring import least_seconds
 from sparseworks.kernels.native import module
 from sparseworks.kernels.panels import Format, Panels, pack_panels
 
@@ -90,12 +90,8 @@ def read_bandwidth(threads: int) -> float:
     if code is None:
         raise ModelError("the native kernels are not built here")
     memory = torch.zeros(_PROBE)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        code.decoder.read(memory, threads)
-        best = min(best, time.perf_counter() - start)
-    return memory.nbytes / best
+    runs = {"read": lambda: code.decoder.read(memory, threads)}
+    return memory.nbytes / least_seconds(runs, _REPEATS)["read"]
 
 
 def pack_model(
@@ -127,20 +123,19 @@ def pack_model(
     report = Report(bandwidth=read_bandwidth(threads))
     chosen: dict[tuple[object, ...], Format] = {}
     routers = {id(x.mlp.router) for x in spec.layers if isinstance(x.mlp, MixtureSpec)}
-    first_of_mixture: dict[int, Format] = {}
+    leading: dict[int, Format] = {}
     for layer in spec.layers:  # all experts of a layer share one format
         if isinstance(layer.mlp, MixtureSpec):
-            for part in ("up", "down"):
-                lines = [getattr(e, part) for e in layer.mlp.experts]
-                for line in lines:
-                    first_of_mixture[id(line)] = _leading(lines[0], dtype, chosen, threads, report)
+            for lines in ([e.up for e in layer.mlp.experts], [e.down for e in layer.mlp.experts]):
+                format = _leading(lines[0], dtype, chosen, threads, report)
+                leading |= {id(line): format for line in lines}
     for linear in spec.linears():
         if progress is not None:
             progress(linear.name)
         wanted = dtype if linear is not spec.head or head is None else head
         if id(linear) in routers:
             wanted = "fp32"
-        _pack(linear, wanted, chosen, threads, report, importance, first_of_mixture.get(id(linear)))
+        _pack(linear, wanted, chosen, threads, report, importance, leading.get(id(linear)))
     return report
 
 

@@ -16,11 +16,12 @@ from sparseworks.core.errors import ModelError
 from sparseworks.models.blocks import first_tensor
 from sparseworks.models.calls import Batch, call
 from sparseworks.models.coupling import Coupling
+from sparseworks.models.modes import evaluating
 from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.cutting import cut, kept_indices, zero
 from sparseworks.weights.structured.planning import Keep
 
-__all__ = ["check", "evaluating", "output_of"]
+__all__ = ["check", "output_of"]
 
 _TOLERANCE = 2e-3
 
@@ -131,18 +132,6 @@ def _running(model: nn.Module, path: list[str]) -> Iterator[None]:
             stack.callback(module.register_forward_pre_hook(before).remove)
             stack.callback(module.register_forward_hook(after).remove)
         yield
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own afterwards."""
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 @contextlib.contextmanager

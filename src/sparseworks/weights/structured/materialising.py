@@ -18,8 +18,8 @@ from sparseworks.core.masks import masks
 from sparseworks.models.calls import Batch, call
 from sparseworks.models.coupling import Function
 from sparseworks.models.hooks import with_torch_masks
+from sparseworks.models.modes import evaluating
 from sparseworks.weights.structured.backup import Backup
-from sparseworks.weights.structured.checking import evaluating
 from sparseworks.weights.structured.cutting import owners
 
 __all__ = ["materialise", "plain_layer", "replace_layer"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparseworks.io.onnx import export_onnx, onnx_session
 from sparseworks.models.calls import Arguments, Example, call
+from sparseworks.models.modes import evaluating
 
 __all__ = ["export_onnx", "latency", "onnx_latency"]
 
@@ -19,9 +20,7 @@ __all__ = ["export_onnx", "latency", "onnx_latency"]
 def latency(model: nn.Module, example: Example, repeats: int = 7) -> float:
     """Median seconds of one call in evaluation mode, after two calls to warm up."""
     given = Arguments.of(example)
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         for _ in range(2):
             call(model, given)
         times = []
@@ -31,9 +30,6 @@ def latency(model: nn.Module, example: Example, repeats: int = 7) -> float:
             call(model, given)
             _wait(given)
             times.append(time.perf_counter() - start)
-    finally:
-        for module, was in training.items():
-            module.training = was
     return statistics.median(times)
 
 
