@@ -3,9 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <vector>
 
 #include "../bf16.h"
 #include "batch_impl.h"
+#include "columns_impl.h"
 #include "model.h"
 #include "vector_impl.h"
 
@@ -46,24 +49,31 @@ struct Vectors {
   uint8_t* low = nullptr;
   float* sums = nullptr;
   float* unit = nullptr;
+  int32_t* column = nullptr;
+  int32_t* start = nullptr;
 
   static int64_t stride_for(int columns) { return (columns + kWidest - 1) / kWidest * kWidest + 32; }
 
   Input input(int row) const {
     return {value + row * stride, high + row * stride, low + row * stride,
-            sums + row * stride / 16, unit[row]};
+            sums + row * stride / 16, unit[row], column + row * stride, start + row * stride};
   }
   Batch batch(int tokens) const { return {(tokens + kTokens - 1) / kTokens * kTokens, stride, value, half}; }
 };
+
+inline float largest(const float* x, int columns) {
+  Vec most{};
+  for (int i = 0; i < columns; i += kLanes) most = maximum(most, absolute(load(x + i)));
+  float top = 0;
+  for (int i = 0; i < kLanes; ++i) top = std::max(top, most[i]);
+  return top;
+}
 
 // Integers of 16 bits, unit = max |x| / 32639, in two bytes moved by 128 each.
 inline void make_integers(const Vectors& v, int row, int columns, bool with_sums) {
   const float* x = v.value + row * v.stride;
   uint8_t *high = v.high + row * v.stride, *low = v.low + row * v.stride;
-  Vec most{};
-  for (int i = 0; i < columns; i += kLanes) most = maximum(most, absolute(load(x + i)));
-  float top = 0;
-  for (int i = 0; i < kLanes; ++i) top = std::max(top, most[i]);
+  const float top = largest(x, columns);
   // 127 * 256 + 127 is the largest that the two bytes hold
   const float steps = top > 1e-30f ? 32639.0f / top : 0.0f;
   v.unit[row] = top / 32639.0f;
@@ -81,13 +91,74 @@ inline void make_integers(const Vectors& v, int row, int columns, bool with_sums
   }
 }
 
-// What a product with `m` reads beside the floats of a row; those beyond its columns are zero.
-inline void make_ready(const Matrix& m, const Vectors& v, int row, bool many) {
+// The entries that are not zero, for a matrix whose columns are gathered.
+inline void make_list(const Matrix& m, const Vectors& v, int row) {
+  const int64_t first = row * v.stride;
+  const float* x = v.value + first;
+  uint8_t *high = v.high + first, *low = v.low + first;
+  int32_t *column = v.column + first, *start = v.start + first;
+  const float top = largest(x, m.padded());
+  const float steps = top > 1e-30f ? 32639.0f / top : 0.0f;
+  v.unit[row] = top / 32639.0f;
+  int n = 0;
+  for (int g = 0; g < m.padded() / m.group; ++g) {
+    start[g] = n;
+    int sum = 0;
+    for (int c = g * m.group; c < (g + 1) * m.group; ++c) {
+      if (x[c] == 0) continue;
+      const int q = static_cast<int>(std::lrintf(x[c] * steps)), h = (q + 128) >> 8;
+      column[n] = c;
+      high[n] = static_cast<uint8_t>(h);
+      low[n] = static_cast<uint8_t>(q - 256 * h);
+      sum += q;
+      ++n;
+    }
+    for (; n % 4 != 0; ++n) {  // an entry that is there, times 0
+      column[n] = column[start[g]];
+      high[n] = low[n] = 0;
+    }
+    v.sums[first / 16 + g] = static_cast<float>(sum);
+  }
+  start[m.padded() / m.group] = n;
+}
+
+// Zeros for the inputs that do not count.
+inline void keep_active(const Active& active, float* x, int columns, std::vector<float>& scratch) {
+  const auto score = [&](int i) {
+    return std::fabs(x[i]) * (active.weight ? active.weight[i] : 1.0f);
+  };
+  if (active.threshold >= 0)
+    for (int i = 0; i < columns; ++i)
+      if (!(score(i) > active.threshold)) x[i] = 0;
+  if (active.keep == 0 || active.keep >= columns) return;
+  scratch.resize(static_cast<size_t>(columns));
+  for (int i = 0; i < columns; ++i) scratch[static_cast<size_t>(i)] = score(i);
+  const auto last = scratch.begin() + (active.keep - 1);
+  std::nth_element(scratch.begin(), last, scratch.end(), std::greater<>());
+  const float least = *last;
+  int same = active.keep;  // of those at the limit the first ones
+  for (int i = 0; i < columns; ++i) same -= score(i) > least;
+  for (int i = 0; i < columns; ++i) {
+    const float s = score(i);
+    if (s > least || (s == least && same-- > 0)) continue;
+    x[i] = 0;
+  }
+}
+
+// What a product with a matrix reads beside the floats of a row; those beyond its columns are zero.
+inline void make_ready(const Linear& linear, const Vectors& v, int row, bool many) {
+  const Matrix& m = linear.weight;
   const int padded = (m.columns + kWidest - 1) / kWidest * kWidest;
   float* x = v.value + row * v.stride;
   std::fill(x + m.columns, x + padded, 0.0f);
+  if (linear.active.some()) {
+    thread_local std::vector<float> scratch;
+    keep_active(linear.active, x, m.columns, scratch);
+  }
   if (many && takes_half(m)) {
     for (int i = 0; i < padded; i += kLanes) store(v.half + row * v.stride + i, load(x + i));
+  } else if (!many && m.by_columns()) {
+    make_list(m, v, row);
   } else if (!many && kIntegers && m.integers()) {
     make_integers(v, row, padded, m.zeros);
   }

@@ -16,6 +16,11 @@
 //   kGroupInt4   a group is kept or not in each row: 16 bits, for all groups first; then of each
 //                group fp16 scales of the kept, their zero points (one byte each, where `zeros`), and
 //                for each eight columns the kept rows' four bytes, as in kInt4
+//   kColumnInt8, kColumnInt4  tiles of 512 rows (the last one filled up to a multiple of 128) instead
+//                of panels, without the 16 floats; of each group fp16 scales of the rows, then its
+//                columns one by one, which are read only where the input is not zero. Codes are moved
+//                by 128 or 8. Byte 16 l + 4 k + i of each 64 is row 16 k + 4 l + i; codes of 4 bits of
+//                64 rows lie in the low halves, of the next 64 in the high ones
 // weight = scale * code, or scale * (code - zero). Codes of 4 bits are two's complement.
 // kReadAhead bytes that may be read follow the last panel.
 #pragma once
@@ -25,10 +30,12 @@
 namespace sparseworks {
 
 constexpr int kPanel = 16;
+constexpr int kTile = 512;  // rows of a tile of kColumnInt8 and kColumnInt4
 constexpr int kReadAhead = 64;  // bytes after the last panel
 
 enum class Format : int {
   kFloat, kHalf, kInt8, kInt4, kMaskedHalf, kMaskedInt8, kMaskedInt4, kGroupInt4,
+  kColumnInt8, kColumnInt4,
 };
 
 struct Matrix {
@@ -38,9 +45,24 @@ struct Matrix {
   int group = 1;    // columns that share a scale, or that are kept together
   bool zeros = false;
   const uint8_t* data = nullptr;
-  const int64_t* offset = nullptr;  // [panels + 1], in bytes
+  const int64_t* offset = nullptr;  // [pieces + 1], in bytes
 
   int panels() const { return (rows + kPanel - 1) / kPanel; }
+  bool by_columns() const {
+    return format == Format::kColumnInt8 || format == Format::kColumnInt4;
+  }
+  // What has an offset of its own: a panel, or a tile.
+  int pieces() const { return by_columns() ? (rows + kTile - 1) / kTile : panels(); }
+  int tile_rows(int tile) const {
+    const int left = rows - tile * kTile;
+    return left >= kTile ? kTile : (left + 127) / 128 * 128;
+  }
+  int64_t column_bytes(int tile) const {
+    return tile_rows(tile) / (format == Format::kColumnInt4 ? 2 : 1);
+  }
+  int64_t group_bytes(int tile) const {
+    return 2 * tile_rows(tile) + group * column_bytes(tile);
+  }
   int padded() const { return (columns + group - 1) / group * group; }
   bool integers() const {
     return format != Format::kFloat && format != Format::kHalf && format != Format::kMaskedHalf;
@@ -49,6 +71,10 @@ struct Matrix {
 
 // One vector that matrices are multiplied with. Integers: value = unit * ((high - 128) * 256 +
 // (low - 128)). Filled up with zeros to a multiple of `kWidest` columns.
+//
+// Where columns are gathered, high and low are signed and hold only the entries that are not zero,
+// those of each group filled up to a multiple of 4: value[column[i]] = unit * (high[i] * 256 +
+// low[i]) for start[g] <= i < start[g + 1], and sums[g] is their sum.
 constexpr int kWidest = 256;
 
 struct Input {
@@ -57,6 +83,8 @@ struct Input {
   const uint8_t* low;
   const float* sums;  // of high * 256 + low, over 16 columns each
   float unit;
+  const int32_t* column;
+  const int32_t* start;
 };
 
 }  // namespace sparseworks

@@ -9,9 +9,19 @@
 
 namespace sparseworks {
 
+// Which inputs of a matrix count; the others are taken as 0. Those with |x| weight > threshold, and
+// of them the `keep` largest, where it is not 0.
+struct Active {
+  float threshold = -1;  // below 0: all
+  int keep = 0;
+  const float* weight = nullptr;  // [columns]; none: 1
+  bool some() const { return threshold >= 0 || keep > 0; }
+};
+
 struct Linear {
   Matrix weight;
   const float* bias = nullptr;
+  Active active;
 };
 
 enum class NormKind : int { kNone, kRms, kLayer };

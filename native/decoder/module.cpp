@@ -54,13 +54,15 @@ int64_t group_bytes(const Matrix& m, const uint8_t* p, int64_t left, const uint8
     case Format::kGroupInt4:
       size = __builtin_popcountll(bits_at(rows, 2)) * ((m.zeros ? 3 : 2) + g / 2);
       break;
+    case Format::kColumnInt8:
+    case Format::kColumnInt4: break;  // of tiles
   }
   return size <= left ? size : -1;
 }
 
 Matrix make_matrix(int format, int rows, int columns, int group, bool zeros,
                    const Array<const uint8_t, 1>& data, const Array<const int64_t, 1>& offset) {
-  need(format >= 0 && format <= static_cast<int>(Format::kGroupInt4), "unknown format");
+  need(format >= 0 && format <= static_cast<int>(Format::kColumnInt4), "unknown format");
   need(rows > 0 && columns > 0 && group >= 16 && group <= kWidest && kWidest % group == 0 &&
            group % 16 == 0,
        "sizes of a matrix that cannot be");
@@ -72,10 +74,13 @@ Matrix make_matrix(int format, int rows, int columns, int group, bool zeros,
   m.zeros = zeros;
   m.data = data.data();
   m.offset = offset.data();
-  need(count(offset) == m.panels() + 1, "offsets do not fit the rows");
-  need(m.offset[0] >= 0 && m.offset[m.panels()] + kReadAhead <= count(data),
+  need(count(offset) == m.pieces() + 1, "offsets do not fit the rows");
+  need(m.offset[0] >= 0 && m.offset[m.pieces()] + kReadAhead <= count(data),
        "the bytes of a matrix end too early");
-  for (int p = 0; p < m.panels(); ++p) {
+  for (int p = 0; m.by_columns() && p < m.pieces(); ++p)
+    need(m.offset[p] >= 0 && m.offset[p + 1] - m.offset[p] == m.padded() / group * m.group_bytes(p),
+         "a tile of a matrix of another size");
+  for (int p = 0; !m.by_columns() && p < m.panels(); ++p) {
     int64_t at = m.offset[p] + (m.integers() ? 64 : 0);
     const uint8_t* kept = m.data + at;
     if (m.format == Format::kGroupInt4) at += m.padded() / group * 2;
@@ -134,10 +139,13 @@ void check_model(const Model& m) {
       check_mlp(l.mlp, m.width);
       continue;
     }
+    need(!x.router.weight.by_columns(), "columns of a router cannot be gathered");
     need(x.count() >= x.chosen, "fewer experts than are chosen");
     check_linear(x.router, x.count() + x.shared, m.width);
     for (const Mlp& e : x.experts) {
       check_mlp(e, m.width);
+      need(!e.up.weight.by_columns() && !e.down.weight.by_columns(),
+           "columns of experts cannot be gathered");
       need(e.up.weight.format == x.experts[0].up.weight.format &&
                e.up.weight.zeros == x.experts[0].up.weight.zeros,
            "experts in several formats");
@@ -200,8 +208,12 @@ void define_decoder(nb::module_& module) {
   nb::class_<Linear>(d, "Linear")
       .def("__init__", [](Linear* l, const Matrix& w, const std::optional<Floats>& bias) {
         need(!bias || count(*bias) >= w.panels() * kPanel, "a bias that ends before its panels");
-        new (l) Linear{w, bias ? bias->data() : nullptr};
-      }, nb::arg("weight"), nb::arg("bias").none());
+        new (l) Linear{w, bias ? bias->data() : nullptr, {}};
+      }, nb::arg("weight"), nb::arg("bias").none())
+      .def("set_active", [](Linear& l, float threshold, int keep, const std::optional<Floats>& weight) {
+        need(!weight || count(*weight) == l.weight.columns, "weights of inputs that do not fit");
+        l.active = {threshold, keep, weight ? weight->data() : nullptr};
+      }, nb::arg("threshold"), nb::arg("keep"), nb::arg("weight").none());
   nb::class_<Norm>(d, "Norm")
       .def("__init__", [](Norm* n, int kind, int size, const std::optional<Floats>& weight,
                           const std::optional<Floats>& bias, float eps) {

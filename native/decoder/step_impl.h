@@ -80,8 +80,11 @@ class Run {
     x_.low = piece<uint8_t>(space, next, many * x_.stride);
     x_.sums = piece<float>(space, next, many * x_.stride / 16);
     x_.unit = piece<float>(space, next, many);
+    x_.column = piece<int32_t>(space, next, many * x_.stride);
+    x_.start = piece<int32_t>(space, next, many * x_.stride);
     g_ = piece<float>(space, next, t * used * hidden);
     threads_ = std::vector<Thread>(static_cast<size_t>(step.threads));
+    static_assert(2 * kPanel * kTokens >= kTile, "room for a tile");
     const int64_t out = 2 * kPanel * std::max<int64_t>((t + kTokens - 1) / kTokens * kTokens, 1);
     for (Thread& one : threads_) {
       one.wide = piece<Widened>(space, next, 1);
@@ -146,14 +149,14 @@ class Run {
     const Layer* before = index > 0 ? &m_.layers[static_cast<size_t>(index - 1)] : nullptr;
     walk.each(s_.tokens, [&](int t) {
       if (before) collect(before->after_mlp, before->residual, t);
-      ready(l.before_attention, l.attention.qkv.weight, t);
+      ready(l.before_attention, l.attention.qkv, t);
     });
     product(walk, l.attention.qkv, qkv_, l.attention.qkv.weight.rows);
     attention(walk, l.attention, index);
-    walk.each(s_.tokens, [&](int t) { make_ready(l.attention.out.weight, x_, t, !few_); });
+    walk.each(s_.tokens, [&](int t) { make_ready(l.attention.out, x_, t, !few_); });
     product(walk, l.attention.out, y_, m_.width);
     const bool mixed = l.mixture.chosen > 0;
-    const Matrix& first = mixed ? l.mixture.router.weight : l.mlp.up.weight;
+    const Linear& first = mixed ? l.mixture.router : l.mlp.up;
     walk.each(s_.tokens, [&](int t) {
       if (!l.parallel) collect(l.after_attention, l.residual, t);
       ready(l.before_mlp, first, t);
@@ -164,7 +167,7 @@ class Run {
     walk.each(s_.tokens, [&](int t) {
       std::copy(row(g_, t, l.mlp.down.weight.columns), row(g_, t + 1, l.mlp.down.weight.columns),
                 row(x_.value, t, x_.stride));
-      make_ready(l.mlp.down.weight, x_, t, !few_);
+      make_ready(l.mlp.down, x_, t, !few_);
     });
     product(walk, l.mlp.down, y_, m_.width);
   }
@@ -176,10 +179,10 @@ class Run {
     for (int i = 0; i < m_.width; ++i) h[i] += residual * y[i];
   }
 
-  // norm(h) for a product with `matrix`.
-  void ready(const Norm& norm, const Matrix& matrix, int t) {
+  // norm(h) for a product with `linear`.
+  void ready(const Norm& norm, const Linear& linear, int t) {
     normalize(norm, row(h_, t, m_.width), row(x_.value, t, x_.stride), m_.width);
-    make_ready(matrix, x_, t, !few_);
+    make_ready(linear, x_, t, !few_);
   }
 
   void attention(Walk& walk, const Attention& a, int index) {
@@ -250,7 +253,9 @@ class Run {
   // out[t][rows of the matrix, or hidden units] for all tokens; an Mlp's `up` with its activation.
   void product(Walk& walk, const Linear& linear, float* out, int width, const Mlp* mlp = nullptr) {
     const Matrix& w = linear.weight;
-    pieces(walk, w, mlp && mlp->gated ? 2 : 1, [&](int panel, int count) {
+    const int unit = mlp && mlp->gated ? 2 : 1;
+    if (few_ && w.by_columns()) return gathered(walk, linear, out, width, mlp, unit);
+    pieces(walk, w, unit, [&](int panel, int count) {
       if (few_) {
         Vec a[kFew], b[kFew] = {};
         const std::array<Input, kFew> from = inputs(s_.tokens);
@@ -269,6 +274,24 @@ class Run {
         put(linear, mlp, panel, count, a, b, row(out, t, width), width);
       }
     }, few_ ? 1 : 2);
+  }
+
+  // `product` of tiles whose columns are read where a token needs them; those that several need
+  // come from the caches for all but the first.
+  void gathered(Walk& walk, const Linear& linear, float* out, int width, const Mlp* mlp, int unit) {
+    const Matrix& w = linear.weight;
+    walk.each(w.pieces(), [&](int tile) {
+      float* sum = mine(walk).out;
+      for (int t = 0; t < s_.tokens; ++t) {
+        tile_product(w, tile, x_.input(t), sum);
+        const int first = tile * (kTile / kPanel), last = std::min(first + kTile / kPanel, w.panels());
+        for (int p = first; p < last; p += unit) {
+          const float* at = sum + (p - first) * kPanel;
+          const Vec b = unit == 2 ? load(at + kPanel) : Vec{};
+          put(linear, mlp, p, unit, load(at), b, row(out, t, width), width);
+        }
+      }
+    });
   }
 
   // Bias, activation and gate of one or two panels of one token.
@@ -298,8 +321,9 @@ class Run {
   template <typename Work>
   void pieces(Walk& walk, const Matrix& w, int unit, Work&& work, int most = 1) {
     const int panels = w.panels(), together = std::max(unit, most);
-    const double bytes = static_cast<double>(w.offset[panels] - w.offset[0]);
+    const double bytes = static_cast<double>(w.offset[w.pieces()] - w.offset[0]);
     const auto cut = [&](double share) {
+      if (w.by_columns()) return static_cast<int>(panels * share) / together * together;
       const auto goal = w.offset[0] + static_cast<int64_t>(bytes * share);
       const auto at = std::lower_bound(w.offset, w.offset + panels, goal) - w.offset;
       return static_cast<int>((at + together - 1) / together * together);
@@ -317,7 +341,7 @@ class Run {
     const int experts = x.count(), each = x.chosen + x.shared;
     product(walk, x.router, router_, x.router.weight.rows);
     walk.each(s_.tokens, [&](int t) { choose(x, t, experts, each); });
-    const Matrix& first = x.experts[0].up.weight;
+    const Linear& first = x.experts[0].up;
     walk.each(s_.tokens, [&](int t) { make_ready(first, x_, t, false); });
     const int cuts = static_cast<int>(shares_.size()) - 1;
     const auto parts = [&](int units, int i, auto&& work) {
@@ -344,7 +368,7 @@ class Run {
       const Mlp& mlp = x.experts[static_cast<size_t>(expert_[pair])];
       const int columns = mlp.down.weight.columns;
       std::copy(row(g_, pair, hidden_), row(g_, pair, hidden_) + columns, row(x_.value, pair, x_.stride));
-      make_ready(mlp.down.weight, x_, pair, false);
+      make_ready(mlp.down, x_, pair, false);
     });
     walk.each(cuts, [&](int i) {
       parts((m_.width + kPanel - 1) / kPanel, i, [&](int panel) {
@@ -401,10 +425,27 @@ class Run {
   void head(Walk& walk, Hidden&& hidden) {
     const bool few = s_.wanted <= kFew;
     const Matrix& w = m_.head.weight;
+    const auto put_logits = [&](Vec v, int i, int panel) {
+      if (m_.head.bias) v += load(m_.head.bias + panel * kPanel);
+      v *= m_.logit_scale;
+      if (m_.logit_softcap > 0)
+        v = activate<Activation::kTanh>(v / m_.logit_softcap) * m_.logit_softcap;
+      write(v, row(s_.logits, i, w.rows), panel * kPanel, w.rows);
+    };
     walk.each(s_.wanted, [&](int i) {
       normalize(m_.final_norm, hidden(i), row(x_.value, i, x_.stride), m_.width);
-      make_ready(w, x_, i, !few);
+      make_ready(m_.head, x_, i, !few);
     });
+    if (few && w.by_columns())
+      return walk.each(w.pieces(), [&](int tile) {
+        float* sum = mine(walk).out;
+        for (int i = 0; i < s_.wanted; ++i) {
+          tile_product(w, tile, x_.input(i), sum);
+          const int first = tile * (kTile / kPanel);
+          for (int p = first; p < std::min(first + kTile / kPanel, w.panels()); ++p)
+            put_logits(load(sum + (p - first) * kPanel), i, p);
+        }
+      });
     pieces(walk, w, 1, [&](int panel, int count) {
       float* sum = mine(walk).out;
       const Batch x = x_.batch(s_.wanted);
@@ -419,14 +460,8 @@ class Run {
         batch_product(w, panel, count, x, sum, *mine(walk).wide);
       }
       for (int p = 0; p < count; ++p)
-        for (int i = 0; i < s_.wanted; ++i) {
-          Vec v = load(sum + (p * x.tokens + i) * kPanel);
-          if (m_.head.bias) v += load(m_.head.bias + (panel + p) * kPanel);
-          v *= m_.logit_scale;
-          if (m_.logit_softcap > 0)
-            v = activate<Activation::kTanh>(v / m_.logit_softcap) * m_.logit_softcap;
-          write(v, row(s_.logits, i, w.rows), (panel + p) * kPanel, w.rows);
-        }
+        for (int i = 0; i < s_.wanted; ++i)
+          put_logits(load(sum + (p * x.tokens + i) * kPanel), i, panel + p);
     }, few ? 1 : 2);
   }
 
@@ -483,13 +518,19 @@ double run_time(const Matrix& w, int repeats) {
   x.low = piece<uint8_t>(space, next, x.stride);
   x.sums = piece<float>(space, next, x.stride);
   x.unit = piece<float>(space, next, 1);
+  x.column = piece<int32_t>(space, next, x.stride);
+  x.start = piece<int32_t>(space, next, x.stride);
+  alignas(64) float out[kTile];
   for (int i = 0; i < w.columns; ++i) x.value[i] = static_cast<float>(i % 7) - 3;
-  make_ready(w, x, 0, false);
+  make_ready({w}, x, 0, false);
   double least = 1e30;
   float sum = 0;
   for (int r = 0; r < repeats; ++r) {
     const auto start = std::chrono::steady_clock::now();
-    for (int p = 0; p < w.panels(); ++p) sum += panel_product(w, p, x.input(0))[0];
+    for (int p = 0; p < w.pieces(); ++p) {
+      if (w.by_columns()) tile_product(w, p, x.input(0), out);
+      sum += w.by_columns() ? out[0] : panel_product(w, p, x.input(0))[0];
+    }
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
     least = std::min(least, taken.count());
   }

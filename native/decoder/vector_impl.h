@@ -239,6 +239,9 @@ inline void panel_product(const Matrix& m, int panel, const Input* x, Vec* y) {
     case Format::kGroupInt4:
       if (m.zeros) group_int4_panel<T, true>(m, from, x, sum);
       else group_int4_panel<T, false>(m, from, x, sum);
+      break;
+    case Format::kColumnInt8:
+    case Format::kColumnInt4: break;  // of tiles
   }
   if (m.integers()) {
     const bool eight = m.format == Format::kInt8 || m.format == Format::kMaskedInt8;

@@ -32,12 +32,23 @@ inline float half_to_float(uint16_t bits) {
   return v;
 }
 
-// Where a panel is read: its groups, and in kGroupInt4 which rows have them.
+// Where a panel is read: its groups, and in kGroupInt4 which rows have them. `panel` is that of a
+// tile where columns are gathered.
 struct Stream {
   const uint8_t* at;
-  const uint8_t* rows;
+  const uint8_t* rows = nullptr;
+  int panel = 0;
+  int64_t step = 0, column = 0;  // bytes of a group and of a column of a tile
 
-  Stream(const Matrix& m, int panel) : at(m.data + m.offset[panel]), rows(nullptr) {
+  Stream(const Matrix& m, int whole) {
+    constexpr int kPanels = kTile / kPanel;
+    at = m.data + m.offset[m.by_columns() ? whole / kPanels : whole];
+    if (m.by_columns()) {
+      panel = whole % kPanels;
+      step = m.group_bytes(whole / kPanels);
+      column = m.column_bytes(whole / kPanels);
+      return;
+    }
     if (m.integers()) at += kPanel * sizeof(float);
     if (m.format == Format::kGroupInt4) {
       rows = at;
@@ -45,6 +56,13 @@ struct Stream {
     }
   }
 };
+
+// Where the first byte of a panel's column 0 of a group is: 4 rows, and the others 16 bytes on.
+inline const uint8_t* column_at(const Matrix& m, const Stream& from) {
+  const bool four = m.format == Format::kColumnInt4;
+  const int64_t rows = from.column * (four ? 2 : 1), strip = from.panel / 4;
+  return from.at + 2 * rows + (four ? strip / 2 : strip) * 64 + from.panel % 4 * 4;
+}
 
 // Writes one group as [group][16] floats and moves on.
 inline void widen_plainly(const Matrix& m, Stream& from, float* out) {
@@ -150,10 +168,34 @@ inline void widen_plainly(const Matrix& m, Stream& from, float* out) {
       at += kept * group / 2;
       return;
     }
+    case Format::kColumnInt8:
+    case Format::kColumnInt4: {
+      const bool four = m.format == Format::kColumnInt4, odd = from.panel / 4 % 2 != 0;
+      const uint8_t* code = column_at(m, from);
+      for (int r = 0; r < kPanel; ++r)
+        scale[r] = from_half(word16(at + 2 * (from.panel * kPanel + r)));
+      for (int c = 0; c < group; ++c, code += from.column)
+        for (int r = 0; r < kPanel; ++r) {
+          const int byte = code[r / 4 * 16 + r % 4];
+          place(c, r) = scale[r] * (!four ? byte - 128 : (odd ? byte >> 4 : byte & 15) - 8);
+        }
+      at += from.step;
+      return;
+    }
   }
 }
 
 #if defined(__AVX512VBMI2__)
+
+// Four columns of 64 rows, of which one panel in four is taken: 16 rows of 4 columns.
+inline __m512i quads_of(const uint8_t* at, int64_t column, int part) {
+  const auto side = [&](const uint8_t* p) {
+    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + column);
+    return part < 2 ? _mm512_unpacklo_epi8(a, b) : _mm512_unpackhi_epi8(a, b);
+  };
+  const __m512i a = side(at), b = side(at + 2 * column);
+  return part % 2 == 0 ? _mm512_unpacklo_epi16(a, b) : _mm512_unpackhi_epi16(a, b);
+}
 
 // Four columns of 16 rows, scale * code - less with a code a byte in every 32-bit lane, as two rows
 // of pairs.
@@ -282,6 +324,22 @@ inline void widen(const Matrix& m, Stream& from, uint16_t* out) {
         pairs_of(low_codes(v), scale, out + c * kPanel, less);
         pairs_of(high_codes(v), scale, out + (c + 4) * kPanel, less);
       }
+      return;
+    }
+    case Format::kColumnInt8:
+    case Format::kColumnInt4: {
+      const bool four = m.format == Format::kColumnInt4, odd = from.panel / 4 % 2 != 0;
+      const int part = from.panel % 4;
+      const uint8_t* code = column_at(m, from) - 4 * part;
+      const __m512i sign = _mm512_set1_epi8(-128);
+      __m512 scale = scales_at(at + 2 * from.panel * kPanel);
+      if (four) scale = _mm512_mul_ps(scale, sixteenth);
+      for (int c = 0; c < group; c += 4, code += 4 * from.column) {
+        const __m512i v = quads_of(code, from.column, part);
+        const __m512i codes = !four ? v : odd ? high_codes(v) : low_codes(v);
+        pairs_of(_mm512_xor_si512(codes, sign), scale, out + c * kPanel);
+      }
+      at += from.step;
       return;
     }
     case Format::kFloat:

@@ -8,6 +8,7 @@ The whole surface is reachable from here and is imported on first use:
     run = sw.sparsify(model, optimizer, "rigl", sparsity=0.9, steps=N)
     sw.experiment(fit, model, "rewinding", sparsity=0.9)
     sw.slim(model, example, flops=0.5)
+    run = sw.sparse_activations(model, "wina", sparsity=0.5, data=batches)
     fast = sw.compile(model, example)
     sw.save(model, path); sw.load(path, model); sw.from_pretrained(folder)
 """
@@ -17,7 +18,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sparseworks import diagnostics as _diagnostics  # registers the methods; imports no torch
+from sparseworks import activations as _activations  # registers the methods; imports no torch
+from sparseworks import diagnostics as _diagnostics
 from sparseworks import weights as _weights
 from sparseworks.version import __version__
 
@@ -34,6 +36,8 @@ _LAZY = {
     "experiment": "sparseworks.training.experiment",
     "rearrange": "sparseworks.weights.semistructured.rearranging",
     "slim": "sparseworks.weights.structured",
+    "sparse_activations": "sparseworks.activations.running",
+    "load_activations": "sparseworks.activations.running",
     "compile": "sparseworks.engine",
     "compile_decoder": "sparseworks.engine",
     "load_compiled": "sparseworks.engine",
@@ -80,4 +84,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-del _diagnostics, _weights
+del _activations, _diagnostics, _weights

@@ -56,7 +56,7 @@ def test_every_family_generates_the_same_tokens(name):
 def test_logits_are_those_of_the_packed_weights(name, dtype):
     """Against the model with its matrices replaced by what the panels say."""
     from sparseworks.engine.decoder.reading import read_model
-    from sparseworks.kernels.panels import unpack_panels
+    from sparseworks.kernels.panel_products import unpack_panels
 
     model = family(name)
     sw.prune(model, "magnitude", sparsity=0.6)
@@ -79,7 +79,8 @@ def test_logits_are_those_of_the_packed_weights(name, dtype):
 
 
 def sw_pack(dense):
-    from sparseworks.kernels.panels import Format, pack_panels
+    from sparseworks.kernels.panel_packing import pack_panels
+    from sparseworks.kernels.panels import Format
 
     return pack_panels(dense, Format.FLOAT).panels
 
@@ -306,3 +307,86 @@ def test_memory_is_that_of_the_packed_weights(pair):
     matrices = [x.weight for x in decoder.native.spec.linears()]
     held = sum(m.data.untyped_storage().nbytes() + m.offset.nbytes for m in matrices)
     assert held <= 1.01 * decoder.report.nbytes + 1000 * len(matrices)
+
+
+def gated(name, **rule):
+    """A model whose matrices all read only their largest inputs."""
+    from sparseworks.models.active import ActiveInputs, InputGate
+
+    model = family(name)
+    heads = {id(model.get_output_embeddings())}
+    for module in model.modules():
+        if (
+            type(module) in (nn.Linear, transformers.pytorch_utils.Conv1D)
+            and id(module) not in heads
+        ):
+            InputGate(ActiveInputs(**rule)).attach(module)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi3"])
+@pytest.mark.parametrize("rule", [{"threshold": 0.4}, {"keep": 20}], ids=["threshold", "top-k"])
+def test_inputs_that_do_not_count_are_not_used(name, rule):
+    """One token after the other and all at once; a rare input lies at the edge of its rule."""
+    model = gated(name, **rule)
+    decoder = exact(model)
+    ids = batch()["input_ids"][1:2]
+    with torch.no_grad():
+        wanted = model(ids).logits[0]
+    assert not torch.allclose(wanted, family(name)(ids).logits[0], atol=1e-2)
+    for found in (decoder(ids).logits[0], torch.cat(one_by_one(decoder, ids))):
+        close = (found - wanted).abs().amax(1) < 2e-3 * wanted.abs().amax()
+        assert int(close.sum()) >= len(wanted) - 1
+
+
+def one_by_one(decoder, ids):
+    from sparseworks.engine.decoder.generating import DecoderCache
+
+    past = DecoderCache(decoder.native)
+    return [decoder(ids[:, i : i + 1], cache=past).logits[0] for i in range(ids.shape[1])]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_columns_are_gathered_where_inputs_are_sparse(dtype, tmp_path):
+    """As the same weights without gathering; also after saving."""
+    from sparseworks.engine.decoder import packing
+
+    model = gated("llama", keep=20, share=20 / 64)
+    decoder = sw.compile_decoder(model, dtype=dtype)
+    assert type(decoder).__name__ == "Decoder", decoder.notes
+    formats = [x.format for x in decoder.report.lines]
+    assert formats[:-1] == [f"column-{dtype}"] * (len(formats) - 1) and formats[-1] == dtype
+    assert decoder.report.read < 0.8 * decoder.report.nbytes
+    held = dict(packing._GATHERED)
+    packing._GATHERED.clear()
+    try:
+        plain = sw.compile_decoder(model, dtype=dtype)
+    finally:
+        packing._GATHERED.update(held)
+    assert {x.format for x in plain.report.lines} == {dtype}
+    ids = batch()["input_ids"][1:2]
+    wanted = torch.cat(one_by_one(plain, ids))
+    found = torch.cat(one_by_one(decoder, ids))
+    close = (found - wanted).abs().amax(1) < 1e-2 * wanted.abs().amax()
+    assert int(close.sum()) >= len(wanted) - 2
+    decoder.save(tmp_path / "d.safetensors")
+    again = sw.load_decoder(tmp_path / "d.safetensors")
+    assert torch.equal(torch.cat(one_by_one(again, ids)), found)
+
+
+def test_zeros_of_relu_are_skipped():
+    decoder = sw.compile_decoder(family("opt"), dtype="int8")
+    last = [x for x in decoder.report.lines if x.name.endswith("fc2")]
+    assert {x.format for x in last} == {"column-int8"}
+
+
+def test_gates_that_a_decoder_cannot_apply_are_named():
+    from sparseworks.models.active import ActiveInputs, InputGate
+
+    model = family("llama")
+    attention = model.model.layers[0].self_attn
+    InputGate(ActiveInputs(threshold=0.1)).attach(attention.q_proj)
+    assert "rules of their own" in sw.compile_decoder(model).notes[0]
+    model = family("llama")
+    InputGate(ActiveInputs(threshold=0.1)).attach(model.model.layers[0].mlp)
+    assert "cannot apply" in sw.compile_decoder(model).notes[0]

@@ -12,7 +12,9 @@ from sparseworks.engine.decoder.generating import DecoderCache
 from sparseworks.engine.decoder.native import NativeDecoder
 from sparseworks.engine.decoder.reading import read_model
 from sparseworks.kernels.native import available
-from sparseworks.kernels.panels import Format, pack_panels, unpack_panels
+from sparseworks.kernels.panel_packing import pack_panels
+from sparseworks.kernels.panel_products import unpack_panels
+from sparseworks.kernels.panels import Format
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [

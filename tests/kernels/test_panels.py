@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.kernels.grids import round_groups
 from sparseworks.kernels.native import instruction_set, module
-from sparseworks.kernels.panels import (
-    Format,
-    Panels,
-    pack_panels,
-    panel_product,
-    unpack_panels,
-)
+from sparseworks.kernels.panel_packing import pack_panels
+from sparseworks.kernels.panel_products import panel_product, unpack_panels
+from sparseworks.kernels.panels import Format, Panels
 
 native = pytest.mark.skipif(module() is None, reason="the native kernels are not built")
 ISAS = ["base", "avx2", "avx512vbmi2", "avx512"]
@@ -115,6 +111,37 @@ def test_every_instruction_set(format, tokens, isa):
     for seed, (rows, columns, density) in enumerate([(40, 515, 0.5), (16, 64, 1.0), (7, 33, 0.2)]):
         w = matrix(format, rows, columns, density, seed)
         _compare(pack_panels(w, format).panels, torch.randn(tokens, columns))
+
+
+@native
+@pytest.mark.parametrize("format", [Format.COLUMN_INT8, Format.COLUMN_INT4], ids=lambda f: f.text)
+@settings(max_examples=25, deadline=None)
+@given(share=st.sampled_from([0.0, 0.02, 0.3, 0.6]), tokens=st.integers(1, 3), **sizes)
+def test_columns_of_inputs_that_are_zero_are_not_needed(
+    format, rows, columns, density, seed, tokens, share
+):
+    panels = pack_panels(matrix(format, 20 * rows, columns, density, seed), format).panels
+    g = torch.Generator().manual_seed(seed)
+    live = torch.rand(tokens, columns, generator=g) < share
+    x = torch.randn(tokens, columns, generator=g) * live
+    _compare(panels, x)
+
+
+@native
+def test_bytes_that_are_not_read_do_not_matter():
+    """Codes of a column whose input is 0 may be anything."""
+    w = matrix(Format.COLUMN_INT8, 600, 64, 1.0, 0)
+    panels = pack_panels(w, Format.COLUMN_INT8).panels
+    x = torch.randn(1, 64)
+    x[0, 5] = 0
+    before = panel_product(panels, x)
+    other = panels.data.clone()
+    rows = 512
+    other[2 * rows + 5 * rows : 2 * rows + 6 * rows] = 77  # column 5 of the first tile
+    changed = Panels(panels.format, 600, 64, False, other, panels.offset)
+    assert torch.equal(panel_product(changed, x), before)
+    x[0, 5] = 1.0
+    assert not torch.equal(panel_product(changed, x), panel_product(panels, x))
 
 
 @native

@@ -24,6 +24,8 @@ class Options:
     """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
     weights: Path | None = None
     """A checkpoint that `sparseworks prune` wrote, loaded into the model."""
+    activations: Path | None = None
+    """Of a causal language model: thresholds that `sparseworks activations` wrote."""
     batch: int = 1
     """Samples of the example on which the ways are measured."""
     tokens: int = 128
@@ -61,7 +63,11 @@ def run(options: Options) -> dict[str, Any]:
     if options.weights is not None:
         sw.load(options.weights, loaded.model)
     if loaded.kind == "causal":
+        if options.activations is not None:
+            sw.load_activations(options.activations, loaded.model)
         return _decoder(options, loaded)
+    if options.activations is not None:
+        raise InvalidArgument("--activations is for causal language models")
     example = random_example(
         loaded, options.batch, tokens=options.tokens, input_shape=options.input_shape
     )

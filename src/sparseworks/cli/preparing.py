@@ -43,6 +43,7 @@ def check_inputs(options: Any) -> None:
         ("eval_data", check_source),
         ("start", existing),
         ("weights", existing),
+        ("activations", existing),
     ):
         if (given := getattr(options, field, None)) is not None:
             check(given)
@@ -90,7 +91,7 @@ def calibration(loaded: Any, options: Any) -> list[Any] | None:
     from sparseworks.data import load
 
     needs = registry.resolve(options.method).info.needs
-    if not needs and options.recovery is None:
+    if not needs and getattr(options, "recovery", None) is None:
         return None
     source = options.data
     if source is None:

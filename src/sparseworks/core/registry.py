@@ -22,7 +22,9 @@ __all__ = [
     "resolve",
 ]
 
-Kind = Literal["one-shot", "hooked", "transform", "driver", "structured", "measurement"]
+Kind = Literal[
+    "one-shot", "hooked", "transform", "driver", "structured", "measurement", "activation"
+]
 Need = Literal["data", "loss", "labels", "training"]
 
 
@@ -38,7 +40,7 @@ class MethodInfo:
         card: number of the method card ("a01"); "" when there is none.
         room: folder of the house.
         kind: how it is called: one-shot (`prune`), hooked (`sparsify`), transform, driver,
-            structured (`slim`), measurement.
+            structured (`slim`), measurement, activation (`sparse_activations`).
         needs: what the caller must give.
         pattern: default pattern and what else is accepted.
         budget: default budget.

@@ -53,6 +53,7 @@ def _entry(info: MethodInfo) -> str:
         "one-shot": f'sw.prune(model, "{info.name}", ...)',
         "hooked": f'sw.sparsify(model, optimizer, "{info.name}", ...)',
         "transform": f'sw.transform(model, "{info.name}", ...)',
+        "activation": f'sw.sparse_activations(model, "{info.name}", ...)',
         "structured": f'sw.slim(model, example, method="{info.name}", ...)',
         "measurement": getattr(cls, "entry", f"sw.methods.{cls.__name__}()(model, ...)"),
     }.get(info.kind, f"sw.methods ({info.kind})")

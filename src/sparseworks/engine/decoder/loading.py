@@ -15,13 +15,14 @@ from sparseworks.engine.decoder.packing import Line, Report
 from sparseworks.engine.decoder.rotary import Rotary
 from sparseworks.engine.decoder.saving import FILE_FORMAT
 from sparseworks.kernels.panels import Format, Panels
+from sparseworks.models.active import ActiveInputs
 
 __all__ = ["load_decoder"]
 
 _KINDS = {
     c.__name__: c
     for c in (specs.AttentionSpec, specs.LayerSpec, specs.LinearSpec, specs.MixtureSpec,
-              specs.MlpSpec, specs.ModelSpec, specs.NormSpec, Rotary)
+              specs.MlpSpec, specs.ModelSpec, specs.NormSpec, ActiveInputs, Rotary)
 }  # fmt: skip
 
 

@@ -177,7 +177,12 @@ class NativeDecoder:
         bias = linear.bias
         if bias is not None:
             bias = self._hold(torch.nn.functional.pad(bias.float(), (0, -bias.numel() % 16)))
-        return self.code.Linear(linear.weight.native, bias)
+        made = self.code.Linear(linear.weight.native, bias)
+        rule = linear.active
+        if rule is not None:
+            weight = None if rule.weight is None else self._hold(rule.weight)
+            made.set_active(rule.threshold, rule.keep, weight)
+        return made
 
     def _norm(self, norm: NormSpec, size: int) -> Any:
         parts = [None if t is None else self._hold(t.float()) for t in (norm.weight, norm.bias)]

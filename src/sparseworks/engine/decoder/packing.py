@@ -13,7 +13,8 @@ from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.decoder.spec import LinearSpec, MixtureSpec, ModelSpec, Weight
 from sparseworks.engine.measuring import least_seconds
 from sparseworks.kernels.native import module
-from sparseworks.kernels.panels import Format, Panels, pack_panels
+from sparseworks.kernels.panel_packing import pack_panels
+from sparseworks.kernels.panels import Format, Panels
 
 __all__ = ["DTYPES", "Line", "Report", "pack_model", "read_bandwidth"]
 
@@ -23,6 +24,7 @@ DTYPES = {
     "int8": (Format.INT8, Format.MASKED_INT8),
     "int4": (Format.INT4, Format.MASKED_INT4, Format.GROUP_INT4),
 }
+_GATHERED = {"int8": Format.COLUMN_INT8, "int4": Format.COLUMN_INT4}
 _CLOSE = 1.05  # ratio of times below which the smaller format is taken
 _ROWS = 16
 _SAMPLE = 1 << 19  # weights that a format is tried on
@@ -37,6 +39,7 @@ class Line:
     Attributes:
         error: relative, of the rounded weights; with `data`, weighed by the mean squares of inputs.
         seconds: of one vector, warm and with the bandwidth of the memory.
+        share: of the inputs, and so of the codes, that a token is expected to need.
     """
 
     name: str
@@ -47,6 +50,20 @@ class Line:
     nbytes: int
     error: float
     seconds: float
+    share: float = 1.0
+
+    @property
+    def read(self) -> float:
+        """Bytes that one token needs."""
+        return self.nbytes * _read_share(Format.parse(self.format), self.share)
+
+
+def _read_share(format: Format, share: float) -> float:
+    """Of a matrix's bytes: scales and the codes of active inputs where columns are gathered."""
+    if not format.by_columns:
+        return 1.0
+    scale, code = 2 / format.group, format.bits / 8
+    return (scale + share * code) / (scale + code)
 
 
 @dataclass
@@ -61,22 +78,30 @@ class Report:
     def nbytes(self) -> int:
         return sum(line.nbytes for line in self.lines)
 
+    @property
+    def read(self) -> float:
+        """Bytes that one token needs, with all experts."""
+        return sum(line.read for line in self.lines)
+
     def text(self) -> str:
         """A line a matrix, and the sums."""
         width = max((len(line.name) for line in self.lines), default=6)
         out = [
-            f"{'matrix':<{width}}  format        kept      MB  bits/w    error      ms  of memory"
+            f"{'matrix':<{width}}  format        kept  inputs      MB  bits/w    error      ms"
+            "  of memory"
         ]
         for x in self.lines:
             size = x.rows * x.columns
-            share = x.nbytes / x.seconds / self.bandwidth if x.seconds else 0.0
+            share = x.read / x.seconds / self.bandwidth if x.seconds else 0.0
             out.append(
-                f"{x.name:<{width}}  {x.format:<11} {x.kept / size:6.1%}  {x.nbytes / 1e6:6.2f}  "
-                f"{8 * x.nbytes / size:6.2f}  {x.error:7.1e}  {1e3 * x.seconds:6.3f}  {share:8.0%}"
+                f"{x.name:<{width}}  {x.format:<11} {x.kept / size:6.1%}  {x.share:6.0%}  "
+                f"{x.nbytes / 1e6:6.2f}  {8 * x.nbytes / size:6.2f}  {x.error:7.1e}  "
+                f"{1e3 * x.seconds:6.3f}  {share:8.0%}"
             )
         size = sum(x.rows * x.columns for x in self.lines)
         out.append(
-            f"all: {self.nbytes / 1e6:.1f} MB a token without experts that are not chosen, "
+            f"all: {self.nbytes / 1e6:.1f} MB, of which a token reads {self.read / 1e6:.1f} (less "
+            "where experts are chosen), "
             f"{8 * self.nbytes / max(size, 1):.2f} bits a weight; the memory gives "
             f"{self.bandwidth / 1e9:.1f} GB/s"
         )
@@ -142,7 +167,7 @@ def pack_model(
 def _leading(linear: LinearSpec, dtype: str, chosen: dict[tuple[object, ...], Format],
              threads: int, report: Report) -> Format:  # fmt: skip
     assert isinstance(linear.weight, Weight)
-    return _choose(linear.weight.make(), dtype, chosen, threads, report)
+    return _choose(linear.weight.make(), dtype, chosen, threads, report, None)
 
 
 def _pack(
@@ -155,14 +180,17 @@ def _pack(
     squares = importance(source.names[0]) if source.names else None
     try:
         if format is None:
-            format = _choose(dense, dtype, chosen, threads, report)
+            share = None if linear.active is None else linear.active.share
+            format = _choose(dense, dtype, chosen, threads, report, share)
         packed = pack_panels(dense, format, importance=squares)
     except InvalidArgument as error:
         raise ModelError(f"{linear.name}: {error}; nothing was compiled") from None
     linear.weight = packed.panels
+    share = 1.0 if linear.active is None else linear.active.share
     report.lines.append(
         Line(linear.name, format.text, packed.panels.rows, packed.panels.columns, packed.kept,
-             packed.panels.nbytes, packed.error, _seconds(packed.panels, threads, report))
+             packed.panels.nbytes, packed.error, _seconds(packed.panels, threads, report, share),
+             share)
     )  # fmt: skip
 
 
@@ -172,20 +200,25 @@ def _choose(
     chosen: dict[tuple[object, ...], Format],
     threads: int,
     report: Report,
+    share: float | None,
 ) -> Format:
-    """The format that takes the least time for one vector, of those that may serve."""
+    """The format that takes the least time for one vector, of those that may serve; `share`: of
+    the inputs, where some do not count."""
     density = int(torch.count_nonzero(dense)) / dense.numel()
     groups = torch.nn.functional.pad(dense, (0, -dense.shape[1] % 16)) != 0
     live = float(groups.view(dense.shape[0], -1, 16).any(2).float().mean())
-    key = (dtype, dense.shape, round(density, 2), round(live, 2))
+    key = (dtype, dense.shape, round(density, 2), round(live, 2), share)
     if key in chosen:
         return chosen[key]
     tried = [f for f in DTYPES[dtype] if _may_serve(f, density, live)]
+    if share is not None and dtype in _GATHERED:
+        tried.append(_GATHERED[dtype])
     rows = max(_ROWS, min(dense.shape[0], _SAMPLE // dense.shape[1] // _ROWS * _ROWS))
     found = []
     for format in tried if len(tried) > 1 else []:
         panels = pack_panels(dense[:rows], format).panels
-        found.append((_seconds(panels, threads, report), panels.nbytes, format))
+        size = panels.nbytes * _read_share(format, 1.0 if share is None else share)
+        found.append((_seconds(panels, threads, report, share or 1.0), size, format))
     least = min((seconds for seconds, _, _ in found), default=0.0)
     close = [(size, format) for seconds, size, format in found if seconds <= _CLOSE * least]
     chosen[key] = min(close)[1] if close else tried[0]
@@ -198,10 +231,11 @@ def _may_serve(format: Format, density: float, live: float) -> bool:
     return not format.masked or density < 0.95
 
 
-def _seconds(panels: Panels, threads: int, report: Report) -> float:
+def _seconds(panels: Panels, threads: int, report: Report, share: float) -> float:
     """Of one vector: the kernel on what caches hold, shared by threads, or the memory's share,
     whichever is more."""
     code = module()
     assert code is not None  # `read_bandwidth` has asked
     warm: float = code.decoder.time(panels.native, _REPEATS) / threads
-    return max(warm, panels.nbytes / report.bandwidth)
+    read = _read_share(panels.format, share)
+    return max(warm * read, panels.nbytes * read / report.bandwidth)

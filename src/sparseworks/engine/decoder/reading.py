@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseworks.core.errors import ModelError
+from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.decoder.rotary import Rotary, read_rotary
 from sparseworks.engine.decoder.spec import (
     AttentionSpec,
@@ -26,6 +26,7 @@ from sparseworks.engine.decoder.spec import (
     Weight,
     interleaved,
 )
+from sparseworks.models.active import ActiveInputs, gates, input_rule
 
 __all__ = ["read_model"]
 
@@ -44,9 +45,27 @@ def read_model(model: nn.Module) -> ModelSpec:
     kind = getattr(model.config, "model_type", type(model).__name__)
     reader = {"opt": _read_opt, "gpt2": _read_gpt2, "gpt_neox": _read_neox}.get(kind, _read_llama)
     try:
-        return reader(_Reader(model))
+        spec = reader(_Reader(model))
     except (AttributeError, KeyError, TypeError) as error:
         raise ModelError(f"{kind}: {error}") from error
+    _check_gates(model, spec)
+    for layer in spec.layers:
+        mlp = layer.mlp
+        if isinstance(mlp, MlpSpec) and mlp.activation == "relu" and mlp.down.active is None:
+            mlp.down.active = ActiveInputs(threshold=0.0)  # zeros count for nothing
+    return spec
+
+
+def _check_gates(model: nn.Module, spec: ModelSpec) -> None:
+    """Every gate is one of a matrix that was read."""
+    ruled = {
+        name for x in spec.linears() if x.active is not None and isinstance(x.weight, Weight)
+        for name in x.weight.names
+    }  # fmt: skip
+    for name, module in model.named_modules():
+        odd = next(iter(gates(module)), None)
+        if odd is not None and name not in ruled:
+            raise ModelError(f"{name} has a {type(odd).__name__} that the decoder cannot apply")
 
 
 class _Reader:
@@ -85,10 +104,18 @@ class _Reader:
         heights = [matrix(m).shape[0] for m in modules]
         rows = sum(n + (-n % 16 if gated else 0) for n in heights)
         names = tuple(map(self.name, modules))
+        try:
+            rules = [input_rule(m) for m in modules]
+        except InvalidArgument as error:
+            raise ModelError(f"{names[0]}: {error}") from None
+        if any(r is not None and not r.same(rules[0]) for r in rules) or (
+            rules[0] is not None and None in rules
+        ):
+            raise ModelError(f"{' and '.join(names)} read the same inputs by rules of their own")
         weight = Weight(
             rows, matrix(modules[0]).shape[1], lambda: joined([matrix(m) for m in modules]), names
         )
-        return LinearSpec(" + ".join(names), weight, bias)
+        return LinearSpec(" + ".join(names), weight, bias, rules[0])
 
     def norm(self, module: Any) -> NormSpec:
         if module is None or isinstance(module, nn.Identity):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseworks.engine.decoder.rotary import Rotary
 from sparseworks.kernels.panels import Panels
+from sparseworks.models.active import ActiveInputs
 
 __all__ = ["AttentionSpec", "LayerSpec", "LinearSpec", "MixtureSpec", "MlpSpec", "ModelSpec",
            "NormSpec", "Weight", "interleaved"]  # fmt: skip
@@ -37,11 +38,12 @@ class Weight:
 
 @dataclass
 class LinearSpec:
-    """y = W x + b. `bias`: fp32 `[rows]`."""
+    """y = W x + b. `bias`: fp32 `[rows]`. `active`: which entries of x count; None: all."""
 
     name: str
     weight: Weight | Panels
     bias: Tensor | None = None
+    active: ActiveInputs | None = None
 
 
 @dataclass

@@ -1,0 +1,16 @@
+"""Methods that make activations sparse. Registered by name only."""
+
+from sparseworks.core import registry
+
+_ROOM = "sparseworks.activations"
+
+registry.register(
+    {
+        "cats": f"{_ROOM}.chess:CATS",
+        "chess": f"{_ROOM}.chess:CHESS",
+        "r-sparse": f"{_ROOM}.r_sparse:RSparse",
+        "sparsing-law": f"{_ROOM}.sparsing_law:CETT",
+        "teal": f"{_ROOM}.teal:TEAL",
+        "wina": f"{_ROOM}.wina:WINA",
+    }
+)

@@ -1,0 +1,133 @@
+"""The contract of methods that make activations sparse, and the part that those by inputs share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sparseworks.activations.calibrating import Family, Job, Reader, quantile
+from sparseworks.activations.rotation import RotatedGate, rotations
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.registry import MethodInfo
+from sparseworks.models.active import ActiveInputs, Gate, InputGate
+
+__all__ = ["ActivationMethod", "ByInputs", "InputMethod", "column_norms"]
+
+
+class ActivationMethod(ABC):
+    """What `sparse_activations` calls."""
+
+    info: ClassVar[MethodInfo]
+
+    @abstractmethod
+    def gates(self, job: Job) -> dict[str, Gate]:
+        """A gate for each module that takes part, by its name; nothing is changed.
+
+        Raises:
+            ModelError: a model that has not what the method needs.
+        """
+
+
+class InputMethod(ActivationMethod):
+    """Methods that set inputs of linear layers to 0, each by a rule of its own."""
+
+    together: ClassVar[bool] = False
+
+    @abstractmethod
+    def family(self, reader: Reader) -> Family:
+        """The gates of a layer for every sparsity."""
+
+    def families(self, job: Job) -> dict[tuple[str, ...], Family]:
+        found: dict[tuple[str, ...], Family] = {}
+
+        def visit(reader: Reader) -> None:
+            found[reader.names] = self.family(reader)
+
+        job.each(self.as_one(), visit)
+        return found
+
+    def as_one(self) -> bool:
+        """Whether layers that read the same inputs share a rule."""
+        return self.together
+
+    def gates(self, job: Job) -> dict[str, Gate]:
+        families = self.families(job)
+        return {n: family(job.sparsity) for ns, family in families.items() for n in ns}
+
+
+@dataclass(frozen=True)
+class ByInputs(InputMethod):
+    """Inputs of smallest |x_i| w_i are set to 0, for a weight w of each input.
+
+    Args:
+        select: "threshold": a quantile of all calibration values, so that tokens differ in how
+            many inputs they keep; "top-k": the floor(n (1 - s)) largest of each token.
+        per: "matrix": every linear layer has a rule of its own; "input": those that read the same
+            inputs share one, as a decoder needs that reads their columns together.
+        rotate: turn inputs first (see `rotation`).
+    """
+
+    select: Literal["threshold", "top-k"] = "threshold"
+    per: Literal["matrix", "input"] = "matrix"
+    rotate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.select not in ("threshold", "top-k"):
+            raise InvalidArgument(f"select={self.select!r}: use 'threshold' or 'top-k'")
+        if self.per not in ("matrix", "input"):
+            raise InvalidArgument(f"per={self.per!r}: use 'matrix' or 'input'")
+
+    def as_one(self) -> bool:
+        return self.per == "input"
+
+    @abstractmethod
+    def weight(self, reader: Reader) -> Tensor | None:
+        """w `[in]`, or None for 1."""
+
+    def families(self, job: Job) -> dict[tuple[str, ...], Family]:
+        if not self.rotate:
+            return super().families(job)
+        turns = rotations(job)
+        found: dict[tuple[str, ...], Family] = {}
+
+        def visit(reader: Reader) -> None:
+            turn = turns.get(reader.names[0])
+            if turn is None:
+                found[reader.names] = self._family(reader.inputs, None, None)
+                return
+            turned = Reader(reader.names, reader.weight @ turn.matrix, reader.inputs @ turn.matrix)
+            weight = self.weight(turned) if turn.leader in reader.names else None
+            found[reader.names] = self._family(turned.inputs, weight, turn.matrix)
+
+        job.each(self.as_one(), visit)
+        return found
+
+    def family(self, reader: Reader) -> Family:
+        return self._family(reader.inputs, self.weight(reader), None)
+
+    def _family(self, inputs: Tensor, weight: Tensor | None, turn: Tensor | None) -> Family:
+        score = ActiveInputs(weight=weight).score(inputs)
+
+        def gate(sparsity: float) -> Gate:
+            rule = self.rule(score, weight, sparsity)
+            return InputGate(rule) if turn is None else RotatedGate(rule, turn)
+
+        return gate
+
+    def rule(self, score: Tensor, weight: Tensor | None, sparsity: float) -> ActiveInputs:
+        share = 1.0 - sparsity
+        if self.select == "top-k":
+            keep = max(1, int(score.shape[1] * share + 1e-9))
+            return ActiveInputs(keep=keep, weight=weight, share=keep / score.shape[1])
+        threshold = quantile(score, sparsity)
+        found = float((score > threshold).float().mean())
+        return ActiveInputs(threshold=threshold, weight=weight, share=found)
+
+
+def column_norms(weight: Tensor) -> Tensor:
+    """||W_:,i||_2 `[in]`."""
+    return torch.linalg.vector_norm(weight.float(), dim=0)
