@@ -104,6 +104,25 @@ inline void make_list(const Matrix& m, const Vectors& v, int row) {
   for (int g = 0; g < m.padded() / m.group; ++g) {
     start[g] = n;
     int sum = 0;
+#if defined(__AVX512VBMI2__)
+    for (int c = g * m.group; c < (g + 1) * m.group; c += 16) {
+      const __m512 v = _mm512_loadu_ps(x + c);
+      const __mmask16 live = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(steps)));
+      const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+      const auto put = [&](__m512i bytes, uint8_t* to) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                         _mm_maskz_compress_epi8(live, _mm512_cvtepi32_epi8(bytes)));
+      };
+      put(h, high + n);
+      put(q, low + n);
+      const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(c), _mm512_setr_epi32(
+          0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+      _mm512_storeu_si512(column + n, _mm512_maskz_compress_epi32(live, at));
+      sum += _mm512_mask_reduce_add_epi32(live, q);
+      n += __builtin_popcount(live);
+    }
+#else
     for (int c = g * m.group; c < (g + 1) * m.group; ++c) {
       if (x[c] == 0) continue;
       const int q = static_cast<int>(std::lrintf(x[c] * steps)), h = (q + 128) >> 8;
@@ -113,6 +132,7 @@ inline void make_list(const Matrix& m, const Vectors& v, int row) {
       sum += q;
       ++n;
     }
+#endif
     for (; n % 4 != 0; ++n) {  // an entry that is there, times 0
       column[n] = column[start[g]];
       high[n] = low[n] = 0;

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from sparseworks.activations.calibrating import Family, Job, Reader, quantile
@@ -130,4 +129,5 @@ class ByInputs(InputMethod):
 
 def column_norms(weight: Tensor) -> Tensor:
     """||W_:,i||_2 `[in]`."""
-    return torch.linalg.vector_norm(weight.float(), dim=0)
+    norms: Tensor = weight.float().norm(dim=0)
+    return norms

@@ -16,7 +16,7 @@ from sparseworks.data.images import ImageSet, read_images
 from sparseworks.diagnostics.claims import Setting, data_root
 from sparseworks.diagnostics.metrics import Metric, accuracy, fidelity, perplexity
 
-__all__ = ["encoder_subject", "image_subject", "language_model_subject"]
+__all__ = ["activation_subject", "encoder_subject", "image_subject", "language_model_subject"]
 
 
 def image_subject(
@@ -78,14 +78,8 @@ def language_model_subject(seed: int, setting: Setting) -> tuple[nn.Module, list
 
     The quick setting evaluates the first 200 windows of 256 tokens, the full one all of them.
     """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise MissingDependency("this claim needs: pip install 'sparseworks[hf]'") from None
     root = data_root()
-    folder = root / "models" / "novel-llama-6m"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()  # type: ignore[no-untyped-call]
+    model, tokenizer = _novel_llama(root / "models" / "novel-llama-6m")
     calibration = load(root / "text" / "novels-train.txt", tokenizer=tokenizer, seed=seed)
     held = load(
         root / "text" / "novels-valid.txt",
@@ -93,4 +87,32 @@ def language_model_subject(seed: int, setting: Setting) -> tuple[nn.Module, list
         split="evaluation",
         samples=None if setting == "full" else 200,
     )
+    return model, calibration, perplexity(held)
+
+
+def _novel_llama(folder: Path) -> tuple[nn.Module, Any]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise MissingDependency("this claim needs: pip install 'sparseworks[hf]'") from None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    return model.eval(), tokenizer
+
+
+def activation_subject(seed: int, setting: Setting) -> tuple[nn.Module, list[Any], Metric]:
+    """The 6M-parameter Llama, 8 x 256 calibration tokens, perplexity on windows of the held text.
+
+    Every seed has calibration windows and 16 (full: 64) held windows of 256 tokens of its own.
+    """
+    root = data_root()
+    model, tokenizer = _novel_llama(root / "models" / "novel-llama-6m")
+    calibration = load(
+        root / "text" / "novels-train.txt", tokenizer=tokenizer, samples=8, batch_size=4, seed=seed
+    )
+    count = 64 if setting == "full" else 16
+    held = load(
+        root / "text" / "novels-valid.txt", tokenizer=tokenizer, split="evaluation",
+        samples=count * (seed + 1), batch_size=4,
+    )[-count // 4 :]  # fmt: skip
     return model, calibration, perplexity(held)

@@ -7,6 +7,7 @@ Where columns of W lie one by one in memory, those of other inputs need not be r
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["ActiveInputs", "Gate", "InputGate", "gates", "input_rule"]
+__all__ = ["ActiveInputs", "Gate", "InputGate", "gates", "input_rule", "without_gates"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,33 @@ class InputGate(Gate):
 def gates(module: nn.Module) -> Iterator[Gate]:
     """Of one module."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        yield from (hook for hook in hooks.values() if isinstance(hook, Gate))
+        for hook in list(hooks.values()):
+            if isinstance(hook, Gate):
+                yield hook
+
+
+@contextmanager
+def without_gates(model: nn.Module) -> Iterator[None]:
+    """The model as it is without gates, for a while."""
+    held = []
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if any(_gate_of(hook) is not None for hook in hooks.values()):
+                held.append((hooks, dict(hooks)))
+                for key in [k for k, hook in hooks.items() if _gate_of(hook) is not None]:
+                    del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.clear()
+            hooks.update(before)
+
+
+def _gate_of(hook: Any) -> Gate | None:
+    """The gate that a hook is, or is a method of."""
+    owner = getattr(hook, "__self__", hook)
+    return owner if isinstance(owner, Gate) else None
 
 
 def input_rule(module: nn.Module) -> ActiveInputs | None:

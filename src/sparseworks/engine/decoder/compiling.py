@@ -15,6 +15,7 @@ from sparseworks.engine.decoder.packing import DTYPES, pack_model
 from sparseworks.engine.decoder.reading import read_model
 from sparseworks.engine.layerwise import LayerwiseDecoder, by_linear_layers
 from sparseworks.kernels.native import available, instruction_set
+from sparseworks.models.active import without_gates
 from sparseworks.models.calls import call, split
 from sparseworks.models.modes import evaluating
 
@@ -117,19 +118,25 @@ def _config(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def _difference(model: nn.Module, decoder: Any) -> float:
-    """|logits - logits'| / |logits - mean| of a random text, the last tokens one by one."""
+    """|logits - logits'| / |logits - mean| of a random text, the last tokens one by one.
+
+    Without gates: an input at the edge of its rule would make more of a difference than rounding.
+    """
+    from sparseworks.engine.decoder.generating import Decoder, DecoderCache
+
+    whole = decoder.native
+    plain = NativeDecoder(whole.spec.ungated(), whole.cache, whole.threads)
+    twin = Decoder(decoder.config, plain, decoder.report, decoder.generation_config)
     generator = torch.Generator().manual_seed(0)
     high = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
-    length = min(_TEXT, decoder.native.spec.max_positions)
+    length = min(_TEXT, plain.spec.max_positions)
     ids = torch.randint(0, high, (1, length), generator=generator)
-    with evaluating(model):
+    with evaluating(model), without_gates(model):
         wanted = model(input_ids=ids).logits.float()
     cut = max(1, length - 3)
-    from sparseworks.engine.decoder.generating import DecoderCache
-
-    past = DecoderCache(decoder.native)
-    parts = [decoder(ids[:, :cut], cache=past).logits]
-    parts += [decoder(ids[:, i : i + 1], cache=past).logits for i in range(cut, length)]
+    past = DecoderCache(plain)
+    parts = [twin(ids[:, :cut], cache=past).logits]
+    parts += [twin(ids[:, i : i + 1], cache=past).logits for i in range(cut, length)]
     found = torch.cat(parts, 1)
     spread = (wanted - wanted.mean()).norm().clamp_min(1e-30)
     return float((found - wanted).norm() / spread)
