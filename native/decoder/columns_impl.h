@@ -1,4 +1,5 @@
-// A tile of a matrix times one vector, of which only the entries that are not zero are read.
+// Some groups of a tile of a matrix times one vector, of which only the entries that are not zero
+// are read.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +10,15 @@
 namespace sparseworks {
 namespace {
 
-// out [rows of the tile].
-inline void tile_plainly(const Matrix& m, int tile, const Input& x, float* out) {
+inline void tile_plainly(const Matrix& m, int tile, int first, int last, const Input& x,
+                         float* out) {
   const bool four = m.format == Format::kColumnInt4;
   const int rows = m.tile_rows(tile);
   const int64_t column = m.column_bytes(tile);
-  const uint8_t* at = m.data + m.offset[tile];
+  const uint8_t* at = m.data + m.offset[tile] + first * m.group_bytes(tile);
   std::fill(out, out + rows, 0.0f);
   float part[2][64];
-  for (int g = 0; g < m.padded() / m.group; ++g, at += m.group_bytes(tile)) {
+  for (int g = first; g < last; ++g, at += m.group_bytes(tile)) {
     const int begin = x.start[g], end = x.start[g + 1];
     if (begin == end) continue;
     const uint8_t* codes = at + 2 * rows;
@@ -89,23 +90,23 @@ inline void ask(const uint8_t* at) {
 }
 
 template <bool Four>
-inline void tile_codes(const Matrix& m, int tile, const Input& x, float* out) {
-  const int rows = m.tile_rows(tile), groups = m.padded() / m.group, count = x.start[groups];
+inline void tile_codes(const Matrix& m, int tile, int from, int to, const Input& x, float* out) {
+  const int rows = m.tile_rows(tile), start = x.start[from], count = x.start[to];
   const int64_t column = m.column_bytes(tile), step = m.group_bytes(tile);
   const uint8_t* const base = m.data + m.offset[tile];
   const __m512i nibble = _mm512_set1_epi8(15);
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows));
   thread_local std::vector<const uint8_t*> places;  // of each entry's column
-  places.resize(static_cast<size_t>(count + kColumnsAhead));
-  const uint8_t** const place = places.data();
-  for (int i = 0; i < count; ++i) {
+  places.resize(static_cast<size_t>(count - start + kColumnsAhead));
+  const uint8_t** const place = places.data() - start;
+  for (int i = start; i < count; ++i) {
     const int g = x.column[i] / m.group;
     place[i] = base + g * step + 2 * rows + (x.column[i] - g * m.group) * column;
   }
   for (int i = count; i < count + kColumnsAhead; ++i) place[i] = base;
-  for (int i = 0; i < std::min(count, kColumnsAhead); ++i)
+  for (int i = start; i < std::min(count, start + kColumnsAhead); ++i)
     for (int64_t b = 0; b < column; b += 64) ask(place[i] + b);
-  for (int g = 0; g < groups; ++g) {
+  for (int g = from; g < to; ++g) {
     const int begin = x.start[g], end = x.start[g + 1];
     if (begin == end) continue;
     const uint8_t *scales = base + step * g, *next = scales + 2 * step;
@@ -141,15 +142,18 @@ inline void tile_codes(const Matrix& m, int tile, const Input& x, float* out) {
     _mm512_storeu_ps(out + r, _mm512_mul_ps(_mm512_loadu_ps(out + r), unit));
 }
 
-inline void tile_product(const Matrix& m, int tile, const Input& x, float* out) {
-  if (m.format == Format::kColumnInt4) tile_codes<true>(m, tile, x, out);
-  else tile_codes<false>(m, tile, x, out);
+// Groups [first, last); out [rows of the tile].
+inline void tile_product(const Matrix& m, int tile, int first, int last, const Input& x,
+                         float* out) {
+  if (m.format == Format::kColumnInt4) tile_codes<true>(m, tile, first, last, x, out);
+  else tile_codes<false>(m, tile, first, last, x, out);
 }
 
 #else
 
-inline void tile_product(const Matrix& m, int tile, const Input& x, float* out) {
-  tile_plainly(m, tile, x, out);
+inline void tile_product(const Matrix& m, int tile, int first, int last, const Input& x,
+                         float* out) {
+  tile_plainly(m, tile, first, last, x, out);
 }
 
 #endif

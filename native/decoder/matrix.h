@@ -16,7 +16,7 @@
 //   kGroupInt4   a group is kept or not in each row: 16 bits, for all groups first; then of each
 //                group fp16 scales of the kept, their zero points (one byte each, where `zeros`), and
 //                for each eight columns the kept rows' four bytes, as in kInt4
-//   kColumnInt8, kColumnInt4  tiles of 512 rows (the last one filled up to a multiple of 128) instead
+//   kColumnInt8, kColumnInt4  tiles of 4096 rows (the last one filled up to a multiple of 128) instead
 //                of panels, without the 16 floats; of each group fp16 scales of the rows, then its
 //                columns one by one, which are read only where the input is not zero. Codes are moved
 //                by 128 or 8. Byte 16 l + 4 k + i of each 64 is row 16 k + 4 l + i; codes of 4 bits of
@@ -30,7 +30,7 @@
 namespace sparseworks {
 
 constexpr int kPanel = 16;
-constexpr int kTile = 512;  // rows of a tile of kColumnInt8 and kColumnInt4
+constexpr int kTile = 4096;  // rows of a tile of kColumnInt8 and kColumnInt4
 constexpr int kReadAhead = 64;  // bytes after the last panel
 
 enum class Format : int {

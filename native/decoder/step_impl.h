@@ -14,6 +14,7 @@ namespace sparseworks {
 namespace {
 
 constexpr int kFew = 8;  // tokens up to which weights are not widened
+constexpr int kParts = 64;  // of a tile's columns
 
 // Where pieces of a product begin, as shares of its bytes: large ones first, so that threads meet
 // rarely, small ones last, so that they end together.
@@ -82,9 +83,9 @@ class Run {
     x_.unit = piece<float>(space, next, many);
     x_.column = piece<int32_t>(space, next, many * x_.stride);
     x_.start = piece<int32_t>(space, next, many * x_.stride);
+    partial_ = piece<float>(space, next, partial_sums());
     g_ = piece<float>(space, next, t * used * hidden);
     threads_ = std::vector<Thread>(static_cast<size_t>(step.threads));
-    static_assert(2 * kPanel * kTokens >= kTile, "room for a tile");
     const int64_t out = 2 * kPanel * std::max<int64_t>((t + kTokens - 1) / kTokens * kTokens, 1);
     for (Thread& one : threads_) {
       one.wide = piece<Widened>(space, next, 1);
@@ -94,7 +95,7 @@ class Run {
   }
 
   void run() {
-    Phases phases(4 + 14 * static_cast<int>(m_.layers.size()));
+    Phases phases(5 + 18 * static_cast<int>(m_.layers.size()));
     phases.run(s_.threads, [&](Walk& walk) {
       if (few_) return go(walk);
       [[maybe_unused]] const Tiles tiles;
@@ -104,7 +105,7 @@ class Run {
 
   // The head alone, of given vectors.
   void run_head(const float* x) {
-    Phases phases(2);
+    Phases phases(3);
     phases.run(s_.threads, [&](Walk& walk) {
       const auto go = [&] {
         head(walk, [&](int i) { return x + static_cast<int64_t>(i) * m_.width; });
@@ -116,6 +117,21 @@ class Run {
   }
 
  private:
+  // Numbers that `gathered` needs.
+  int64_t partial_sums() const {
+    int64_t most = 0;
+    const auto see = [&](const Linear& l) {
+      const int64_t tiles = l.weight.data && l.weight.by_columns() ? l.weight.pieces() : 0;
+      if (tiles) most = std::max(most, kFew * std::max<int64_t>(4 * s_.threads, tiles) * kTile);
+    };
+    for (const Layer& l : m_.layers) {
+      for (const Linear* one : {&l.attention.qkv, &l.attention.out, &l.mlp.up, &l.mlp.down})
+        see(*one);
+    }
+    see(m_.head);
+    return most;
+  }
+
   void go(Walk& walk) {
     embed(walk);
     for (size_t i = 0; i < m_.layers.size(); ++i) layer(walk, static_cast<int>(i));
@@ -254,7 +270,10 @@ class Run {
   void product(Walk& walk, const Linear& linear, float* out, int width, const Mlp* mlp = nullptr) {
     const Matrix& w = linear.weight;
     const int unit = mlp && mlp->gated ? 2 : 1;
-    if (few_ && w.by_columns()) return gathered(walk, linear, out, width, mlp, unit);
+    if (few_ && w.by_columns())
+      return gathered(walk, w, s_.tokens, unit, [&](int t, int panel, const Vec* sum) {
+        put(linear, mlp, panel, unit, sum[0], sum[1], row(out, t, width), width);
+      });
     pieces(walk, w, unit, [&](int panel, int count) {
       if (few_) {
         Vec a[kFew], b[kFew] = {};
@@ -276,21 +295,31 @@ class Run {
     }, few_ ? 1 : 2);
   }
 
-  // `product` of tiles whose columns are read where a token needs them; those that several need
-  // come from the caches for all but the first.
-  void gathered(Walk& walk, const Linear& linear, float* out, int width, const Mlp* mlp, int unit) {
-    const Matrix& w = linear.weight;
-    walk.each(w.pieces(), [&](int tile) {
-      float* sum = mine(walk).out;
-      for (int t = 0; t < s_.tokens; ++t) {
-        tile_product(w, tile, x_.input(t), sum);
-        const int first = tile * (kTile / kPanel), last = std::min(first + kTile / kPanel, w.panels());
-        for (int p = first; p < last; p += unit) {
-          const float* at = sum + (p - first) * kPanel;
-          const Vec b = unit == 2 ? load(at + kPanel) : Vec{};
-          put(linear, mlp, p, unit, load(at), b, row(out, t, width), width);
+  // Sums of tiles whose columns are read where a token needs them, for `count` tokens; those that
+  // several need come from the caches for all but the first. Threads share columns, so that what
+  // is read of one lies together; done(token, panel, sum) is called for each panel.
+  template <typename Done>
+  void gathered(Walk& walk, const Matrix& w, int count, int unit, Done&& done) {
+    const int groups = w.padded() / w.group, tiles = w.pieces();
+    const int parts = std::clamp(4 * s_.threads / tiles, 1, std::min(groups, kParts));
+    const int64_t rows = static_cast<int64_t>(tiles) * kTile;
+    const auto sums = [&](int t, int part) { return partial_ + (t * parts + part) * rows; };
+    walk.each(tiles * parts, [&](int i) {
+      const int tile = i / parts, part = i % parts;
+      for (int t = 0; t < count; ++t)
+        tile_product(w, tile, groups * part / parts, groups * (part + 1) / parts, x_.input(t),
+                     sums(t, part) + tile * kTile);
+    });
+    const int chunk = 16;  // panels
+    walk.each((w.panels() + chunk - 1) / chunk, [&](int i) {
+      const int last = std::min((i + 1) * chunk, w.panels());
+      for (int t = 0; t < count; ++t)
+        for (int p = i * chunk; p < last; p += unit) {
+          Vec sum[2] = {};
+          for (int part = 0; part < parts; ++part)
+            for (int k = 0; k < unit; ++k) sum[k] += load(sums(t, part) + (p + k) * kPanel);
+          done(t, p, sum);
         }
-      }
     });
   }
 
@@ -437,14 +466,8 @@ class Run {
       make_ready(m_.head, x_, i, !few);
     });
     if (few && w.by_columns())
-      return walk.each(w.pieces(), [&](int tile) {
-        float* sum = mine(walk).out;
-        for (int i = 0; i < s_.wanted; ++i) {
-          tile_product(w, tile, x_.input(i), sum);
-          const int first = tile * (kTile / kPanel);
-          for (int p = first; p < std::min(first + kTile / kPanel, w.panels()); ++p)
-            put_logits(load(sum + (p - first) * kPanel), i, p);
-        }
+      return gathered(walk, w, s_.wanted, 1, [&](int i, int panel, const Vec* sum) {
+        put_logits(sum[0], i, panel);
       });
     pieces(walk, w, 1, [&](int panel, int count) {
       float* sum = mine(walk).out;
@@ -485,7 +508,7 @@ class Run {
   std::vector<double> shares_;
   bool few_;
   int hidden_, used_;
-  float *h_, *y_, *qkv_, *q_, *g_, *router_, *weight_;
+  float *h_, *y_, *qkv_, *q_, *g_, *router_, *weight_, *partial_;
   int* expert_;
   Vectors x_;
   std::vector<Thread> threads_;
@@ -520,7 +543,7 @@ double run_time(const Matrix& w, int repeats) {
   x.unit = piece<float>(space, next, 1);
   x.column = piece<int32_t>(space, next, x.stride);
   x.start = piece<int32_t>(space, next, x.stride);
-  alignas(64) float out[kTile];
+  std::vector<float> out(kTile);
   for (int i = 0; i < w.columns; ++i) x.value[i] = static_cast<float>(i % 7) - 3;
   make_ready({w}, x, 0, false);
   double least = 1e30;
@@ -528,7 +551,7 @@ double run_time(const Matrix& w, int repeats) {
   for (int r = 0; r < repeats; ++r) {
     const auto start = std::chrono::steady_clock::now();
     for (int p = 0; p < w.pieces(); ++p) {
-      if (w.by_columns()) tile_product(w, p, x.input(0), out);
+      if (w.by_columns()) tile_product(w, p, 0, w.padded() / w.group, x.input(0), out.data());
       sum += w.by_columns() ? out[0] : panel_product(w, p, x.input(0))[0];
     }
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;

@@ -13,7 +13,7 @@ from sparseworks.kernels.panels import ROW_OF_BYTE, Format, Packed, Panels
 __all__ = ["pack_panels"]
 
 _ROWS = 16
-_TILE, _STRIPS = 512, 128  # rows of a tile, and what the rows of the last one are a multiple of
+_TILE, _STRIPS = 4096, 128  # rows of a tile, and what the rows of the last one are a multiple of
 _AFTER = 64  # bytes that may be read after the last panel
 _CHUNK = 1 << 22  # weights that are packed at a time
 

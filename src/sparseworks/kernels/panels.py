@@ -101,7 +101,7 @@ class Panels:
         rows, columns: of the matrix.
         zeros: `group-int4` with a zero point for each group.
         data: uint8, the bytes of all panels and 64 more.
-        offset: int64 `[panels + 1]`, where each panel begins, or each tile of 512 rows where
+        offset: int64 `[panels + 1]`, where each panel begins, or each tile of 4,096 rows where
             columns are gathered (whose bytes are moved to where lines of the caches begin).
 
     Raises:
