@@ -17,6 +17,7 @@ __all__ = [
     "check_output",
     "make_metrics",
     "one_metric",
+    "own_batches",
     "parse_options",
 ]
 
@@ -44,7 +45,8 @@ def check_inputs(options: Any) -> None:
         ("start", existing),
         ("weights", existing),
     ):
-        if (given := getattr(options, field, None)) is not None:
+        given = getattr(options, field, None)
+        if given is not None and ".py:" not in given:
             check(given)
     named = getattr(options, "metric", None) or ()
     for name in (named,) if isinstance(named, str) else named:
@@ -52,8 +54,10 @@ def check_inputs(options: Any) -> None:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` pairs, values as JSON where they are, else as text."""
-    options = {}
+    """`name=value` pairs, values as JSON where they are, objects of `file.py:name`, else text."""
+    from sparseworks.diagnostics.metrics import load_object
+
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
@@ -61,7 +65,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             options[name] = json.loads(text)
         except json.JSONDecodeError:
-            options[name] = text
+            options[name] = load_object(text) if ".py:" in text else text
     return options
 
 
@@ -93,6 +97,8 @@ def calibration(loaded: Any, options: Any) -> list[Any] | None:
     if not needs and options.recovery is None:
         return None
     source = options.data
+    if source is not None and ".py:" in source:
+        return own_batches(source)
     if source is None:
         if loaded.tokenizer is None:
             raise InvalidArgument(
@@ -112,6 +118,14 @@ def calibration(loaded: Any, options: Any) -> list[Any] | None:
         batch_size=options.batch_size,
         seed=options.seed,
     )
+
+
+def own_batches(source: str) -> list[Any]:
+    """The batches of the user's "file.py:name": a list, or a function that makes one."""
+    from sparseworks.diagnostics.metrics import load_object
+
+    found = load_object(source)
+    return list(found() if callable(found) else found)
 
 
 def make_metrics(

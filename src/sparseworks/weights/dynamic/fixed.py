@@ -29,6 +29,7 @@ class Fixed(Hooked):
         budget="that of the record",
         cost="a mask per step",
         summary="fine-tune from the mask record; every zero stays zero",
+        command="sparseworks train MODEL --data DATA --method fixed --start SPARSE --out OUT",
     )
 
     def begin(self, run: Run) -> None:

@@ -190,7 +190,7 @@ class TurboVBI(Transform):
     stay.
 
     Args:
-        samples: N, the number of training samples.
+        samples: N, the number of training samples; needed.
         rounds: updates of precisions and support, evenly over the training from `start` to `end`.
         start: fraction of the training before the first round.
         end: fraction of the training of the last round.
@@ -248,11 +248,10 @@ class TurboVBI(Transform):
                 f"turbo-vbi: p01={self.p01}, p10={self.p10}, ratio={self.ratio} must be in (0, 1), "
                 f"shape={self.shape}, sigma={self.sigma} above 0, damping={self.damping} below 1"
             )
-        if self.samples < 1 or self.rounds < 1 or self.end < self.start:
+        if self.samples < 0 or self.rounds < 1 or self.end < self.start:
             raise InvalidArgument(
-                f"turbo-vbi: samples={self.samples} (the number of training samples, which scales "
-                f"the prior) and rounds={self.rounds} must be at least 1, end={self.end} not "
-                f"before start={self.start}"
+                f"turbo-vbi: samples={self.samples} and rounds={self.rounds} must be at least 1, "
+                f"end={self.end} not before start={self.start}"
             )
         if self.coupling not in get_args(Coupling) or self.factors not in get_args(Factors):
             raise InvalidArgument(
@@ -261,6 +260,10 @@ class TurboVBI(Transform):
             )
 
     def begin(self, job: Transformed) -> None:
+        if self.samples < 1:
+            raise InvalidArgument(
+                "turbo-vbi: give samples=, the number of training samples, which scales the prior"
+            )
         span(job, 0.0, 1.0)
         if not (isinstance(job.pattern, Unstructured) and job.pattern.scope == "tensor"):
             raise InvalidArgument(

@@ -23,7 +23,6 @@ accuracy are not better (F1 -0.06, -0.3 to 0.2; -1.7 points, -6.4 to 3.0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,8 +34,10 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, Family, trace
+from sparseworks.weights.structured.base import EpochBatches, Fitted, TrainAndCut
 from sparseworks.weights.structured.checking import check
 from sparseworks.weights.structured.cutting import cut
+from sparseworks.weights.structured.recovery import finetune, one_cycle
 
 __all__ = ["WGSEF", "envelope", "proximal_scale"]
 
@@ -84,7 +85,7 @@ def proximal_scale(norms: Tensor, k: int, strength: float, d: Tensor | float = 1
 
 
 @dataclass(frozen=True)
-class WGSEF:
+class WGSEF(TrainAndCut):
     """Proximal SGD with the k-level group envelope, then the zero groups are cut.
 
     Args:
@@ -106,7 +107,7 @@ class WGSEF:
         authors="Refael et al.",
         year=2024,
         room="weights/structured",
-        kind="driver",
+        kind="train-and-cut",
         card="130",
         needs=("data", "loss", "training"),
         pattern="coupled groups",
@@ -119,19 +120,17 @@ class WGSEF:
         self,
         model: nn.Module,
         example: Batch,
-        batches: Callable[[int], Iterable[Batch]],
+        batches: EpochBatches,
         *,
         epochs: int,
         steps_per_epoch: int,
         **training: Any,
-    ) -> dict[str, tuple[int, int]]:
-        """Train in place and cut; returns groups before and after per layer.
+    ) -> Fitted:
+        """Train in place and cut.
 
         Raises:
             InvalidArgument: `keep` or `strength` is out of range.
         """
-        from sparseworks.weights.structured.recovery import finetune, one_cycle
-
         if not 0 < self.keep < 1 or self.strength <= 0:
             raise InvalidArgument("keep= lies in (0, 1) and strength= above 0")
         coupling = trace(model, example)
@@ -161,7 +160,7 @@ class WGSEF:
             widths[family.axes[0][0]] = (len(family), int(alive.sum()))
         check(model, example, coupling, keep)
         cut(model, coupling, keep)
-        return widths
+        return Fitted(widths)
 
 
 def _slices(model: nn.Module, coupling: Coupling, family: Family) -> list[tuple[Tensor, int, Any]]:

@@ -140,11 +140,11 @@ class Ownership(Driver):
         tensors="convolutions",
         cost="one training",
         summary="an owner's code in the empty kernels of a ticket, or kernels withheld as a key",
+        command="sparseworks tickets MODEL --data DATA --method ownership --start SPARSE "
+        "--option owner=OWNER --out OUT",
     )
 
     def __post_init__(self) -> None:
-        if not self.owner:
-            raise InvalidArgument("ownership: give `owner`, a text that proves who wrote it")
         if self.scheme not in ("code", "key") or self.size < 2 or self.walks < 1:
             raise InvalidArgument(
                 f"ownership: scheme={self.scheme!r} must be 'code' or 'key', size={self.size} at "
@@ -157,6 +157,8 @@ class Ownership(Driver):
             )
 
     def run(self, experiment: Experiment) -> Finished:
+        if not self.owner:
+            raise InvalidArgument("ownership: give `owner`, a text that proves who wrote it")
         ticket = masks(experiment.model) if self.ticket is None else self.ticket
         if ticket is None or not len(ticket):
             raise InvalidArgument(
