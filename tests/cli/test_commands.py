@@ -8,53 +8,13 @@ import shlex
 import pytest
 
 import sparseworks as sw
+import tiny_models
 from sparseworks.cli import COMMANDS, main
 from sparseworks.core import registry
 from sparseworks.core.kinds import command_of
 from sparseworks.io import inspect
 
-NET = """
-import torch
-from torch import nn
-from sparseworks.models.zoo import DDIM, SuperNetwork, TextToImage, ViT
-
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Flatten(), nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
-
-def pointwise():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1),
-        nn.Flatten(), nn.Linear(288, 10))
-
-def supernet():
-    torch.manual_seed(0)
-    return SuperNetwork(nodes=1, cells=1, channels=4, in_channels=1)
-
-def vit():
-    torch.manual_seed(0)
-    return ViT(8, 4, 1, dim=16, depth=1, heads=2)
-
-def diffusion():
-    torch.manual_seed(0)
-    return TextToImage(width=16, depth=1, heads=2, text_depth=1).eval()
-
-sampler = DDIM(steps=2)
-
-def chains():
-    g = torch.Generator().manual_seed(1)
-    return [(torch.randn(2, 1, 8, 8, generator=g), torch.randint(0, 27, (2, 5), generator=g))]
-"""
-FACTORY = {
-    "dass": "supernet",
-    "sparse-then-prune": "vit",
-    "fast-sparse-convnets": "pointwise",
-    "ecodiff": "diffusion",
-}
+NET = tiny_models.__file__
 QUICK = {
     "prune": "--samples 32 --batch-size 16",
     "train": "--samples 128 --batch-size 32 --epochs 1 --no-augment --no-tensorboard",
@@ -80,8 +40,7 @@ OPTIONS = {
 def work(tmp_path_factory):
     """Model files, a sparse checkpoint and two recorded runs."""
     root = tmp_path_factory.mktemp("commands")
-    (root / "net.py").write_text(NET)
-    run = [f"{root}/net.py:make", "--data", "digits", *QUICK["train"].split()]
+    run = [f"{NET}:net", "--data", "digits", *QUICK["train"].split()]
     for method, more in (("static", ["--sparsity", "0.5"]), ("dense", [])):
         out = ["--out", str(root / method)]
         assert main(["train", *run, "--method", method, *more, *out]) == 0
@@ -90,11 +49,11 @@ def work(tmp_path_factory):
 
 def words_of(name, work, out):
     """The printed command with the user's words filled in, and small enough for a test."""
-    net = f"{work}/net.py"
+    factory = tiny_models.FACTORIES.get(name, tiny_models.net).__name__
     filled = {
-        "MODEL": f"{net}:{FACTORY.get(name, 'make')}", "DATA": "digits", "OUT": str(out),
+        "MODEL": f"{NET}:{factory}", "DATA": "digits", "OUT": str(out),
         "OUT.json": f"{out}.json", "SPARSE": str(work / "static" / "model.safetensors"),
-        "FILE.py:CHAINS": f"{net}:chains", "sampler=FILE.py:SAMPLER": f"sampler={net}:sampler",
+        "FILE.py:CHAINS": f"{NET}:chains", "sampler=FILE.py:SAMPLER": f"sampler={NET}:sampler",
         "owner=OWNER": "owner=somebody",
     }  # fmt: skip
     program, command, *words = shlex.split(command_of(registry.resolve(name)))

@@ -12,6 +12,7 @@ from sparseworks.core.errors import InvalidArgument
 
 __all__ = [
     "CalibrationOptions",
+    "Measured",
     "calibration",
     "check_inputs",
     "check_output",
@@ -86,6 +87,58 @@ class CalibrationOptions:
         return cls(
             method, None, options.data, options.samples, options.length, options.batch_size, seed
         )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What commands take that prune one model by several methods and measure it.
+
+    tyro shows these options beside those of the command's own class, in the order of both.
+    """
+
+    metric: str | None = None
+    """One metric, as `sparseworks prune` takes it; default: the first that fits the model."""
+    data: str | None = None
+    """Calibration data, for methods that need it."""
+    samples: int = 128
+    """Calibration samples."""
+    length: int = 256
+    """Tokens of a calibration window."""
+    batch_size: int = 8
+    """Samples per calibration batch."""
+    eval_data: str | None = None
+    """Evaluation data of the metric."""
+    eval_samples: int | None = None
+    """Evaluation windows, sentences or images."""
+    include: tuple[str, ...] = ()
+    """Name patterns of the only weights to prune."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns of weights to leave dense."""
+    seeds: tuple[int, ...] = (0,)
+    """Of random methods and of calibration samples; with several, each is measured."""
+    dtype: str | None = None
+    """fp32, bf16 or fp16; default fp32."""
+    out: Path | None = None
+    """Output folder; it must not exist yet, unless --force."""
+    force: bool = False
+    """Write into a folder that exists."""
+    json: bool = False
+    """Print as JSON."""
+
+    def checked(self) -> None:
+        """Refuse what is not there before a model is loaded.
+
+        Raises:
+            InvalidArgument: an output folder or an option that cannot be used.
+        """
+        if not self.methods or not self.seeds:  # type: ignore[attr-defined]
+            raise InvalidArgument("give at least one of --methods and one of --seeds")
+        check_output(self.out, self.force)
+        check_inputs(self)
+
+    def batches(self, loaded: Any, method: str, seed: int) -> list[Any] | None:
+        """Calibration batches for one method."""
+        return calibration(loaded, CalibrationOptions.of(self, method, seed))
 
 
 def calibration(loaded: Any, options: Any) -> list[Any] | None:

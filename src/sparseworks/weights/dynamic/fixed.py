@@ -1,4 +1,11 @@
-"""Fixed masks: fine-tune a sparse model; every zero stays zero."""
+"""Fixed masks: fine-tune a sparse model; every zero stays zero.
+
+After every step w <- w * m, m the mask of the model's record; gradients and the optimizer's state
+are masked alike.
+
+Source: Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks (its
+retraining of what is kept).
+"""
 
 from __future__ import annotations
 

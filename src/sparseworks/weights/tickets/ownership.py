@@ -7,6 +7,14 @@ Scheme "code": a code that only the owner's text gives is written into the mask,
 trained from its rewound weights; whoever gets the weights finds the code in them. Scheme "key": the
 kernels on the strongest paths are withheld; what is released trains to a lower accuracy.
 
+With b_ij the bits of the code, size x size, bit 1 where kernel (r + i, c + j) of a layer keeps
+weights and 0 where it is empty, the place (layer, r, c) is the one where
+
+    agreement(r, c) = sum_ij [any(m_(r+i)(c+j)) = b_ij]
+
+is largest, and the mask is changed there alone; the error rate of a suspect is 1 - agreement /
+size^2 at that place.
+
 In our quick setting (claim 006: ResNet-20, 80 % sparse) the code stays exact through training and
 costs 0.5 points of accuracy (0.3 to 0.7), but pruning another 10 % turns 9.6 % of its bits (5 %
 turns 7.0 %), more than the 4 % promised: leave room for errors when a ticket is compared. That
