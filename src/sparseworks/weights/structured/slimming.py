@@ -17,7 +17,7 @@ from sparseworks.models.calls import Arguments, Batch, Example, Loss
 from sparseworks.models.coupling import Coupling, trace
 from sparseworks.models.hooks import duplicate
 from sparseworks.weights.structured.applying import apply_cut
-from sparseworks.weights.structured.backup import Backup, Change
+from sparseworks.weights.structured.backup import Backup, Change, Snapshot
 from sparseworks.weights.structured.base import GroupScore, TrainAndCut
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.depth import drop_least, renamed
@@ -165,6 +165,7 @@ def slim(
     plain: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     base = 0.0
+    guard = None if recover is None else Snapshot(model)  # what it trains is no part of a backup
     try:
         for i in range(iterations):
             report(i, iterations, "cutting groups")
@@ -201,38 +202,40 @@ def slim(
             _note(widths, coupling, keep)
             if recover is not None and i + 1 < iterations:
                 recover(model, i)
+        report(iterations, iterations, "cutting groups")
+        assert first is not None
+        after = shapes_of(model)
+        notes = [f"not reached by the example, left whole: {n}" for n in first.unreached]
+        last = trace(model, given)
+        return SlimResult(
+            scorer.info.name,
+            {
+                **targets,
+                **_plain(plan),
+                "blocks": blocks,
+                "iterations": iterations,
+                **registry.options_of(scorer),
+            },
+            tuple(widths.values()),
+            {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
+            tuple(changes),
+            (config if plan.uniform and has_config(model) else None),
+            (sum(2.0 * c.macs for c in first.costs), last.flops()),
+            (parameters, sum(p.numel() for p in model.parameters())),
+            (base, measure_latency(model, given)) if what == "latency" else None,
+            model,
+            time.perf_counter() - start,
+            (*notes, *whole),
+            tuple(gone),
+            plain,
+            left_whole(last, plan, {n for n in after if shapes.get(n) == after[n]}),
+        )
     except BaseException:
         for backup in reversed(undo):
             backup.restore()
+        if guard is not None:
+            guard.restore()
         raise
-    report(iterations, iterations, "cutting groups")
-    assert first is not None
-    after = shapes_of(model)
-    notes = [f"not reached by the example, left whole: {n}" for n in first.unreached]
-    last = trace(model, given)
-    return SlimResult(
-        scorer.info.name,
-        {
-            **targets,
-            **_plain(plan),
-            "blocks": blocks,
-            "iterations": iterations,
-            **registry.options_of(scorer),
-        },
-        tuple(widths.values()),
-        {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
-        tuple(changes),
-        (config if plan.uniform and has_config(model) else None),
-        (sum(2.0 * c.macs for c in first.costs), last.flops()),
-        (parameters, sum(p.numel() for p in model.parameters())),
-        (base, measure_latency(model, given)) if what == "latency" else None,
-        model,
-        time.perf_counter() - start,
-        (*notes, *whole),
-        tuple(gone),
-        plain,
-        left_whole(last, plan, {n for n in after if shapes.get(n) == after[n]}),
-    )
 
 
 def _functions(
