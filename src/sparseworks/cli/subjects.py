@@ -38,7 +38,7 @@ def subject(loaded: Any, options: Any, method: Any) -> tuple[Any, Any]:
         return torch.randn(options.batch_size, 3, 32, 32, generator=generator), None
     own = options.data is not None and ".py:" in options.data
     if method.info.kind == "train-and-cut":
-        batches = own_batches(options.data) if own else _epochs(loaded, options)
+        batches: Any = own_batches(options.data) if own else _epochs(loaded, options)
         first = next(iter(batches if own else batches.epoch(0)), None)
         if first is None:
             raise InvalidArgument(

@@ -26,6 +26,7 @@ __all__ = [
     "Batch",
     "Example",
     "Loss",
+    "TaskLoss",
     "batch_size",
     "call",
     "default_loss",
@@ -129,6 +130,8 @@ class Arguments:
 Example = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any] | Arguments
 Batch = Tensor | Mapping[str, Any] | tuple[Any, Any] | list[Any] | Arguments
 Loss = Callable[[nn.Module, Batch], Tensor]
+TaskLoss = Callable[[nn.Module, Batch, Tensor], Tensor]
+"""`(model, batch, logits) -> scalar`."""
 _LABELS = ("labels", "label")
 
 

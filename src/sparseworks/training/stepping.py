@@ -51,7 +51,8 @@ def train_epochs(
         DataError: the loss is not finite.
     """
     device = next(model.parameters()).device
-    step, losses = 0, []
+    step = 0
+    losses: list[float] = []
     model.train()
     for epoch in range(epochs):
         begun = len(losses)

@@ -104,13 +104,13 @@ def prune(
                 f"{', '.join(given)} out"
             )
         batches = _batches(chosen, data, recovery)
-        found = chosen.find(model, batches, seed=seed, progress=progress)
+        choice = chosen.find(model, batches, seed=seed, progress=progress)
         done = prune(
-            model, found.method, sparsity=max(found.sparsity.values()), budget=found.sparsity,
-            include=list(found.sparsity), data=batches, loss=loss, recovery=recovery, seed=seed,
+            model, choice.method, sparsity=max(choice.sparsity.values()), budget=choice.sparsity,
+            include=list(choice.sparsity), data=batches, loss=loss, recovery=recovery, seed=seed,
             skip_indivisible=skip_indivisible, copy=copy, device=device, spill=spill,
         )  # fmt: skip
-        settings = {**registry.options_of(chosen), **found.figures, "recovery": recovery}
+        settings = {**registry.options_of(chosen), **choice.figures, "recovery": recovery}
         seconds = time.perf_counter() - began
         name, settings = chosen.info.name, {**settings, "seed": seed}
         return replace(done, method=name, options=settings, seconds=seconds)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sparseworks.core.registry import MethodInfo
-from sparseworks.models.calls import Arguments, Batch, Loss
+from sparseworks.core.types import Progress
+from sparseworks.models.calls import Arguments, Batch, Loss, TaskLoss
 from sparseworks.models.coupling import Coupling
 
 __all__ = ["EpochBatches", "Fitted", "GroupScore", "Scores", "TrainAndCut"]
@@ -79,7 +80,8 @@ class TrainAndCut(ABC):
         *,
         epochs: int,
         steps_per_epoch: int,
-        **training: Any,
+        loss: TaskLoss | None = None,
+        progress: Progress | None = None,
     ) -> Fitted:
         """Train in place and cut.
 
@@ -89,6 +91,6 @@ class TrainAndCut(ABC):
             batches: epoch number -> batches.
             epochs: passes.
             steps_per_epoch: batches of a pass.
-            training: `loss` `(model, batch, logits) -> scalar`, `progress`, and what else the
-                method's training loop takes.
+            loss: `(model, batch, logits) -> scalar`; cross-entropy when None.
+            progress: called with (done, total, what).
         """

@@ -37,6 +37,7 @@ from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Arguments, Batch, Loss
 from sparseworks.models.coupling import Coupling
 from sparseworks.models.modes import evaluating
+from sparseworks.weights.structured.applying import free_families
 from sparseworks.weights.structured.base import GroupScore, Scores
 from sparseworks.weights.structured.gates import Gates
 
@@ -178,7 +179,7 @@ class EcoDiff(GroupScore):
         chains = list(data) if data is not None else []
         if not chains:
             raise DataError("ecodiff needs chains: data=[(noise, condition), ...]")
-        families = [f for f in coupling.families if f.exact and len(f) > 1]
+        families = free_families(coupling)
         gates = Gates(model, coupling, families)
         logits = [torch.full_like(v, self.start).requires_grad_() for v in gates.values]
         wanted = {p: p.requires_grad for p in model.parameters()}
@@ -202,7 +203,8 @@ class EcoDiff(GroupScore):
         handle = model.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(Arguments(args, kwargs)), with_kwargs=True
         )
-        noise, condition = next(iter(data))
+        chain: Any = next(iter(data))
+        noise, condition = chain
         try:
             with evaluating(model), torch.no_grad():
                 self.sampler.predict(model, noise, 0, condition)

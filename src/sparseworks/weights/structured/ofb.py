@@ -41,9 +41,8 @@ from sparseworks.core.types import Progress
 from sparseworks.models.calls import Batch, call, logits_of, loss_of, split
 from sparseworks.models.coupling import Coupling, trace
 from sparseworks.training.stepping import train_epochs
+from sparseworks.weights.structured.applying import cut_families, free_families
 from sparseworks.weights.structured.base import EpochBatches, Fitted, TrainAndCut
-from sparseworks.weights.structured.checking import check
-from sparseworks.weights.structured.cutting import cut
 from sparseworks.weights.structured.gates import Gates
 from sparseworks.weights.structured.pmim import Pmim
 from sparseworks.weights.structured.recovery import TaskLoss, distillation, told
@@ -205,12 +204,8 @@ class OFB(TrainAndCut):
             self._set(gates, layers, self._w(1.0))
         model.eval()
         gates.fuse()
-        keep = coupling.keep_all()
-        for layer in layers:
-            keep[layer.family.roots[~layer.kept.cpu().numpy()]] = False
-        check(model, example, coupling, keep)
-        cut(model, coupling, keep)
-        widths = {x.family.axes[0][0]: (x.units, int(x.kept.sum())) for x in layers}
+        kept = [(x.family, x.kept.cpu().numpy()) for x in layers]
+        keep, widths = cut_families(model, example, coupling, kept)
         each = range(0, len(tasks), steps_per_epoch)
         losses = tuple(fmean(tasks[i : i + steps_per_epoch]) for i in each)
         return OFBResult(widths, (whole, coupling.flops(keep)), certainty, losses)
@@ -220,7 +215,7 @@ class OFB(TrainAndCut):
             raise InvalidArgument("flops= lies in (0, 1), floor= in [0, 1), candidates= from 2")
         if steps < 1 or not 0 < self.warmup <= 1:
             raise InvalidArgument("epochs and steps_per_epoch are at least 1, warmup= in (0, 1]")
-        families = [f for f in coupling.families if (f.exact or self.streams) and len(f) > 1]
+        families = free_families(coupling, self.streams)
         if not families:
             raise ModelError(f"{type(model).__name__} has no group of channels that may be gated")
         device = next(model.parameters()).device

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.types import Progress
-from sparseworks.models.calls import Batch, call, logits_of, loss_of, split
+from sparseworks.models.calls import Batch, TaskLoss, call, logits_of, loss_of, split
 from sparseworks.training.distilling import distillation
 from sparseworks.training.recalibration import reestimate
 from sparseworks.training.stepping import train_epochs
@@ -27,8 +27,6 @@ from sparseworks.training.stepping import train_epochs
 __all__ = ["Recovery", "TaskLoss", "distillation", "finetune", "one_cycle", "reestimate", "told"]
 
 Penalty = Callable[[nn.Module], None]
-TaskLoss = Callable[[nn.Module, Batch, Tensor], Tensor]
-"""`(model, batch, logits) -> scalar`."""
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,16 @@ def train_and_cut(
     before, shapes = trace(model, called), shapes_of(model)
     parameters = sum(p.numel() for p in model.parameters())
     snapshot = Snapshot(model)
-    training: dict[str, Any] = {"progress": progress}
-    if loss is not None:
-        training["loss"] = lambda net, batch, logits: loss(net, batch)
+    task = None if loss is None else lambda net, batch, logits: loss(net, batch)
     try:
         fitted = method.fit(
-            model, called, batches, epochs=epochs, steps_per_epoch=steps, **training
+            model,
+            called,
+            batches,
+            epochs=epochs,
+            steps_per_epoch=steps,
+            loss=task,
+            progress=progress,
         )
         after = trace(model, called)
         changes = snapshot.changes()

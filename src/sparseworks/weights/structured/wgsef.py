@@ -34,9 +34,8 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, Family, trace
+from sparseworks.weights.structured.applying import cut_families, free_families
 from sparseworks.weights.structured.base import EpochBatches, Fitted, TrainAndCut
-from sparseworks.weights.structured.checking import check
-from sparseworks.weights.structured.cutting import cut
 from sparseworks.weights.structured.recovery import finetune, one_cycle
 
 __all__ = ["WGSEF", "envelope", "proximal_scale"]
@@ -134,7 +133,7 @@ class WGSEF(TrainAndCut):
         if not 0 < self.keep < 1 or self.strength <= 0:
             raise InvalidArgument("keep= lies in (0, 1) and strength= above 0")
         coupling = trace(model, example)
-        families = [f for f in coupling.families if (f.exact or self.streams) and len(f) > 1]
+        families = free_families(coupling, self.streams)
         total = epochs * steps_per_epoch
 
         def step(done: int) -> None:
@@ -149,18 +148,8 @@ class WGSEF(TrainAndCut):
             model, batches, epochs=epochs, steps_per_epoch=steps_per_epoch, lr=self.lr,
             after_step=step, **training,
         )  # fmt: skip
-        keep = coupling.keep_all()
-        widths = {}
-        for family in families:
-            norms = group_norms(model, coupling, family)
-            alive = (norms > 0).numpy()
-            if not alive.any():
-                alive[0] = True
-            keep[family.roots[~alive]] = False
-            widths[family.axes[0][0]] = (len(family), int(alive.sum()))
-        check(model, example, coupling, keep)
-        cut(model, coupling, keep)
-        return Fitted(widths)
+        alive = [(f, (group_norms(model, coupling, f) > 0).numpy()) for f in families]
+        return Fitted(cut_families(model, example, coupling, alive)[1])
 
 
 def _slices(model: nn.Module, coupling: Coupling, family: Family) -> list[tuple[Tensor, int, Any]]:
