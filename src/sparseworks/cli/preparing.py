@@ -96,6 +96,8 @@ class Measured:
     tyro shows these options beside those of the command's own class, in the order of both.
     """
 
+    methods: tuple[str, ...] = ()
+    """Registered one-shot methods."""
     metric: str | None = None
     """One metric, as `sparseworks prune` takes it; default: the first that fits the model."""
     data: str | None = None
@@ -131,7 +133,7 @@ class Measured:
         Raises:
             InvalidArgument: an output folder or an option that cannot be used.
         """
-        if not self.methods or not self.seeds:  # type: ignore[attr-defined]
+        if not self.methods or not self.seeds:
             raise InvalidArgument("give at least one of --methods and one of --seeds")
         check_output(self.out, self.force)
         check_inputs(self)
