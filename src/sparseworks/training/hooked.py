@@ -243,10 +243,8 @@ class Run:
         self.finished = True
 
     def apply_to(self, model: nn.Module) -> Masks:
-        """The masks as they are now on a copy of the model, an average of its weights say.
-
-        Masked weights of the copy become exactly 0, and the record of the masks is attached to the
-        model inside its wrappers. The run goes on as before.
+        """The masks as they are now on a copy of the model, an average of its weights say: exact
+        zeros, and the record on the model inside its wrappers. The run goes on as before.
 
         Args:
             model: of the same parameters as the model of the run, in names and shapes; wrappers
@@ -296,9 +294,7 @@ class Run:
         self.apply()
 
     def __str__(self) -> str:
-        steps = "" if self.steps is None else f" of {self.steps}"
-        told = (
-            f"{self.method.info.name}: sparsity {self.current_sparsity:.4f} over "
-            f"{len(self.masks)} tensors at step {self.step}{steps}"
-        )
+        name, many, sparsity = self.method.info.name, len(self.masks), self.current_sparsity
+        at = f"step {self.step}" + ("" if self.steps is None else f" of {self.steps}")
+        told = f"{name}: sparsity {sparsity:.4f} over {many} tensors at {at}"
         return "\n".join([told, *dense_lines(self.skipped, "left as it is")])

@@ -27,15 +27,16 @@ def refuse_tied(model: nn.Module, view: View) -> None:
             )
 
 
-def unparametrize(view: View, order: Sequence[str]) -> None:
+def unparametrize(module: nn.Module, attribute: str, order: Sequence[str]) -> None:
     """Only the raw weight stays, at its old place among the module's parameters.
 
     Args:
-        view: of the weight.
+        module: it holds the weight.
+        attribute: name of the weight there.
         order: names of the module's parameters before any was parametrized.
     """
-    parametrize.remove_parametrizations(view.module, view.attribute, leave_parametrized=False)
-    known = view.module._parameters
-    for attribute in order:
-        if attribute in known:  # others of the module may still be parametrized
-            known[attribute] = known.pop(attribute)
+    parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+    known = module._parameters
+    for name in order:
+        if name in known:  # others of the module may still be parametrized
+            known[name] = known.pop(name)

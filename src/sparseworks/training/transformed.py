@@ -234,9 +234,6 @@ class Transformed:
         """End the training: parts folded into ordinary weights, zeros exact, the mask record on.
 
         A weight becomes what the layer computed with where its mask keeps it, and 0 elsewhere.
-
-        Returns:
-            The record.
         """
         if not self.finished:
             self.method.finish(self)
@@ -257,7 +254,7 @@ class Transformed:
         return Masks.of(self.masks, self.method.info.name, str(self.pattern))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs beside the model's and the optimizer's own state."""
+        """What resuming needs beside the model's and the optimizer's own state."""
         return state_of_transform(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -292,7 +289,7 @@ class Transformed:
         """Only the raw weight stays, at its old place among the module's parameters."""
         order = self._orders.pop(name, None)
         if order is not None:
-            unparametrize(self.views[name], order)
+            unparametrize(self.views[name].module, self.views[name].attribute, order)
 
     def _release(self) -> None:
         for parameter in self._trainable:
