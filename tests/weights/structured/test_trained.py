@@ -78,6 +78,7 @@ def test_the_loss_of_the_call_is_trained_on() -> None:
         ({"data": [], "epochs": 1}, "no training batches"),
         ({"data": DATA, "epochs": 1, "flops": 0.5}, "flops= is not for it"),
         ({"data": DATA, "epochs": 1, "iterations": 2}, "iterations= is not for it"),
+        ({"data": DATA, "epochs": 1, "floor": 0.2}, "floor= is not for it"),
         ({"data": DATA, "epochs": 1, "keep": 2.0}, "keep="),
     ],
 )

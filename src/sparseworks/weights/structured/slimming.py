@@ -127,6 +127,7 @@ def slim(
             "round_to": round_to, "uniform": uniform, "streams": streams or None,
             "blocks": blocks or None, "fold": fold, "recover": recover,
             "iterations": None if iterations == 1 else iterations,
+            "floor": None if floor == 0.1 else floor, "verify": None if verify else False,
         }  # fmt: skip
         return train_and_cut(
             model, example, chosen, given=given_too, data=data, epochs=epochs, loss=loss,
