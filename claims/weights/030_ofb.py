@@ -177,9 +177,10 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
 
     def ofb(method: OFB, patches: bool = True) -> tuple[float, float, float, nn.Module]:
         model = copy.deepcopy(dense)
-        found = method.search(
+        method = replace(method, patches=("norm", 2) if patches else None, seed=seed)
+        found = method.fit(
             model, example, lambda e: data.batches(100 + e), epochs=search,
-            steps_per_epoch=TRAIN // BATCH, patches=("norm", 2) if patches else None, seed=seed,
+            steps_per_epoch=TRAIN // BATCH,
         )  # fmt: skip
         _train(model, data, after, LR / 2, 200)
         share = found.flops[1] / found.flops[0]

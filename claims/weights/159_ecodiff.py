@@ -15,6 +15,7 @@ from sparseworks.core.random import generator_for
 from sparseworks.data.images import digits
 from sparseworks.diagnostics.claims import Claim, Promise, Setting
 from sparseworks.models.zoo.diffusion import DDIM, TextToImage, fit_diffusion, words_to_tokens
+from sparseworks.weights.structured.base import GroupScore
 from sparseworks.weights.structured.ecodiff import EcoDiff, chain_gradients, hard_concrete
 from sparseworks.weights.structured.slimming import slim
 
@@ -152,14 +153,16 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     return found
 
 
-class Once:
+class Once(GroupScore):
     """Scores computed once, for several budgets of one model."""
 
     normalise = EcoDiff.normalise
     calibrates = False
 
+    info = EcoDiff.info
+
     def __init__(self, method: EcoDiff) -> None:
-        self.method, self.info, self.scores = method, method.info, None
+        self.method, self.scores = method, None
 
     def score(self, *given: Any) -> Any:
         if self.scores is None:

@@ -319,7 +319,7 @@ def test_misuse_is_refused_and_changes_nothing():
     for given, error, text in (
         ({"sparsity": 1.0}, InvalidArgument, "must be in"),
         ({"data": []}, DataError, "no batch"),
-        ({"method": "magnitude"}, InvalidArgument, "does not make activations sparse"),
+        ({"method": "magnitude"}, InvalidArgument, "is one-shot, not activation"),
         ({"method": "cats", "allocation": "greedy"}, InvalidArgument, "is for inputs"),
         ({"method": "wina", "select": "most"}, InvalidArgument, "select="),
         ({"tokens": 0}, InvalidArgument, "tokens"),

@@ -131,7 +131,10 @@ def test_refusals_leave_nothing_behind(net, tmp_path, capsys):
         (["--out", str(out)], "no model given"),
         ([net, "--out", str(out)], "no --data given"),
         ([net, *COMMON], "give --out"),
-        ([net, *COMMON, "--method", "rigl", "--option", "--out", str(out)], "use prune or train"),
+        (
+            [net, *COMMON, "--method", "rigl", "--option", "--out", str(out)],
+            "is hooked, not driver",
+        ),
         ([net, *COMMON, "--holdout", "1", "--out", str(out)], "holdout"),
         ([net, *COMMON, "--schedule", "cosine", "--out", str(out)], "schedule"),
         ([net, *COMMON, "--option", "rewind=2", "--out", str(out)], "rewind=2"),

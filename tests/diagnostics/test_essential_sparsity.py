@@ -180,4 +180,4 @@ def test_it_is_in_the_catalogue():
     from sparseworks.report.catalogue import catalogue_markdown
 
     assert sw.methods.EssentialSparsity is EssentialSparsity
-    assert "`sw.methods.EssentialSparsity()(model, ...)`" in catalogue_markdown()
+    assert "`sw.methods.EssentialSparsity()(model, metric)`" in catalogue_markdown()

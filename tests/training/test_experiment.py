@@ -202,7 +202,7 @@ def test_bad_calls_are_refused_before_any_training(tmp_path):
         sw.experiment(fit, net(), Chain(), folder=tmp_path)
     with pytest.raises(InvalidArgument, match="JSON"):
         sw.experiment(fit, net(), Chain(), about={"x": object()})
-    with pytest.raises(InvalidArgument, match="several times"):
+    with pytest.raises(InvalidArgument, match="not driver"):
         sw.experiment(fit, net(), "magnitude", sparsity=0.5)
     with pytest.raises(InvalidArgument, match="matches no weight"):
         sw.experiment(fit, net(), Chain(), include="nothing.*")

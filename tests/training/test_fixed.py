@@ -134,7 +134,7 @@ def test_misuse_is_refused():
     sw.prune(model, "magnitude", sparsity=0.5)
     with pytest.raises(InvalidArgument, match="does not hold"):
         sw.sparsify(model, torch.optim.SGD(net().parameters(), 0.1), "fixed")
-    with pytest.raises(InvalidArgument, match="not one for a training loop"):
+    with pytest.raises(InvalidArgument, match="is one-shot, not hooked"):
         sw.sparsify(model, torch.optim.SGD(model.parameters(), 0.1), "magnitude")
 
     class FP16_Optimizer(torch.optim.SGD):

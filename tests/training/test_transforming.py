@@ -193,7 +193,7 @@ def test_a_failing_method_leaves_the_model_as_it_was():
 def test_misuse_is_refused_before_anything_changes():
     model = net()
     for bad, message in [
-        ({"method": "magnitude", "sparsity": 0.5}, "not one that transforms"),
+        ({"method": "magnitude", "sparsity": 0.5}, "is one-shot, not transform"),
         ({"method": Hard()}, "needs `sparsity`"),
         ({"method": Hard(), "sparsity": 1.5}, "not in"),
         ({"method": Hard(), "sparsity": 0.5, "steps": 0}, "at least 1"),

@@ -17,6 +17,7 @@ from sparseworks.activations.files import read_gates, write_gates
 from sparseworks.activations.method import ActivationMethod, InputMethod
 from sparseworks.activations.r_sparse import LowRankGate
 from sparseworks.core.errors import DataError, InvalidArgument, ModelError
+from sparseworks.core.kinds import check_kind
 from sparseworks.core.registry import build, options_of, resolve
 from sparseworks.core.types import Progress
 from sparseworks.models.active import Gate, InputGate, gates
@@ -60,8 +61,12 @@ class SparseActivations:
         self._attach()
 
     def _attach(self) -> None:
-        for name, gate in self.gates.items():
-            self._handles += gate.attach(self.model.get_submodule(name))
+        try:
+            for name, gate in self.gates.items():
+                self._handles += gate.attach(self.model.get_submodule(name))
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Take the gates off; the model computes what it did before."""
@@ -165,9 +170,8 @@ def sparse_activations(
         DataError: data that reaches no linear layer, or gives NaN.
     """
     made = build(method, **options)
-    if not isinstance(made, ActivationMethod):
-        name = getattr(getattr(made, "info", None), "name", made)
-        raise InvalidArgument(f"{name} does not make activations sparse")
+    check_kind(type(made), ("activation",))
+    assert isinstance(made, ActivationMethod)
     if not 0 <= sparsity < 1:
         raise InvalidArgument(f"sparsity={sparsity} must be in [0, 1)")
     if allocation not in ("uniform", "greedy"):

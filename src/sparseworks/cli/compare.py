@@ -11,13 +11,14 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.preparing import Measured, one_metric
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Measured):
     """Options of `sparseworks compare`."""
 
     model: Annotated[str, tyro.conf.Positional] = ""
@@ -26,41 +27,12 @@ class Options:
     """Registered one-shot methods."""
     sparsities: tuple[str, ...] = ("0.5", "0.6", "0.7", "2:4")
     """Sparsities, or N:M patterns."""
-    metric: str | None = None
-    """One metric, as `sparseworks prune` takes it; default: the first that fits the model."""
-    data: str | None = None
-    """Calibration data."""
-    samples: int = 128
-    """Calibration samples."""
-    length: int = 256
-    """Tokens of a calibration window."""
-    batch_size: int = 8
-    """Samples per calibration batch."""
-    eval_data: str | None = None
-    """Evaluation data of the metric."""
-    eval_samples: int | None = None
-    """Evaluation windows, sentences or images."""
-    seeds: tuple[int, ...] = (0,)
-    """Calibration seeds; with several, means and standard deviations are shown."""
-    dtype: str | None = None
-    """fp32, bf16 or fp16; default fp32."""
-    out: Path | None = None
-    """Folder for compare.csv, compare.json, compare.html."""
-    json: bool = False
-    """Print as JSON."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """Prune a copy for every cell of the table and measure it."""
     import sparseworks as sw
     from sparseworks.cli.loading import load_model
-    from sparseworks.cli.preparing import (
-        CalibrationOptions,
-        calibration,
-        check_inputs,
-        check_output,
-        one_metric,
-    )
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.core import registry
     from sparseworks.diagnostics.claims import machine
@@ -70,8 +42,7 @@ def run(options: Options) -> dict[str, Any]:
     cells = [parse_amount(s) for s in options.sparsities]
     for method in options.methods:
         registry.resolve(method)
-    check_output(options.out, force=False)
-    check_inputs(options)
+    options.checked()
     loaded = load_model(options.model, options.dtype)
     metric = one_metric(options, loaded)
     dense = metric(loaded.model)
@@ -80,10 +51,13 @@ def run(options: Options) -> dict[str, Any]:
     with progress_bar("comparing", quiet=options.json) as progress:
         for seed in options.seeds:
             for method in options.methods:
-                batches = calibration(loaded, CalibrationOptions.of(options, method, seed))
+                batches = options.batches(loaded, method, seed)
                 for text, amount in zip(options.sparsities, cells):
                     twin = copy.deepcopy(loaded.model)
-                    result = sw.prune(twin, method, data=batches, seed=seed, **amount)
+                    result = sw.prune(
+                        twin, method, data=batches, seed=seed, include=options.include or None,
+                        exclude=options.exclude or None, **amount,
+                    )  # fmt: skip
                     rows.append(
                         {
                             "method": method,

@@ -16,13 +16,14 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.preparing import Measured, one_metric
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Measured):
     """Options of `sparseworks curve`."""
 
     model: Annotated[str, tyro.conf.Positional] = ""
@@ -35,60 +36,22 @@ class Options:
     """Loss of quality, relative to the dense model, that counts as free."""
     budget: str = "global"
     """uniform, erk or global."""
-    metric: str | None = None
-    """One metric, as `sparseworks prune` takes it; default: the first that fits the model."""
-    data: str | None = None
-    """Calibration data, for methods that need it."""
-    samples: int = 128
-    """Calibration samples."""
-    length: int = 256
-    """Tokens of a calibration window."""
-    batch_size: int = 8
-    """Samples per calibration batch."""
-    eval_data: str | None = None
-    """Evaluation data of the metric."""
-    eval_samples: int | None = None
-    """Evaluation windows, sentences or images."""
-    include: tuple[str, ...] = ()
-    """Name patterns of the only weights to prune."""
-    exclude: tuple[str, ...] = ()
-    """Name patterns of weights to leave dense."""
-    seeds: tuple[int, ...] = (0,)
-    """Of random methods and of calibration samples; a curve each."""
-    dtype: str | None = None
-    """fp32, bf16 or fp16; default fp32."""
-    out: Path | None = None
-    """Output folder; it must not exist yet, unless --force."""
-    force: bool = False
-    """Write into a folder that exists."""
-    json: bool = False
-    """Print as JSON."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """Measure the curves, say where they end to be free, write them."""
     from sparseworks.cli.loading import load_model
-    from sparseworks.cli.preparing import (
-        CalibrationOptions,
-        calibration,
-        check_inputs,
-        check_output,
-        one_metric,
-    )
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.diagnostics.claims import machine
     from sparseworks.diagnostics.essential_sparsity import EssentialSparsity
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks curve minilm")
-    if not options.methods or not options.seeds:
-        raise InvalidArgument("give at least one of --methods and one of --seeds")
     measures = {
         method: EssentialSparsity(method, options.budget, options.tolerance, options.sparsities)
         for method in options.methods
     }
-    check_output(options.out, options.force)
-    check_inputs(options)
+    options.checked()
     loaded = load_model(options.model, options.dtype)
     metric = one_metric(options, loaded)
     curves: list[dict[str, Any]] = []
@@ -105,7 +68,7 @@ def run(options: Options) -> dict[str, Any]:
                 curve = measure(
                     loaded.model,
                     metric,
-                    data=calibration(loaded, CalibrationOptions.of(options, method, seed)),
+                    data=options.batches(loaded, method, seed),
                     include=options.include or None,
                     exclude=options.exclude or None,
                     seed=seed,

@@ -12,11 +12,13 @@ from sparseworks.core.errors import InvalidArgument
 
 __all__ = [
     "CalibrationOptions",
+    "Measured",
     "calibration",
     "check_inputs",
     "check_output",
     "make_metrics",
     "one_metric",
+    "own_batches",
     "parse_options",
 ]
 
@@ -45,7 +47,8 @@ def check_inputs(options: Any) -> None:
         ("weights", existing),
         ("activations", existing),
     ):
-        if (given := getattr(options, field, None)) is not None:
+        given = getattr(options, field, None)
+        if given is not None and ".py:" not in given:
             check(given)
     named = getattr(options, "metric", None) or ()
     for name in (named,) if isinstance(named, str) else named:
@@ -53,8 +56,10 @@ def check_inputs(options: Any) -> None:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` pairs, values as JSON where they are, else as text."""
-    options = {}
+    """`name=value` pairs, values as JSON where they are, objects of `file.py:name`, else text."""
+    from sparseworks.diagnostics.metrics import load_object
+
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
@@ -62,7 +67,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             options[name] = json.loads(text)
         except json.JSONDecodeError:
-            options[name] = text
+            options[name] = load_object(text) if ".py:" in text else text
     return options
 
 
@@ -85,6 +90,60 @@ class CalibrationOptions:
         )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What commands take that prune one model by several methods and measure it.
+
+    tyro shows these options beside those of the command's own class, in the order of both.
+    """
+
+    methods: tuple[str, ...] = ()
+    """Registered one-shot methods."""
+    metric: str | None = None
+    """One metric, as `sparseworks prune` takes it; default: the first that fits the model."""
+    data: str | None = None
+    """Calibration data, for methods that need it."""
+    samples: int = 128
+    """Calibration samples."""
+    length: int = 256
+    """Tokens of a calibration window."""
+    batch_size: int = 8
+    """Samples per calibration batch."""
+    eval_data: str | None = None
+    """Evaluation data of the metric."""
+    eval_samples: int | None = None
+    """Evaluation windows, sentences or images."""
+    include: tuple[str, ...] = ()
+    """Name patterns of the only weights to prune."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns of weights to leave dense."""
+    seeds: tuple[int, ...] = (0,)
+    """Of random methods and of calibration samples; with several, each is measured."""
+    dtype: str | None = None
+    """fp32, bf16 or fp16; default fp32."""
+    out: Path | None = None
+    """Output folder; it must not exist yet, unless --force."""
+    force: bool = False
+    """Write into a folder that exists."""
+    json: bool = False
+    """Print as JSON."""
+
+    def checked(self) -> None:
+        """Refuse what is not there before a model is loaded.
+
+        Raises:
+            InvalidArgument: an output folder or an option that cannot be used.
+        """
+        if not self.methods or not self.seeds:
+            raise InvalidArgument("give at least one of --methods and one of --seeds")
+        check_output(self.out, self.force)
+        check_inputs(self)
+
+    def batches(self, loaded: Any, method: str, seed: int) -> list[Any] | None:
+        """Calibration batches for one method."""
+        return calibration(loaded, CalibrationOptions.of(self, method, seed))
+
+
 def calibration(loaded: Any, options: Any) -> list[Any] | None:
     """Calibration batches that fit the model; None where the method needs none."""
     from sparseworks.core import registry
@@ -94,6 +153,8 @@ def calibration(loaded: Any, options: Any) -> list[Any] | None:
     if not needs and getattr(options, "recovery", None) is None:
         return None
     source = options.data
+    if source is not None and ".py:" in source:
+        return own_batches(source)
     if source is None:
         if loaded.tokenizer is None:
             raise InvalidArgument(
@@ -113,6 +174,14 @@ def calibration(loaded: Any, options: Any) -> list[Any] | None:
         batch_size=options.batch_size,
         seed=options.seed,
     )
+
+
+def own_batches(source: str) -> list[Any]:
+    """The batches of the user's "file.py:name": a list, or a function that makes one."""
+    from sparseworks.diagnostics.metrics import load_object
+
+    found = load_object(source)
+    return list(found() if callable(found) else found)
 
 
 def make_metrics(

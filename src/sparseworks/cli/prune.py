@@ -35,7 +35,7 @@ class Options:
     budget: str | None = None
     """uniform, erk or global; default: the method's own."""
     data: str | None = None
-    """Calibration: docstrings, sources, digits, a text or parquet file, a folder."""
+    """Calibration: docstrings, sources, digits, a text or parquet file, a folder, file.py:name."""
     samples: int = 128
     """Calibration samples."""
     length: int = 256
@@ -95,15 +95,15 @@ def run(options: Options) -> dict[str, Any]:
         raise InvalidArgument(
             "no model given; for example: sparseworks prune minilm --sparsity 0.5"
         )
-    registry.resolve(options.method)
+    extra = parse_options(options.option)
+    method = registry.build(options.method, ("one-shot", "search"), **extra)
     legal = parse_pattern(options.pattern or "unstructured")
     if options.sparsity is not None:
         check_sparsity(options.sparsity)
-    elif legal.fixed_density is None:
+    elif legal.fixed_density is None and method.info.kind != "search":
         raise InvalidArgument("give --sparsity (a fraction in [0, 1)) or an N:M --pattern")
     check_output(options.out, options.force)
     check_inputs(options)
-    extra = parse_options(options.option)
     loaded = load_model(options.model, options.dtype)
     names = options.metric or default_metrics(loaded, options.eval_data)
     # the calibration data first: metrics run the model, and data that does not do is refused

@@ -33,13 +33,18 @@ class Options:
     latency: float | None = None
     """Share of the time per call to keep, measured on this machine."""
     method: str = "group-norm"
-    """Registered structured method; `sparseworks methods` lists them."""
+    """Registered method: a score, or one that trains towards a cut (`sparseworks methods`)."""
     data: str | None = None
-    """Calibration and example: docstrings, digits, a text or parquet file, an image folder."""
+    """Calibration, or what a method trains on; example: docstrings, digits, a text or parquet file,
+    an image folder, file.py:batches."""
+    epochs: int | None = None
+    """Passes over the data, of methods that train."""
+    augment: bool = True
+    """Random crops and flips of images that are trained on."""
     input_shape: tuple[int, ...] = ()
     """Shape of a random example (8 3 32 32) where there is no data; CIFAR ResNets need none."""
-    samples: int = 128
-    """Calibration samples."""
+    samples: int | None = None
+    """Calibration samples (default 128), or images to train on (default all)."""
     length: int = 128
     """Tokens of a calibration window."""
     batch_size: int = 8
@@ -84,6 +89,7 @@ def run(options: Options) -> dict[str, Any]:
     from sparseworks.cli.preparing import check_inputs, check_output, parse_options
     from sparseworks.cli.prune import command_of
     from sparseworks.cli.running import plain_options, progress_bar
+    from sparseworks.cli.subjects import subject
     from sparseworks.core import registry
     from sparseworks.diagnostics.claims import machine
     from sparseworks.models.coupling import trace
@@ -91,13 +97,15 @@ def run(options: Options) -> dict[str, Any]:
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks slim minilm --flops 0.6")
-    method = registry.resolve(options.method)
     check_output(options.out, options.force)
     check_inputs(options)
     extra = parse_options(options.option)
+    method = registry.build(options.method, ("structured", "train-and-cut"), **extra)
+    if method.info.kind == "train-and-cut" and (options.data is None or options.epochs is None):
+        raise InvalidArgument(f"{options.method} trains before it cuts: give --data and --epochs")
     round_to = _multiples(options.round_to)
     loaded = load_model(options.model)
-    example, batches = _example(loaded, options, bool(method.info.needs))
+    example, batches = subject(loaded, options, method)
     if options.groups:
         print(trace(loaded.model, example))
         return {"model": loaded.name}
@@ -105,25 +113,23 @@ def run(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         times = {"torch": [before], **_onnx(options, loaded.model, example, Path(place))}
         with progress_bar("slimming", quiet=options.json) as progress:
-            result = sw.slim(
-                loaded.model,
-                example,
-                flops=options.flops,
-                params=options.params,
-                latency=options.latency,
-                method=options.method,
-                data=batches,
-                include=options.include or None,
-                exclude=options.exclude or None,
-                round_to=round_to,
-                floor=options.floor,
-                uniform=False if options.per_layer else None,
-                streams=options.streams,
-                blocks=options.blocks,
-                iterations=options.iterations,
-                progress=progress,
-                **extra,
-            )
+            given: dict[str, Any] = {
+                "flops": options.flops,
+                "params": options.params,
+                "latency": options.latency,
+                "method": options.method,
+                "data": batches,
+                "epochs": options.epochs,
+                "include": options.include or None,
+                "exclude": options.exclude or None,
+                "round_to": round_to,
+                "floor": options.floor,
+                "uniform": False if options.per_layer else None,
+                "streams": options.streams,
+                "blocks": options.blocks,
+                "iterations": options.iterations,
+            }
+            result = sw.slim(loaded.model, example, progress=progress, **{**given, **extra})
         times["torch"].append(latency(loaded.model, example))
         for name, value in _onnx(options, loaded.model, example, Path(place)).items():
             times[name] += value
@@ -157,35 +163,6 @@ def _multiples(text: str | None) -> int | Literal["auto"] | dict[str, int] | Non
         raise InvalidArgument(
             f"--round-to {text}: a number, auto, or name patterns with numbers (layer2=16,layer3=8)"
         ) from None
-
-
-def _example(loaded: Any, options: Options, needed: bool) -> tuple[Any, list[Any] | None]:
-    """One batch to trace and time on, and calibration batches where there are data."""
-    import torch
-
-    from sparseworks.data import load
-    from sparseworks.models.calls import Arguments
-
-    generator = torch.Generator().manual_seed(options.seed)
-    if options.data is None and options.input_shape:
-        return torch.randn(options.input_shape, generator=generator), None
-    if options.data is None and loaded.tokenizer is None:
-        if type(loaded.model).__name__ != "CifarResNet" or needed:
-            raise InvalidArgument("give --data, or --input-shape where the method needs no data")
-        return torch.randn(options.batch_size, 3, 32, 32, generator=generator), None
-    kind: Any = None
-    if loaded.tokenizer is not None:
-        kind = "passages" if loaded.kind in ("encoder", "classifier") else "windows"
-    batches = load(
-        options.data or "docstrings",
-        tokenizer=loaded.tokenizer,
-        kind=kind,
-        samples=options.samples,
-        length=options.length,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    return Arguments.of_batch(batches[0]), batches if needed or options.data else None
 
 
 def _onnx(options: Options, model: Any, example: Any, place: Path) -> dict[str, list[float]]:

@@ -88,7 +88,6 @@ def run(options: Options) -> dict[str, Any]:
     from sparseworks.cli.preparing import make_metrics, parse_options
     from sparseworks.cli.running import plain_options, progress_bar, write_json
     from sparseworks.core import registry
-    from sparseworks.training.experiment import Driver
     from sparseworks.training.fitting import Recipe, fit_classifier
 
     if not options.resume and (not options.model or options.data is None):
@@ -103,11 +102,7 @@ def run(options: Options) -> dict[str, Any]:
     if done is not None:
         _show(done, options, "was finished already")
         return done
-    method = registry.build(options.method, **parse_options(options.option))
-    if not isinstance(method, Driver):
-        raise InvalidArgument(
-            f"--method {options.method} is {method.info.kind}; use prune or train"
-        )
+    method = registry.build(options.method, ("driver",), **parse_options(options.option))
     if not 0 < options.holdout < 1:
         raise InvalidArgument(f"--holdout {options.holdout} must be in (0, 1)")
     schedule: Any = options.schedule or ("linear" if options.method == "soup" else "step")

@@ -122,6 +122,8 @@ def prepare(options: Any) -> Job:
         seed=options.seed,
     )
     batches = _epochs(options, plan, images, loaded.tokenizer)
+    if sparse is not None:
+        sparse = sparse.with_defaults(**_told(batches))
     model = loaded.model.to(device)
     if any(isinstance(m, torch.nn.Conv2d) for m in model.modules()):
         model = model.to(memory_format=torch.channels_last)  # three times faster on CPUs
@@ -201,6 +203,16 @@ def _try(model: Any, images: Any, options: Any) -> None:
             f"{options.model} gives logits of shape {list(logits.shape)} and {options.data} has "
             f"labels from {int(images.labels.min())} to {classes - 1}"
         )
+
+
+def _told(batches: Any) -> dict[str, Any]:
+    """What the training data say, for methods that have an option of the name."""
+    from sparseworks.data.epochs import ImageEpochs
+
+    if not isinstance(batches, ImageEpochs):
+        return {}
+    images = batches.images
+    return {"samples": len(images), "example": images.normalized(slice(0, 2))}
 
 
 def _epochs(options: Any, plan: Any, images: Any, tokenizer: Any) -> Any:

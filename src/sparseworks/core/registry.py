@@ -5,63 +5,24 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, Protocol
 
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.kinds import Kind, MethodInfo, Need, check_kind
 
 __all__ = [
     "Kind",
     "MethodInfo",
     "Need",
     "build",
+    "has_option",
     "names",
     "options_of",
     "paths",
     "register",
     "resolve",
 ]
-
-Kind = Literal[
-    "one-shot", "hooked", "transform", "driver", "structured", "measurement", "activation"
-]
-Need = Literal["data", "loss", "labels", "training"]
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """What the catalogue says of a method.
-
-    Args:
-        name: the public string.
-        title: title of the paper.
-        authors: "First author et al.".
-        year: of publication.
-        card: number of the method card ("a01"); "" when there is none.
-        room: folder of the house.
-        kind: how it is called: one-shot (`prune`), hooked (`sparsify`), transform, driver,
-            structured (`slim`), measurement, activation (`sparse_activations`).
-        needs: what the caller must give.
-        pattern: default pattern and what else is accepted.
-        budget: default budget.
-        tensors: default tensors, when not the usual prunable ones.
-        cost: what it costs in passes over model or data.
-        summary: one line on what it does.
-    """
-
-    name: str
-    title: str
-    authors: str
-    year: int
-    room: str
-    kind: Kind
-    card: str = ""
-    needs: tuple[Need, ...] = ()
-    pattern: str = "any"
-    budget: str = "uniform"
-    tensors: str = "default"
-    cost: str = ""
-    summary: str = ""
 
 
 class Registered(Protocol):
@@ -101,33 +62,62 @@ def resolve(name: str) -> Any:
 
 
 def options_of(method: Any) -> dict[str, Any]:
-    """The options of a method object as plain values, for records and comparison.
+    """The options of a method object as JSON values, for records and comparison.
 
-    Fields with `repr=False` (models, data) are left out.
+    `build(name, **options_of(method))` makes an equal method again, where all options are plain
+    values; others are told by their text. Fields with `repr=False` (models, data) are left out.
     """
-    plain = (bool, int, float, str, type(None))
     shown = [f.name for f in fields(method) if f.repr] if is_dataclass(method) else []
-    found = {name: getattr(method, name) for name in shown}
-    return {n: v if isinstance(v, plain) else str(v) for n, v in found.items()}
+    return {name: _plain(getattr(method, name)) for name in shown}
 
 
-def build(method: Any, **options: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return str(value)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples: options are values, and JSON knows lists alone."""
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def has_option(method: Any, option: str) -> bool:
+    """Does a method, by name or object, have an option of this name?"""
+    cls = resolve(method) if isinstance(method, str) else type(method)
+    return is_dataclass(cls) and option in {f.name for f in fields(cls)}
+
+
+def build(method: Any, kinds: tuple[Kind, ...] = (), /, **options: Any) -> Any:
     """A method object from its name and options, or the object itself.
 
+    Args:
+        method: registered name, or an object.
+        kinds: those that the caller can use; empty: any.
+        options: fields of the method, as themselves or as JSON values.
+
     Raises:
-        InvalidArgument: unknown name, or an option that the method does not have.
+        InvalidArgument: unknown name, an option that the method does not have, or another kind.
     """
     if not isinstance(method, str):
         if options:
             raise InvalidArgument(
                 f"options {sorted(options)} go into the {type(method).__name__}(...) object itself"
             )
+        if kinds:
+            check_kind(type(method), kinds)
         return method
     cls = resolve(method)
+    if kinds and cls.info.kind not in kinds:
+        check_kind(cls, kinds)  # first, for the options are those of another call
     known = [f.name for f in fields(cls)] if is_dataclass(cls) else []
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
             raise InvalidArgument(f"method {method!r} has no option {option!r}{hint}")
-    return cls(**options)
+    return cls(**{name: _frozen(value) for name, value in options.items()})

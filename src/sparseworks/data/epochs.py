@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,17 @@ from sparseworks.core.errors import DataError
 from sparseworks.core.random import generator_for
 from sparseworks.data.images import ImageSet
 
-__all__ = ["ImageEpochs", "TextEpochs"]
+__all__ = ["Batches", "ImageEpochs", "TextEpochs"]
+
+
+class Batches(Protocol):
+    """Training data: batches as functions of the epoch."""
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+
+    def epoch(self, number: int) -> Iterator[Any]:
+        """The batches of one epoch, always the same for the same number."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.diagnostics.arms import Arm, Source, read_arms
 from sparseworks.diagnostics.checks import Check, Limits
+from sparseworks.diagnostics.measurement import Measurement
 from sparseworks.diagnostics.rules import TRAINING
 from sparseworks.diagnostics.rules_of_results import RESULTS
 
@@ -94,7 +95,7 @@ def audit(runs: Iterable[Source], *, cost: float = 0.05, seeds: int = 3) -> Audi
 
 
 @dataclass(frozen=True)
-class FairComparison:
+class FairComparison(Measurement):
     """The audit as a method with options: `FairComparison()(runs)`; see `sw.audit`.
 
     Args:
@@ -105,7 +106,6 @@ class FairComparison:
     cost: float = 0.05
     seeds: int = 3
 
-    entry: ClassVar[str] = "sw.audit(runs)"
     info: ClassVar[MethodInfo] = MethodInfo(
         name="fair-comparison",
         title='Ten Lessons We Have Learned in the New "Sparseland": A Short Handbook for Sparse '
@@ -119,6 +119,8 @@ class FairComparison:
         budget="any",
         cost="reads records; no training",
         summary="is a comparison of sparse methods fair: costs, schedules, seeds, layers, speed",
+        call="sw.audit(runs)",
+        command="sparseworks audit RUN RUN --out OUT.json",
     )
 
     def __call__(self, runs: Iterable[Source]) -> Audit:

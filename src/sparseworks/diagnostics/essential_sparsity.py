@@ -29,6 +29,7 @@ from sparseworks.core import registry
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.core.patterns import check_sparsity
 from sparseworks.core.registry import MethodInfo
+from sparseworks.diagnostics.measurement import Measurement
 from sparseworks.diagnostics.metrics import Metric
 from sparseworks.models.views import find_prunable
 
@@ -144,7 +145,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class EssentialSparsity:
+class EssentialSparsity(Measurement):
     """Measure the curve: `EssentialSparsity()(model, metric)`.
 
     Args:
@@ -171,6 +172,8 @@ class EssentialSparsity:
         budget="global",
         cost="an evaluation per sparsity",
         summary="the sparsity up to which one-shot pruning is nearly free, and how sharp it ends",
+        call="sw.methods.EssentialSparsity()(model, metric)",
+        command="sparseworks curve MODEL --data DATA --eval-data DATA --out OUT",
     )
 
     def __post_init__(self) -> None:
@@ -183,9 +186,7 @@ class EssentialSparsity:
             check_sparsity(sparsity)
         if not self.tolerance >= 0:
             raise InvalidArgument(f"tolerance={self.tolerance} must not be negative")
-        kind = registry.resolve(self.method).info.kind
-        if kind != "one-shot":
-            raise InvalidArgument(f"method {self.method!r} is {kind}, not one-shot")
+        registry.build(self.method, ("one-shot",))
 
     def __call__(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparseworks.core.errors import DataError
+from sparseworks.models.modes import evaluating
 
 __all__ = ["Metric"]
 
@@ -32,14 +33,8 @@ class Metric:
 
     def __call__(self, model: nn.Module) -> float:
         """Evaluate in eval mode without gradients; the model's mode is restored."""
-        training = {m: m.training for m in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                value = float(self.measure(model))
-        finally:
-            for module, was in training.items():
-                module.training = was
+        with evaluating(model), torch.no_grad():
+            value = float(self.measure(model))
         if math.isnan(value):
             raise DataError(f"metric {self.name}: the value is NaN")
         return value

@@ -137,11 +137,11 @@ def retrieval(queries: Sequence[Batch], documents: Sequence[Batch]) -> Metric:
     return Metric("retrieval", "%", True, measure)
 
 
-def load_function(spec: str) -> Callable[..., Any]:
-    """The function of "file.py:name".
+def load_object(spec: str) -> Any:
+    """What "file.py:name" names.
 
     Raises:
-        InvalidArgument: no such file or function.
+        InvalidArgument: no such file or name.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file)
@@ -151,9 +151,21 @@ def load_function(spec: str) -> Callable[..., Any]:
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise InvalidArgument(f"{spec!r}: {path.name} has no function {name!r}")
-    function: Callable[..., Any] = getattr(module, name)
+    if not hasattr(module, name):
+        raise InvalidArgument(f"{spec!r}: {path.name} has no {name!r}")
+    return getattr(module, name)
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function of "file.py:name".
+
+    Raises:
+        InvalidArgument: no such file or function.
+    """
+    found = load_object(spec)
+    if not callable(found):
+        raise InvalidArgument(f"{spec!r} is no function")
+    function: Callable[..., Any] = found
     return function
 
 

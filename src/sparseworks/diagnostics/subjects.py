@@ -96,8 +96,8 @@ def _novel_llama(folder: Path) -> tuple[nn.Module, Any]:
     except ImportError:
         raise MissingDependency("this claim needs: pip install 'sparseworks[hf]'") from None
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)  # type: ignore[no-untyped-call]
-    return model.eval(), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model.eval(), tokenizer  # type: ignore[no-untyped-call]
 
 
 def activation_subject(seed: int, setting: Setting) -> tuple[nn.Module, list[Any], Metric]:

@@ -74,10 +74,12 @@ def taxonomy(method: str) -> Taxonomy:
     if info.kind == "measurement":
         raise InvalidArgument(f"method {method!r} measures; it makes nothing sparse")
     when, path, life = _TRAINED.get(method, ("unknown", "unknown", "unknown"))
-    if info.kind == "one-shot":
+    if info.kind in ("one-shot", "search"):
         when = "before training" if method in _BEFORE else "after training"
         path = "sparse to sparse" if method in _BEFORE else "dense to sparse"
         life = "static"
+    elif info.kind == "train-and-cut":
+        when, path, life = "during training", "dense to sparse", "static"
     elif info.kind == "structured":
         when, path, life = "after training", "dense to sparse", "static"
     goal = "inference and training" if path == "sparse to sparse" else "inference"

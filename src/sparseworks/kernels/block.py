@@ -10,13 +10,13 @@ zero). AMX tiles are not used, also where the processor has them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseworks.core.errors import PatternError
-from sparseworks.kernels.epilogue import check_inputs, dense_product
-from sparseworks.kernels.native import instruction_set, module
+from sparseworks.kernels.epilogue import dense_product, product
 from sparseworks.kernels.packing import Checked, is_tensor, offsets, offsets_fault, to_pack
 
 __all__ = ["BlockRows", "block_product", "block_product_reference", "pack_blocks", "unpack_blocks"]
@@ -153,20 +153,13 @@ def block_product(
     Raises:
         InvalidArgument: shapes, dtypes or activations that do not fit.
     """
-    shape = packed.rows, packed.columns
-    inputs = check_inputs("block_product", shape, x, bias, activation, residual, dtype)
-    native = module()
-    if native is None or x.device.type != "cpu":
-        return block_product_reference(packed, x, bias, activation, residual, dtype)
-    instruction_set()  # refuses a forced set that is not there
-    native.block(
-        packed.start,
-        packed.column,
-        packed.value.view(torch.uint16),
-        *inputs.given,
-        torch.get_num_threads() if threads is None else threads,
+
+    def run(native: Any, *given: Any) -> None:
+        native.block(packed.start, packed.column, packed.value.view(torch.uint16), *given)
+
+    return product(
+        "block_product", packed, unpack_blocks, run, x, bias, activation, residual, dtype, threads
     )
-    return inputs.y
 
 
 def _filled(matrix: Tensor, height: int, width: int) -> Tensor:

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.kernels.native import instruction_set, module
 
-__all__ = ["Inputs", "activation_number", "apply_activation", "check_inputs",
-           "dense_product"]  # fmt: skip
+__all__ = ["Inputs", "activation_number", "apply_activation", "check_inputs", "dense_product",
+           "product"]  # fmt: skip
 
 # in the order of the native enumeration
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,6 +119,37 @@ def check_inputs(
         _plain(y, rows),
     )
     return Inputs(given, y)
+
+
+def product(
+    op: str,
+    packed: Any,
+    unpack: Callable[[Any], Tensor],
+    run: Callable[..., Any],
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+    threads: int | None,
+) -> Tensor:
+    """Y = activation(X W^T + b + residual) by native code, or in torch where there is none.
+
+    Args:
+        op: what errors name.
+        packed: W, with `rows` and `columns`.
+        unpack: the dense matrix of it.
+        run: called with the native module, what `Inputs.given` holds, and the threads.
+        x, bias, activation, residual, dtype, threads: as every product takes them.
+    """
+    shape = packed.rows, packed.columns
+    inputs = check_inputs(op, shape, x, bias, activation, residual, dtype)
+    native = module()
+    if native is None or x.device.type != "cpu":
+        return dense_product(unpack(packed), x, bias, activation, residual, dtype)
+    instruction_set()  # refuses a forced set that is not there
+    run(native, *inputs.given, torch.get_num_threads() if threads is None else threads)
+    return inputs.y
 
 
 def _plain(t: Tensor, columns: int) -> Tensor:

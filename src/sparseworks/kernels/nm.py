@@ -9,13 +9,13 @@ values are kept as pairs for AVX-512 BF16, x is rounded to bf16 and sums are fp3
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument, PatternError
-from sparseworks.kernels.epilogue import check_inputs, dense_product
-from sparseworks.kernels.native import instruction_set, module
+from sparseworks.kernels.epilogue import dense_product, product
 from sparseworks.kernels.packing import Checked, is_tensor, to_pack
 
 __all__ = ["GroupedRows", "nm_product", "nm_product_reference", "pack_nm", "unpack_nm"]
@@ -182,23 +182,21 @@ def nm_product(
     Raises:
         InvalidArgument: shapes, dtypes or activations that do not fit.
     """
-    shape = packed.rows, packed.columns
-    inputs = check_inputs("nm_product", shape, x, bias, activation, residual, dtype)
-    native = module()
-    if native is None or x.device.type != "cpu":
-        return nm_product_reference(packed, x, bias, activation, residual, dtype)
-    instruction_set()  # refuses a forced set that is not there
-    half = packed.value.dtype == torch.bfloat16
-    value = packed.value.view(-1)
-    (native.nm_bf16 if half else native.nm_fp32)(
-        value.view(torch.uint16) if half else value,
-        packed.position.view(-1),
-        packed.width,
-        packed.slots,
-        *inputs.given,
-        torch.get_num_threads() if threads is None else threads,
+
+    def run(native: Any, *given: Any) -> None:
+        half = packed.value.dtype == torch.bfloat16
+        value = packed.value.view(-1)
+        (native.nm_bf16 if half else native.nm_fp32)(
+            value.view(torch.uint16) if half else value,
+            packed.position.view(-1),
+            packed.width,
+            packed.slots,
+            *given,
+        )
+
+    return product(
+        "nm_product", packed, unpack_nm, run, x, bias, activation, residual, dtype, threads
     )
-    return inputs.y
 
 
 def _fields(width: int, half: bool) -> tuple[int, int]:

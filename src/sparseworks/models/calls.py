@@ -26,10 +26,12 @@ __all__ = [
     "Batch",
     "Example",
     "Loss",
+    "TaskLoss",
     "batch_size",
     "call",
     "default_loss",
     "logits_of",
+    "loss_of",
     "move",
     "signature_of",
     "token_mask",
@@ -128,6 +130,8 @@ class Arguments:
 Example = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any] | Arguments
 Batch = Tensor | Mapping[str, Any] | tuple[Any, Any] | list[Any] | Arguments
 Loss = Callable[[nn.Module, Batch], Tensor]
+TaskLoss = Callable[[nn.Module, Batch, Tensor], Tensor]
+"""`(model, batch, logits) -> scalar`."""
 _LABELS = ("labels", "label")
 
 
@@ -218,9 +222,14 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         DataError: the batch has no target and no token ids.
     """
+    return loss_of(model, batch, logits_of(call(model, batch)))
+
+
+def loss_of(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
+    """`default_loss` of a model whose logits for the batch are known."""
     _, target = split(batch)
     named = Arguments.of_batch(batch).kwargs
-    logits = logits_of(call(model, batch)).float()
+    logits = logits.float()
     if target is None or (named and logits.ndim == 3 and _is_causal(model)):
         ids = named.get("input_ids")
         labels = target if target is not None else ids

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseworks.core.evidence import Collector
 from sparseworks.models.matrix import View
+from sparseworks.models.modes import evaluating
 from sparseworks.models.recurrence import products_shown
 
 __all__ = ["EvidenceTap", "calibration_mode", "conv_patches"]
@@ -186,19 +187,15 @@ def collect_into(collectors: Mapping[str, Iterable[Collector]]) -> Listener:
 @contextmanager
 def calibration_mode(model: nn.Module) -> Any:
     """Evaluation mode without gradients, caches, or fused paths that hide the products."""
-    training = {m: m.training for m in model.modules()}
     changed: list[tuple[Any, str, Any]] = []
     for sub in {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values():
         for key, value in (("use_cache", False), ("_experts_implementation", "eager")):
             if sub is not None and getattr(sub, key, None) not in (None, value):
                 changed.append((sub, key, getattr(sub, key)))
                 setattr(sub, key, value)
-    with torch.no_grad(), products_shown():
-        model.eval()
+    with torch.no_grad(), products_shown(), evaluating(model):
         try:
             yield
         finally:
             for owner, key, value in changed:
                 setattr(owner, key, value)
-            for module, was in training.items():
-                module.training = was

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from sparseworks.core import registry
+from sparseworks.core.kinds import call_of, command_of
 from sparseworks.core.registry import MethodInfo
-from sparseworks.training.experiment import Driver
 
-__all__ = ["catalogue_markdown", "describe", "infos"]
+__all__ = ["as_dict", "catalogue_markdown", "classes", "describe"]
 
 
-def infos() -> list[MethodInfo]:
-    """What the registry says of every method, by room and name."""
-    found: list[MethodInfo] = [registry.resolve(n).info for n in registry.names()]
-    return sorted(found, key=lambda i: (i.room, i.kind, i.name))
+def classes() -> list[Any]:
+    """The class of every method, by room, kind and name."""
+    found = [registry.resolve(n) for n in registry.names()]
+    return sorted(found, key=lambda cls: (cls.info.room, cls.info.kind, cls.info.name))
 
 
 def describe(cls: Any) -> str:
@@ -31,7 +31,8 @@ def describe(cls: Any) -> str:
         inspect.getdoc(cls) or "",
         "",
         f"paper     {info.title} ({info.authors}, {info.year})",
-        f"call      {_entry(info)}",
+        f"call      {call_of(cls)}",
+        f"command   {command_of(cls)}",
         f"needs     {', '.join(info.needs) or 'nothing'}",
         f"pattern   {info.pattern}",
         f"budget    {info.budget}",
@@ -43,20 +44,9 @@ def describe(cls: Any) -> str:
     return "\n".join(lines)
 
 
-def _entry(info: MethodInfo) -> str:
-    cls = registry.resolve(info.name)
-    if issubclass(cls, Driver):
-        return f'sw.experiment(fit, model, "{info.name}", ...)'
-    if info.kind == "driver" and hasattr(cls, "fit"):
-        return f"sw.methods.{cls.__name__}(...).fit(model, example, batches, ...)"
-    return {
-        "one-shot": f'sw.prune(model, "{info.name}", ...)',
-        "hooked": f'sw.sparsify(model, optimizer, "{info.name}", ...)',
-        "transform": f'sw.transform(model, "{info.name}", ...)',
-        "activation": f'sw.sparse_activations(model, "{info.name}", ...)',
-        "structured": f'sw.slim(model, example, method="{info.name}", ...)',
-        "measurement": getattr(cls, "entry", f"sw.methods.{cls.__name__}()(model, ...)"),
-    }.get(info.kind, f"sw.methods ({info.kind})")
+def as_dict(cls: Any) -> dict[str, Any]:
+    """What the registry says of a method, with what runs it."""
+    return {**asdict(cls.info), "call": call_of(cls), "command": command_of(cls)}
 
 
 def catalogue_markdown() -> str:
@@ -66,13 +56,15 @@ def catalogue_markdown() -> str:
         "",
         "Generated from the registry (`make docs`); `sparseworks methods NAME` explains one.",
         "",
-        "| method | call | default tensors | pattern | budget | needs | cost | paper |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | call | command | default tensors | pattern | budget | needs | cost | paper |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for i in infos():
+    for cls in classes():
+        i = cls.info
         needs = ", ".join(i.needs) or "nothing"
         lines.append(
-            f"| `{i.name}` | `{_entry(i)}` | {i.tensors} | {i.pattern} | {i.budget} | {needs} "
+            f"| `{i.name}` | `{call_of(cls)}` | `{command_of(cls)}` | {i.tensors} | {i.pattern} "
+            f"| {i.budget} | {needs} "
             f"| {i.cost} | {i.title} ({i.authors}, {i.year}) |"
         )
     return "\n".join(lines) + "\n"

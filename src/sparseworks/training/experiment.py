@@ -73,10 +73,7 @@ def experiment(
         InvalidArgument: something that cannot be used; nothing was trained.
         CheckpointError: a kept run is damaged.
     """
-    chosen = registry.build(method, **options)
-    if not isinstance(chosen, Driver):
-        kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
-        raise InvalidArgument(f"method {method!r} is {kind}, not one that trains several times")
+    chosen: Driver = registry.build(method, ("driver",), **options)
     if folder is not None and about is None:
         raise InvalidArgument(
             "runs in a folder are reused when their descriptions are equal: give `about`, what "

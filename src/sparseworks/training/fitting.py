@@ -20,6 +20,7 @@ from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.data.images import ImageSet
 from sparseworks.training.distilling import distillation
 from sparseworks.training.hooked import Run
+from sparseworks.training.stepping import train_epochs
 
 __all__ = ["Recipe", "fit_classifier"]
 
@@ -130,27 +131,24 @@ def fit_classifier(
     schedule = _schedule(optimizer, recipe, steps, first_step)
     run = start(model, optimizer, steps) if start is not None else None
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    model.train()
-    step = 0
-    for epoch in range(recipe.epochs):
-        total, count = 0.0, 0
-        for x, y in images.epoch(recipe.batch_size, generator, training=recipe.augment):
-            if step < first_step:  # drawn all the same, so that the order goes on as it would
-                step += 1
-                continue
-            loss = _step(model, optimizer, x.to(device), y.to(device), recipe, teacher)
-            schedule.step()
-            step += 1
-            total, count = total + float(loss), count + 1
-            if progress is not None:
-                progress(step, steps, f"epoch {epoch + 1} loss {total / count:.3f}")
-        if count == 0:
-            continue
-        if not torch.isfinite(torch.tensor(total)):
-            raise DataError(f"the training loss is not finite in epoch {epoch + 1}; lower the lr")
-        if on_epoch is not None:
-            on_epoch(epoch, total / count, run)
+    per_epoch = steps // recipe.epochs
+
+    def after(step: int, mean: float) -> None:
+        schedule.step()
+        if progress is not None:
+            progress(step, steps, f"epoch {(step - 1) // per_epoch + 1} loss {mean:.3f}")
+
+    train_epochs(
+        model,
+        lambda _: images.epoch(recipe.batch_size, generator, training=recipe.augment),
+        lambda batch, _: _loss(model, batch, recipe, teacher),
+        [optimizer],
+        epochs=recipe.epochs,
+        steps=steps,
+        first_step=first_step,
+        after_step=after,
+        on_epoch=None if on_epoch is None else lambda epoch, mean: on_epoch(epoch, mean, run),
+    )
     if run is not None:
         run.finish()
     model.eval()
@@ -176,15 +174,10 @@ def _schedule(
     return made
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    y: Tensor,
-    recipe: Recipe,
-    teacher: nn.Module | None,
+def _loss(
+    model: nn.Module, batch: tuple[Tensor, Tensor], recipe: Recipe, teacher: nn.Module | None
 ) -> Tensor:
-    optimizer.zero_grad()
+    x, y = batch
     logits = model(x)
     loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
     if teacher is not None:
@@ -192,6 +185,4 @@ def _step(
             guide = teacher(x)
         soft = distillation(logits, guide, recipe.temperature)
         loss = (1 - recipe.distill) * loss + recipe.distill * soft
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return loss.detach()
+    return loss

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparseworks.core import registry
-from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.types import dense_lines
@@ -27,6 +25,7 @@ from sparseworks.training.attaching import attach_beside, put_masks
 from sparseworks.training.method import Hooked, Periodic
 from sparseworks.training.names import plain_name, unwrapped
 from sparseworks.training.optimizers import Optimizers
+from sparseworks.training.resuming import resume_run, state_of_run
 from sparseworks.training.sharding import local_mask, local_part
 
 __all__ = ["Hooked", "Periodic", "Run"]
@@ -105,21 +104,24 @@ class Run:
     @torch.no_grad()
     def start(self) -> None:
         """Bind the parameters, choose the first masks, and hook in."""
-        self._bind()
-        before = {n: [local_part(t).clone() for t in self._tensors(n)] for n in self._bound}
+        before: list[tuple[str, Tensor, Tensor]] = []
         try:
+            self._bind()
+            parts = ((n, local_part(t)) for n in self._bound for t in self._tensors(n))
+            before += [(name, tensor, tensor.clone()) for name, tensor in parts]
             self.method.begin(self)
+            self.apply()
+            for optimizer in self.optimizers:
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
         except BaseException:
             self.remove()
+            for _, tensor, old in before:
+                tensor.copy_(old)
             raise
-        self.apply()
         # weights that were loaded before the run, whose masks come with `load_state_dict`
-        for name, values in before.items():
+        for name, tensor, old in before:
             if not bool(self.masks[name].all()):
-                for tensor, old in zip(map(local_part, self._tensors(name)), values):
-                    self._overwritten.append((tensor, tensor._version, old))
-        for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+                self._overwritten.append((tensor, tensor._version, old))
 
     def _bind(self) -> None:
         """Find the parameters by name (wrappers replace the objects) and hook their gradients."""
@@ -241,10 +243,8 @@ class Run:
         self.finished = True
 
     def apply_to(self, model: nn.Module) -> Masks:
-        """The masks as they are now on a copy of the model, an average of its weights say.
-
-        Masked weights of the copy become exactly 0, and the record of the masks is attached to the
-        model inside its wrappers. The run goes on as before.
+        """The masks as they are now on a copy of the model, an average of its weights say: exact
+        zeros, and the record on the model inside its wrappers. The run goes on as before.
 
         Args:
             model: of the same parameters as the model of the run, in names and shapes; wrappers
@@ -272,22 +272,8 @@ class Run:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs beside the model's and the optimizer's own state."""
-        return {
-            "method": self.method.info.name,
-            "options": self._options(),
-            "step": self.step,
-            "dense_steps": self.dense_steps,
-            "stepped": sorted(self._optimizers.stepped),
-            "dense_gradients": {n: t.clone() for n, t in self.dense_gradients.items()},
-            "masks": self.record().state_dict(),
-            "memory": {n: t.clone() for n, t in self.memory.items()},
-        }
-
-    def _options(self) -> dict[str, Any]:
-        """The method's options, with the interval that a default comes to."""
-        every = {"every": self.every} if self.every else {}
-        return {**registry.options_of(self.method), **every}
+        """What resuming needs beside the model's and the optimizer's own state."""
+        return {**state_of_run(self), "stepped": sorted(self._optimizers.stepped)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -298,35 +284,17 @@ class Run:
         Raises:
             InvalidArgument: the state is of another method or of other tensors.
         """
-        mine = self._options()
-        if state["method"] != self.method.info.name or state["options"] != mine:
-            raise InvalidArgument(
-                f"the state is of method {state['method']!r} with {state['options']}, this run is "
-                f"{self.method.info.name!r} with {mine}"
-            )
-        record = Masks.from_state_dict(state["masks"])
-        if set(record) != set(self.masks):
-            odd = sorted(set(record) ^ set(self.masks))[0]
-            raise InvalidArgument(f"the state and this run do not mask the same tensors: {odd!r}")
-        self.step, self.dense_steps = int(state["step"]), int(state.get("dense_steps", 0))
+        resume_run(self, state)
         for tensor, version, old in self._overwritten:
             if tensor._version == version:  # nobody has loaded anything since
                 tensor.copy_(old)
         self._overwritten.clear()
-        for name, mask in record.items():
-            self.masks[name] = mask.to(self._bound[name].device)
-        device = next((p.device for p in self._bound.values()), torch.device("cpu"))
-        self.memory = {n: t.to(device, copy=True) for n, t in state.get("memory", {}).items()}
         self._optimizers.stepped = set(state.get("stepped", ()))
-        gradients = state.get("dense_gradients", {})
-        self.dense_gradients = {n: t.to(device, copy=True) for n, t in gradients.items()}
         self._arriving.clear()
         self.apply()
 
     def __str__(self) -> str:
-        steps = "" if self.steps is None else f" of {self.steps}"
-        lines = [
-            f"{self.method.info.name}: sparsity {self.current_sparsity:.4f} over "
-            f"{len(self.masks)} tensors at step {self.step}{steps}"
-        ]
-        return "\n".join(lines + dense_lines(self.skipped, "left as it is"))
+        name, many, sparsity = self.method.info.name, len(self.masks), self.current_sparsity
+        at = f"step {self.step}" + ("" if self.steps is None else f" of {self.steps}")
+        told = f"{name}: sparsity {sparsity:.4f} over {many} tensors at {at}"
+        return "\n".join([told, *dense_lines(self.skipped, "left as it is")])

@@ -10,13 +10,14 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
+from sparseworks.data.epochs import Batches
 from sparseworks.models.calls import Batch, default_loss, move, split
 from sparseworks.training.checkpointing import random_state, restore_random
 from sparseworks.training.hooked import Run
@@ -24,17 +25,7 @@ from sparseworks.training.planning import HALVES, Plan, Sparse
 from sparseworks.training.transforming import Transformed
 from sparseworks.training.watching import Trace
 
-__all__ = ["Batches", "Training"]
-
-
-class Batches(Protocol):
-    """Training data: batches as functions of the epoch."""
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of one epoch, always the same for the same number."""
+__all__ = ["Training"]
 
 
 class Training:

@@ -1,4 +1,4 @@
-"""What a method beside a training loop is: `Hooked`, or `Periodic` where masks move at times."""
+"""What a method of a training is: `Hooked` (`Periodic`: masks move at times), or `Transform`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.patterns import Pattern
@@ -14,9 +16,10 @@ from sparseworks.core.registry import MethodInfo
 from sparseworks.core.schedules import interval
 from sparseworks.models.views import View
 
-__all__ = ["Hooked", "Periodic"]
+__all__ = ["Hooked", "Periodic", "Transform"]
 
 Run = Any  # of `training.hooked`, which imports this
+Transformed = Any  # of `training.transformed`, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +70,43 @@ class Periodic(Hooked):
     def interval(self, steps: int | None) -> int:
         """Steps between the mask updates of a training of `steps`."""
         return interval(steps) if self.every is None else self.every
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform(ABC):
+    """Base of methods that change modules before training; frozen dataclasses of options.
+
+    Args:
+        pattern: legal zeros, where the call names none.
+        budget: who pays, where the call names none.
+    """
+
+    pattern: str | Pattern = "unstructured"
+    budget: str | Mapping[str, float] | Budget = "uniform"
+
+    info: ClassVar[MethodInfo]
+    needs_sparsity: ClassVar[bool] = True
+
+    def begin(self, job: Transformed) -> None:  # noqa: B027
+        """Change the model through `job.parametrize`, `job.replace` and `job.freeze` only, so that
+        a failure can be undone."""
+
+    def attached(self, job: Transformed) -> None:  # noqa: B027
+        """Called once, when the optimizer is known (`job.optimizer`)."""
+
+    def penalty(self, job: Transformed) -> Tensor | None:
+        """A scalar to add to the loss of this step."""
+        return None
+
+    def update(self, job: Transformed) -> None:  # noqa: B027
+        """Called without gradients after every optimizer step, `job.step` counted from 1."""
+
+    def finish(self, job: Transformed) -> None:  # noqa: B027
+        """Choose the final masks with `job.set_mask`; the job then folds what it parametrized."""
+
+    def state_dict(self, job: Transformed) -> dict[str, Any]:
+        """State that neither the model nor the job holds."""
+        return {}
+
+    def load_state_dict(self, job: Transformed, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what `state_dict` gave."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -83,12 +83,7 @@ class Sparse:
 
     def __post_init__(self) -> None:
         own = {k: v for k, v in self.settings.items() if k not in _COMMON}
-        chosen = registry.build(self.method, **own)
-        if not isinstance(chosen, (Hooked, Transform)):
-            raise InvalidArgument(
-                f"method {self.method!r} is {chosen.info.kind}, not one for a training loop "
-                f"({', '.join(_trainable())})"
-            )
+        chosen = registry.build(self.method, ("hooked", "transform"), **own)
         if isinstance(chosen, Hooked):
             needed = not chosen.starts_from_record
         else:
@@ -98,6 +93,17 @@ class Sparse:
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         object.__setattr__(self, "chosen", chosen)
+
+    def with_defaults(self, **known: Any) -> Sparse:
+        """The same with options that the method has and that were not given."""
+        if not isinstance(self.method, str):
+            return self
+        lacking = {
+            k: v
+            for k, v in known.items()
+            if registry.has_option(self.method, k) and k not in self.settings
+        }
+        return replace(self, settings={**self.settings, **lacking}) if lacking else self
 
     def check_steps(self, steps: int) -> None:
         """A training of so many steps must reach the first change of the masks.
@@ -126,8 +132,3 @@ class Sparse:
             return job.attach(optimizer), optimizer
         optimizer = build(model.parameters())
         return sparsify(model, optimizer, self.method, **given), optimizer
-
-
-def _trainable() -> list[str]:
-    kinds = {n: registry.resolve(n).info.kind for n in registry.names()}
-    return [n for n, kind in kinds.items() if kind in ("hooked", "transform")]

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparseworks.core.errors import DataError
 from sparseworks.models.calls import Batch, call, split
+from sparseworks.models.modes import evaluating
 
 __all__ = ["reestimate"]
 
@@ -27,23 +28,20 @@ def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
-    training = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
     seen = False
-    model.eval()
-    try:
-        for batch in batches:
-            if not seen:
-                seen = True
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None
-                    norm.train()
-            call(model, split(batch)[0])
-    finally:
-        for norm in norms:
-            norm.momentum = momenta[norm]
-        for module, was in training.items():
-            module.training = was
+    with evaluating(model):
+        try:
+            for batch in batches:
+                if not seen:
+                    seen = True
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None
+                        norm.train()
+                call(model, split(batch)[0])
+        finally:
+            for norm in norms:
+                norm.momentum = momenta[norm]
     if not seen:
         raise DataError("no batches to estimate batch-norm statistics on")

@@ -58,10 +58,7 @@ def sparsify(
         InvalidArgument: an option or an optimizer that cannot be used; nothing was changed.
         ModelError: "fixed" on a model without masks, or no weight left that trains.
     """
-    chosen = registry.build(method, **options)
-    if not isinstance(chosen, Hooked):
-        kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
-        raise InvalidArgument(f"method {method!r} is {kind}, not one for a training loop")
+    chosen: Hooked = registry.build(method, ("hooked",), **options)
     optimizers = Optimizers(optimizer)
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise InvalidArgument(

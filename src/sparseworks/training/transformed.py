@@ -1,11 +1,9 @@
-"""The transform kind: a base class for its methods, and the job that takes a model through one."""
+"""The job that takes a model through a method of kind "transform"."""
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -13,58 +11,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from sparseworks.core import registry
-from sparseworks.core.budgets import Budget
-from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
-from sparseworks.core.registry import MethodInfo
 from sparseworks.models.views import View
 from sparseworks.training.attaching import attach_beside
+from sparseworks.training.method import Transform
+from sparseworks.training.parametrizing import refuse_tied, unparametrize
+from sparseworks.training.resuming import resume_transform, state_of_transform
 
 __all__ = ["Transform", "Transformed"]
 
 Part = TypeVar("Part", bound=nn.Module)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transform(ABC):
-    """Base of methods that change modules before training; frozen dataclasses of options.
-
-    Args:
-        pattern: legal zeros, where the call names none.
-        budget: who pays, where the call names none.
-    """
-
-    pattern: str | Pattern = "unstructured"
-    budget: str | Mapping[str, float] | Budget = "uniform"
-
-    info: ClassVar[MethodInfo]
-    needs_sparsity: ClassVar[bool] = True
-
-    def begin(self, job: Transformed) -> None:  # noqa: B027
-        """Change the model through `job.parametrize`, `job.replace` and `job.freeze` only, so that
-        a failure can be undone."""
-
-    def attached(self, job: Transformed) -> None:  # noqa: B027
-        """Called once, when the optimizer is known (`job.optimizer`)."""
-
-    def penalty(self, job: Transformed) -> Tensor | None:
-        """A scalar to add to the loss of this step."""
-        return None
-
-    def update(self, job: Transformed) -> None:  # noqa: B027
-        """Called without gradients after every optimizer step, `job.step` counted from 1."""
-
-    def finish(self, job: Transformed) -> None:  # noqa: B027
-        """Choose the final masks with `job.set_mask`; the job then folds what it parametrized."""
-
-    def state_dict(self, job: Transformed) -> dict[str, Any]:
-        """State that neither the model nor the job holds."""
-        return {}
-
-    def load_state_dict(self, job: Transformed, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take back what `state_dict` gave."""
 
 
 class Transformed:
@@ -170,13 +128,7 @@ class Transformed:
             ModelError: the tensor has a second name (tied), which would not see the part.
         """
         view = self.views[name]
-        tied = [n for n, p in self.model.named_parameters(remove_duplicate=False)
-                if p is view.parameter and n != name]  # fmt: skip
-        if tied:
-            raise ModelError(
-                f"{name} is also {tied[0]} (tied weights): a parametrization would reach only one "
-                "of them; exclude it"
-            )
+        refuse_tied(self.model, view)
         before = (o for n, o in self._orders.items() if self.views[n].module is view.module)
         order = next(before, list(view.module._parameters))
         parametrize.register_parametrization(view.module, view.attribute, part)
@@ -282,9 +234,6 @@ class Transformed:
         """End the training: parts folded into ordinary weights, zeros exact, the mask record on.
 
         A weight becomes what the layer computed with where its mask keeps it, and 0 elsewhere.
-
-        Returns:
-            The record.
         """
         if not self.finished:
             self.method.finish(self)
@@ -305,16 +254,8 @@ class Transformed:
         return Masks.of(self.masks, self.method.info.name, str(self.pattern))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs beside the model's and the optimizer's own state."""
-        return {
-            "method": self.method.info.name,
-            "options": registry.options_of(self.method),
-            "sparsity": self.sparsity,
-            "steps": self.steps,
-            "step": self.step,
-            "masks": self.record().state_dict(),
-            "own": self.method.state_dict(self),
-        }
+        """What resuming needs beside the model's and the optimizer's own state."""
+        return state_of_transform(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, bit for bit; load model and optimizer first.
@@ -322,23 +263,7 @@ class Transformed:
         Raises:
             InvalidArgument: the state is of another method, schedule or of other tensors.
         """
-        mine = {
-            "method": self.method.info.name,
-            "options": registry.options_of(self.method),
-            "sparsity": self.sparsity,
-            "steps": self.steps,
-        }
-        for key, value in mine.items():
-            if state.get(key) != value:
-                raise InvalidArgument(f"the state has {key} {state.get(key)!r}, this job {value!r}")
-        record = Masks.from_state_dict(state["masks"])
-        if set(record) != set(self.views):
-            odd = sorted(set(record) ^ set(self.views))[0]
-            raise InvalidArgument(f"the state and this job do not mask the same tensors: {odd!r}")
-        self.step = int(state["step"])
-        for name, mask in record.items():
-            self.set_mask(name, mask.to(self.views[name].parameter.device))
-        self.method.load_state_dict(self, state["own"])
+        resume_transform(self, state)
 
     def undo(self) -> None:
         """Give the model back as it was before `transform` (only before training)."""
@@ -363,14 +288,8 @@ class Transformed:
     def _unparametrize(self, name: str) -> None:
         """Only the raw weight stays, at its old place among the module's parameters."""
         order = self._orders.pop(name, None)
-        if order is None:
-            return
-        view = self.views[name]
-        parametrize.remove_parametrizations(view.module, view.attribute, leave_parametrized=False)
-        known = view.module._parameters
-        for attribute in order:
-            if attribute in known:  # others of the module may still be parametrized
-                known[attribute] = known.pop(attribute)
+        if order is not None:
+            unparametrize(self.views[name].module, self.views[name].attribute, order)
 
     def _release(self) -> None:
         for parameter in self._trainable:

@@ -59,10 +59,7 @@ def transform(
         InvalidArgument: an option that cannot be used; the model is as it was.
         ModelError: the model cannot be treated; it is as it was.
     """
-    chosen = registry.build(method, **options)
-    if not isinstance(chosen, Transform):
-        kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
-        raise InvalidArgument(f"method {method!r} is {kind}, not one that transforms a model")
+    chosen: Transform = registry.build(method, ("transform",), **options)
     if chosen.needs_sparsity and sparsity is None:
         raise InvalidArgument(f"method {chosen.info.name!r} needs `sparsity`")
     if sparsity is not None:

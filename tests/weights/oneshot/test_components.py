@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparseworks as sw
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.core.masks import masks
 from sparseworks.weights.oneshot.components import Components, find_cliff
@@ -112,3 +113,16 @@ def test_bad_calls_are_refused_and_change_nothing() -> None:
         Components().search(model, PARTS, quality, least=1.0)
     assert masks(model) is None
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+
+
+def test_prune_searches_and_prunes_to_what_was_found() -> None:
+    model, twin = Pipe(), Pipe()
+    options = {"parts": PARTS, "quality": quality_to(Pipe()), "least": -1e-3, "step": 0.1}
+    done = sw.prune(model, "components", data=[torch.zeros(1, 10)], most=0.9, **options)
+    found = Components(step=0.1, most=0.9).search(twin, PARTS, quality_to(Pipe()), least=-1e-3)
+    assert done.method == "components" and done.options["components"] == found.sparsity
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+    with pytest.raises(InvalidArgument, match=r"by itself.*sparsity="):
+        sw.prune(Pipe(), "components", sparsity=0.5, data=[torch.zeros(1, 10)])
+    with pytest.raises(InvalidArgument, match="no component bears"):
+        sw.prune(Pipe(), "components", data=[torch.zeros(1, 10)], **{**options, "least": -1e-15})

@@ -248,8 +248,8 @@ def test_attention_comes_nearer_to_the_teacher() -> None:
 def test_all_phases_run_and_the_teacher_is_the_dense_model() -> None:
     model = resnet()
     method = GroupDistillation(groups=STAGES, percentiles=(0.0, 0.25, 0.5), exclude=INNER)
-    widths = method.fit(model, X, batches, epochs=(1, 1, 1), steps_per_epoch=1)
-    assert widths == {
+    fitted = method.fit(model, X, batches, epochs=(1, 1, 1), steps_per_epoch=1)
+    assert fitted.widths == {
         "layer1.0.bn1.weight": (16, 16),
         "layer2.0.bn1.weight": (32, 24),
         "layer3.0.bn1.weight": (64, 32),

@@ -92,10 +92,10 @@ def test_the_search_ends_with_a_cut_model_near_its_flops() -> None:
     torch.manual_seed(0)
     model = copy.deepcopy(VIT)
     y = torch.randint(0, 3, (6,))
-    method = OFB(flops=0.5, candidates=4, width_lr=0.1, score_lr=0.1, warmup=0.3)
-    found = method.search(
-        model, X, lambda epoch: [(X, y)] * 10, epochs=12, steps_per_epoch=10, patches=("norm", 4)
+    method = OFB(
+        flops=0.5, candidates=4, width_lr=0.1, score_lr=0.1, warmup=0.3, patches=("norm", 4)
     )
+    found = method.fit(model, X, lambda epoch: [(X, y)] * 10, epochs=12, steps_per_epoch=10)
     assert found.flops[1] == trace(model, X).flops()
     assert 0.3 < found.flops[1] / found.flops[0] < 0.6
     assert found.certainty > 0.9
@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_model(w: bool) -> None:
     for _ in range(2):
         torch.manual_seed(5)
         model = copy.deepcopy(VIT)
-        OFB(candidates=4, decay_w=w, start=1.0).search(
+        OFB(candidates=4, decay_w=w, start=1.0).fit(
             model, X, lambda e: [(X, y)] * 3, epochs=2, steps_per_epoch=3, teacher=VIT
         )
         made.append(model.state_dict())
@@ -135,7 +135,7 @@ def test_bad_calls_are_refused_before_training() -> None:
         (OFB(warmup=0.0), "warmup="),
     ]:
         with pytest.raises(InvalidArgument, match=match):
-            method.search(model, X, lambda e: [], epochs=1, steps_per_epoch=1)
+            method.fit(model, X, lambda e: [], epochs=1, steps_per_epoch=1)
     with pytest.raises(InvalidArgument, match="no module"):
         Pmim(model, X, "nowhere", 4)
     with pytest.raises(InvalidArgument, match="one token"):

@@ -97,7 +97,7 @@ def test_rounds_end_at_the_same_budget() -> None:
         ({"flops": 0.5, "floor": 1.0}, "floor"),
         ({"flops": 0.5, "include": "nothing.*"}, "matches no parameter"),
         ({"flops": 0.5, "method": "group-nrm"}, "did you mean"),
-        ({"flops": 0.5, "method": "wanda"}, "does not score groups"),
+        ({"flops": 0.5, "method": "wanda"}, "is one-shot, not structured"),
         ({"flops": 0.5, "method": "group-taylor"}, "give data="),
     ],
 )

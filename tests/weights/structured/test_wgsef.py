@@ -60,10 +60,10 @@ def test_training_ends_with_groups_cut_and_the_model_runs() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 3))
     x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
-    widths = WGSEF(keep=0.3, strength=0.5).fit(
+    fitted = WGSEF(keep=0.3, strength=0.5).fit(
         model, x, lambda e: [(x, y)], epochs=60, steps_per_epoch=1
     )
-    before, after = widths["0.weight"]
+    before, after = fitted.widths["0.weight"]
     assert before == 20 and 1 <= after < 20
     assert model[0].weight.shape == (after, 8) and model[2].weight.shape == (3, after)
     assert model(x).shape == (64, 3)

@@ -254,8 +254,9 @@ def test_misuse_is_refused(tmp_path):
         verify({}, code, Place("c0.weight", 0, 0))
     with pytest.raises(InvalidArgument, match="29 x 29"):
         Code.of_qr(torch.ones(21, 21))
+    with pytest.raises(InvalidArgument, match="give `owner`"):
+        sw.experiment(fit, convnet(), "ownership")
     for options in (
-        {},
         {"owner": "me", "scheme": "seal"},
         {"owner": "me", "walks": 0},
         {"owner": "me", "scheme": "key", "certificate": "x.json"},

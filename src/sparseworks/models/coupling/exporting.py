@@ -14,6 +14,7 @@ from sparseworks.core.errors import ModelError
 from sparseworks.models.calls import Arguments, Batch
 from sparseworks.models.coupling.tracking import Tracking
 from sparseworks.models.hooks import refresh
+from sparseworks.models.modes import evaluating
 from sparseworks.models.recurrence import relist
 
 __all__ = ["exported"]
@@ -52,23 +53,20 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     The export leaves its own stand-ins in the lists that recurrent layers keep of their weights,
     and warns that it did: they take their parameters again.
     """
-    training = {m: m.training for m in model.modules()}
     configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     caches = [c for c in configs if getattr(c, "use_cache", False)]
     fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
     for config in caches:
         config.use_cache = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings():
+        with evaluating(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for config in caches:
             config.use_cache = True
-        for module, was in training.items():
-            module.training = was
+        for module in model.modules():
             refresh(module)  # what hooks computed in the export has no values
         relist(model.modules())

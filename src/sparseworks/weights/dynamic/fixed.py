@@ -1,4 +1,11 @@
-"""Fixed masks: fine-tune a sparse model; every zero stays zero."""
+"""Fixed masks: fine-tune a sparse model; every zero stays zero.
+
+After every step w <- w * m, m the mask of the model's record; gradients and the optimizer's state
+are masked alike.
+
+Source: Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks (its
+retraining of what is kept).
+"""
 
 from __future__ import annotations
 
@@ -29,6 +36,7 @@ class Fixed(Hooked):
         budget="that of the record",
         cost="a mask per step",
         summary="fine-tune from the mask record; every zero stays zero",
+        command="sparseworks train MODEL --data DATA --method fixed --start SPARSE --out OUT",
     )
 
     def begin(self, run: Run) -> None:

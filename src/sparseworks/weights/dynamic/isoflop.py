@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.random import generator_for
 from sparseworks.models.calls import Batch, call, split
+from sparseworks.models.modes import evaluating
 from sparseworks.models.recurrence import products_shown
 from sparseworks.models.views import View
 
@@ -174,15 +175,9 @@ class _Counter(TorchFunctionMode):
 @torch.no_grad()
 def model_macs(model: nn.Module, example: Batch) -> int:
     """Multiply-adds of one call: convolutions, linear layers, matrix products and attention."""
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     counter = _Counter()
-    try:
-        with counter, products_shown():
-            call(model, split(example)[0])
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with evaluating(model), counter, products_shown():
+        call(model, split(example)[0])
     return counter.total
 
 
@@ -198,15 +193,12 @@ def layer_macs(model: nn.Module, views: Iterable[View], example: Batch) -> dict[
             macs[view.name] += places * view.parameter.numel()
 
         handles.append(view.module.register_forward_hook(count))
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     try:
-        call(model, split(example)[0])
+        with evaluating(model):
+            call(model, split(example)[0])
     finally:
         for handle in handles:
             handle.remove()
-        for module, was in training.items():
-            module.training = was
     return macs
 
 

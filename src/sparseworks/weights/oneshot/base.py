@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -15,10 +15,11 @@ from sparseworks.core.evidence import Collector
 from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
+from sparseworks.core.types import Progress
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
 
-__all__ = ["OneShot", "Solution", "Target", "Work"]
+__all__ = ["Found", "OneShot", "Search", "Solution", "Target", "Work"]
 
 
 @dataclass(frozen=True)
@@ -130,3 +131,35 @@ class OneShot(ABC):
         if target.allowed is not None:
             scores = scores.masked_fill(~target.allowed, -torch.inf)
         return scores
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search chose: how a one-shot method is to prune.
+
+    Args:
+        method: name or object of the one-shot method.
+        sparsity: parameter name -> sparsity; weights that are not named stay dense.
+        figures: what the search has to say, in JSON values.
+    """
+
+    method: Any
+    sparsity: Mapping[str, float]
+    figures: Mapping[str, Any]
+
+
+class Search(ABC):
+    """Base of methods that find sparsities by trying them; `prune` then prunes once to these."""
+
+    info: ClassVar[MethodInfo]
+
+    @abstractmethod
+    def find(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch] | None,
+        *,
+        seed: int,
+        progress: Progress | None,
+    ) -> Found:
+        """Sparsities for a model, which stays as it is."""

@@ -20,19 +20,24 @@ where one for both removes 10 %; but that magnitude beats Wanda is not confirmed
 
 from __future__ import annotations
 
-import copy
 import itertools
-import statistics
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.core.registry import MethodInfo
-from sparseworks.models.calls import Batch
+from sparseworks.core.types import Progress
+from sparseworks.models.blocks import first_tensor
+from sparseworks.models.calls import Batch, call
+from sparseworks.models.hooks import duplicate
+from sparseworks.models.modes import evaluating
 from sparseworks.models.views import find_prunable
+from sparseworks.weights.oneshot.base import Found, Search
+from sparseworks.weights.oneshot.cliffs import ComponentsResult, Curve, find_cliff, steepness
 from sparseworks.weights.oneshot.prune import prune
 
 __all__ = ["Components", "ComponentsResult", "Curve", "find_cliff"]
@@ -42,80 +47,15 @@ Quality = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Quality of the pipeline with one component pruned.
-
-    Args:
-        weights: prunable weights of the component.
-        sparsities: rising, the first is 0.
-        quality: at each of them.
-        cliff: the largest sparsity before the fall.
-        steepness: largest slope over the median slope before it.
-    """
-
-    weights: int
-    sparsities: tuple[float, ...]
-    quality: tuple[float, ...]
-    cliff: float
-    steepness: float
-
-
-@dataclass(frozen=True)
-class ComponentsResult:
-    """What was found and done.
-
-    Args:
-        curves: per component.
-        sparsity: chosen per component.
-        quality: of the pruned pipeline.
-        overall: share of zeros over the prunable weights of all components.
-        trials: (sparsity per component, quality) of every combination that was tried.
-    """
-
-    curves: Mapping[str, Curve]
-    sparsity: Mapping[str, float]
-    quality: float
-    overall: float
-    trials: tuple[tuple[Mapping[str, float], float], ...]
-
-    def __str__(self) -> str:
-        lines = [f"{self.overall:.1%} of the weights pruned, quality {self.quality:.4g}"]
-        for name, curve in self.curves.items():
-            lines.append(
-                f"  {name}: {self.sparsity[name]:.1%} of {curve.weights:,} weights "
-                f"(cliff at {curve.cliff:.1%})"
-            )
-        return "\n".join(lines)
-
-
-def find_cliff(
-    sparsities: Iterable[float], quality: Iterable[float], least: float, kappa: float = 5.0
-) -> int:
-    """Index of the last sparsity before the fall.
-
-    Args:
-        sparsities: rising.
-        quality: at each of them.
-        least: quality below which there is nothing to keep.
-        kappa: how many times the median slope so far is a fall.
-    """
-    s, q = list(sparsities), list(quality)
-    slopes: list[float] = []
-    for i in range(1, len(s)):
-        slope = abs(q[i] - q[i - 1]) / (s[i] - s[i - 1])
-        usual = statistics.median(slopes) if len(slopes) >= 2 else float("inf")
-        matters = q[i - 1] - q[i] > 0.1 * (q[0] - least)
-        if q[i] < least or (matters and slope > kappa * usual):
-            return i - 1
-        slopes.append(slope)
-    return len(s) - 1
-
-
-@dataclass(frozen=True)
-class Components:
+class Components(Search):
     """Choose a sparsity per component by its own curve, and prune.
 
     Args:
+        parts: name -> name patterns of the weights of a component; None: the children of the model
+            that hold prunable weights.
+        quality: `(model) -> float`, higher is better; None: minus the relative error of the outputs
+            on `data`, sum ||f_s(x) - f(x)||^2 / sum ||f(x)||^2.
+        least: quality to keep.
         method: registered one-shot method, or an object of one.
         step: between sparsities of a curve.
         most: largest sparsity tried.
@@ -123,6 +63,9 @@ class Components:
         below: steps below each cliff that are tried in combination.
     """
 
+    parts: Mapping[str, Patterns] | None = None
+    quality: Quality | None = field(default=None, repr=False)
+    least: float = -0.05
     method: Any = "magnitude"
     step: float = 0.05
     most: float = 0.9
@@ -135,13 +78,51 @@ class Components:
         authors="Ramesh, Zhao",
         year=2024,
         room="weights/oneshot",
-        kind="driver",
+        kind="search",
         card="189",
+        needs=("data",),
         pattern="any of the method's",
         budget="a sparsity per component, by its own cliff",
         cost="one pruning and one look at the quality per point of the curves",
         summary="find how much each component of a pipeline bears, and prune each to its own cliff",
     )
+
+    def find(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch] | None,
+        *,
+        seed: int,
+        progress: Progress | None,
+    ) -> Found:
+        """Sparsities for the weights of every component.
+
+        Raises:
+            InvalidArgument: an option is out of range, or no component bears any sparsity.
+            DataError: there is neither `quality` nor data to compare outputs on.
+        """
+        parts = _children(model) if self.parts is None else self.parts
+        quality = self.quality
+        if quality is None:
+            if not batches:
+                raise DataError("components compares outputs: give data=, or quality=")
+            quality = _Fidelity(model, batches)
+        found = self.explore(
+            model, parts, quality, least=self.least, data=batches, progress=progress
+        )
+        sparsity = {
+            view.name: share
+            for name, share in found.sparsity.items()
+            for view in find_prunable(model, parts[name]).views
+            if share > 0
+        }
+        if not sparsity:
+            raise InvalidArgument(
+                f"no component bears a sparsity of {self.step:g} at a quality of {self.least:g}: "
+                "lower least= or step="
+            )
+        told = {"components": dict(found.sparsity), "quality": found.quality}
+        return Found(self.method, sparsity, told)
 
     def search(
         self,
@@ -151,9 +132,27 @@ class Components:
         *,
         least: float,
         data: Iterable[Batch] | None = None,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Progress | None = None,
     ) -> ComponentsResult:
-        """Measure the curves on copies, then prune the model in place.
+        """`explore`, then prune the model in place."""
+        batches = None if data is None else list(data)
+        found = self.explore(
+            model, components, quality, least=least, data=batches, progress=progress
+        )
+        self._prune(model, components, found.sparsity, batches)
+        return found
+
+    def explore(
+        self,
+        model: nn.Module,
+        components: Mapping[str, Patterns],
+        quality: Quality,
+        *,
+        least: float,
+        data: Iterable[Batch] | None = None,
+        progress: Progress | None = None,
+    ) -> ComponentsResult:
+        """Measure the curves and their combinations on copies; the model stays as it is.
 
         Args:
             model: holds all components.
@@ -179,7 +178,7 @@ class Components:
         batches = None if data is None else list(data)
 
         def measured(sparsity: Mapping[str, float]) -> float:
-            trial = copy.deepcopy(model)
+            trial = duplicate(model)
             self._prune(trial, components, sparsity, batches)
             return float(quality(trial))
 
@@ -190,7 +189,9 @@ class Components:
         for k, name in enumerate(components):
             values = [dense, *(measured({name: s}) for s in grid[1:])]
             i = find_cliff(grid, values, least, self.kappa)
-            curves[name] = Curve(sizes[name], tuple(grid), tuple(values), grid[i], _steep(values))
+            curves[name] = Curve(
+                sizes[name], tuple(grid), tuple(values), grid[i], steepness(values)
+            )
             if progress is not None:
                 progress(k + 1, len(components), "curves of the components")
         options = [
@@ -214,7 +215,6 @@ class Components:
             if found >= least:
                 break
         best, found = trials[-1]
-        self._prune(model, components, best, batches)
         overall = sum(sizes[n] * s for n, s in best.items()) / sum(sizes.values())
         return ComponentsResult(curves, best, found, overall, tuple(trials))
 
@@ -243,9 +243,34 @@ class Components:
                 prune(model, self.method, sparsity=share, include=components[name], data=data)
 
 
-def _steep(quality: list[float]) -> float:
-    """Largest fall of a curve over the median change before it."""
-    changes = [b - a for a, b in itertools.pairwise(quality)]
-    worst = min(range(len(changes)), key=changes.__getitem__)
-    before = [abs(c) for c in changes[:worst]]
-    return -changes[worst] / max(statistics.median(before), 1e-12) if before else 1.0
+def _children(model: nn.Module) -> dict[str, Patterns]:
+    """The children of the model, or of the one that holds all, with their prunable weights."""
+    found: dict[str, list[str]] = {}
+    for view in find_prunable(model):
+        found.setdefault(view.name.partition(".")[0], []).append(view.name)
+    if len(found) == 1:  # all below one child: by what they are below in there
+        names = next(iter(found.values()))
+        found = {}
+        for name in names:
+            found.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    return {part: tuple(names) for part, names in found.items()}
+
+
+class _Fidelity:
+    """Minus the relative error of a model's outputs: -sum ||f_s(x) - f(x)||^2 / sum ||f(x)||^2."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.expected = self._outputs(model)
+        self.energy = sum(float(y.square().sum()) for y in self.expected)
+
+    def __call__(self, model: nn.Module) -> float:
+        pairs = zip(self._outputs(model), self.expected)
+        error = sum(float((y - e).square().sum()) for y, e in pairs)
+        return -error / max(self.energy, 1e-30)
+
+    @torch.no_grad()
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        with evaluating(model):
+            outputs = [first_tensor(call(model, batch)) for batch in self.batches]
+        return [y.double() for y in outputs if y is not None]

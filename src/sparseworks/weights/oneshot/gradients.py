@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import DataError
 from sparseworks.models.calls import Batch, Loss, default_loss, move
+from sparseworks.models.modes import evaluating
 from sparseworks.models.views import View
 
 __all__ = ["checked_loss", "gradients_enabled", "mean_gradients"]
@@ -18,22 +19,18 @@ __all__ = ["checked_loss", "gradients_enabled", "mean_gradients"]
 @contextmanager
 def gradients_enabled(model: nn.Module, views: Sequence[View]) -> Iterator[list[nn.Parameter]]:
     """Evaluation mode in which only the weights of the views ask for gradients."""
-    training = {m: m.training for m in model.modules()}
     asked = {p: p.requires_grad for p in model.parameters()}
-    model.eval()
     for parameter in asked:
         parameter.requires_grad_(False)
     weights = [v.parameter for v in views]
     for parameter in weights:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield weights
     finally:
         for parameter, value in asked.items():
             parameter.requires_grad_(value)
-        for module, was in training.items():
-            module.training = was
 
 
 def checked_loss(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.hooks import duplicate
 from sparseworks.models.seen import look_at
 from sparseworks.models.views import View, find_prunable
-from sparseworks.weights.oneshot.base import OneShot
+from sparseworks.weights.oneshot.base import OneShot, Search
 from sparseworks.weights.oneshot.job import Job
 
 __all__ = ["prune"]
@@ -29,7 +30,7 @@ __all__ = ["prune"]
 
 def prune(
     model: nn.Module,
-    method: str | OneShot,
+    method: str | OneShot | Search,
     *,
     sparsity: float | None = None,
     pattern: str | Pattern | None = None,
@@ -58,7 +59,8 @@ def prune(
     Args:
         model: changed in place, unless `copy`.
         method: registered name ("magnitude", "wanda", "sparsegpt", ...) or a method object.
-        sparsity: fraction of zeros in [0, 1) over the pruned tensors; may be left out with N:M.
+        sparsity: fraction of zeros in [0, 1) over the pruned tensors; may be left out with N:M, and
+            is left out for methods that find sparsities themselves.
         pattern: the legal zeros ("unstructured", "row", "2:4", "block16x16", "rows", ...); None:
             the method's own.
         budget: "uniform", "erk", "global", a mapping name -> sparsity, or a function; None: the
@@ -90,12 +92,28 @@ def prune(
             was; of a larger one the finished tensors keep their masks and `resume=True` goes on.
     """
     began = time.perf_counter()
-    chosen = registry.build(method, **options)
-    if not isinstance(chosen, OneShot):
-        kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
-        raise InvalidArgument(
-            f"method {method!r} is {kind}, not one-shot; see `sparseworks methods`"
-        )
+    chosen = registry.build(method, ("one-shot", "search"), **options)
+    if isinstance(chosen, Search):
+        fixed = {
+            "sparsity": sparsity, "budget": budget, "pattern": pattern, "rounds": rounds,
+            "include": include, "exclude": exclude, "resume": resume or None,
+        }  # fmt: skip
+        if given := [f"{k}=" for k, v in fixed.items() if v is not None]:
+            raise InvalidArgument(
+                f"{chosen.info.name} finds sparsities by itself, for the whole model: leave "
+                f"{', '.join(given)} out"
+            )
+        batches = _batches(chosen, data, recovery)
+        choice = chosen.find(model, batches, seed=seed, progress=progress)
+        done = prune(
+            model, choice.method, sparsity=max(choice.sparsity.values()), budget=choice.sparsity,
+            include=list(choice.sparsity), data=batches, loss=loss, recovery=recovery, seed=seed,
+            skip_indivisible=skip_indivisible, copy=copy, device=device, spill=spill,
+        )  # fmt: skip
+        settings = {**registry.options_of(chosen), **choice.figures, "recovery": recovery}
+        seconds = time.perf_counter() - began
+        name, settings = chosen.info.name, {**settings, "seed": seed}
+        return replace(done, method=name, options=settings, seconds=seconds)
     legal = parse_pattern(chosen.pattern if pattern is None else pattern)
     wanted = _resolve_sparsity(legal, sparsity)
     if recovery not in (None, "refit"):
@@ -164,7 +182,7 @@ def _resolve_sparsity(pattern: Pattern, sparsity: float | None) -> float:
 
 
 def _batches(
-    method: OneShot, data: Iterable[Batch] | None, recovery: str | None
+    method: OneShot | Search, data: Iterable[Batch] | None, recovery: str | None
 ) -> Sequence[Batch] | None:
     needed = "data" in method.info.needs or recovery is not None
     if data is None:

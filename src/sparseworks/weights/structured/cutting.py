@@ -106,7 +106,7 @@ def cut(
         backup.renew()
         changes = update(model, before, coupling.numbers(keep), backup)
         _slice_masks(model, kept, backup)
-    except Exception:
+    except BaseException:
         backup.restore()
         raise
     return changes, backup

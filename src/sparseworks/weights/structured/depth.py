@@ -26,6 +26,7 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.core.masks import masks
 from sparseworks.models.calls import Batch
+from sparseworks.models.modes import evaluating
 from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.checking import output_of
 from sparseworks.weights.structured.configs import has_config
@@ -90,10 +91,8 @@ def drop_least(model: nn.Module, example: Batch, backup: Backup) -> tuple[str, i
     """
     if masks(model) is not None:
         raise InvalidArgument("the model has a mask record, which names its blocks: slim first")
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     best: tuple[float, str, int] | None = None
-    try:
+    with evaluating(model):
         whole = output_of(model, example)
         for container, index in blocks(model):
             trial = Backup()
@@ -108,9 +107,6 @@ def drop_least(model: nn.Module, example: Batch, backup: Backup) -> tuple[str, i
                 continue  # the model does not run without this one
             finally:
                 trial.restore()
-    finally:
-        for module, was in training.items():
-            module.training = was
     if best is None:
         raise InvalidArgument(f"{type(model).__name__} has no block that may go")
     return best[1], best[2], drop(model, best[1], best[2], backup)

@@ -34,10 +34,12 @@ from torch.nn import functional as F
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
-from sparseworks.models.calls import Batch, Loss
+from sparseworks.models.calls import Arguments, Batch, Loss
 from sparseworks.models.coupling import Coupling
+from sparseworks.models.modes import evaluating
+from sparseworks.weights.structured.applying import free_families
+from sparseworks.weights.structured.base import GroupScore, Scores
 from sparseworks.weights.structured.gates import Gates
-from sparseworks.weights.structured.scores import Scores
 
 __all__ = ["EcoDiff", "Sampler", "chain_gradients", "hard_concrete"]
 
@@ -104,7 +106,7 @@ def chain_gradients(
 
 
 @dataclass(frozen=True)
-class EcoDiff:
+class EcoDiff(GroupScore):
     """Scores of groups: the logits of gates trained on the end of the sampling chain.
 
     `data` of `slim` are (noise, condition) pairs, each one chain.
@@ -150,6 +152,8 @@ class EcoDiff:
         budget="flops, params or latency",
         cost="a few hundred sampling chains, twice forward and once backward",
         summary="train gates so that the end of a diffusion model's sampling stays, then cut",
+        command="sparseworks slim MODEL --data FILE.py:CHAINS --method ecodiff "
+        "--option sampler=FILE.py:SAMPLER --flops 0.5 --out OUT",
     )
     normalise: ClassVar[bool | None] = None
     calibrates: ClassVar[bool] = False
@@ -175,23 +179,38 @@ class EcoDiff:
         chains = list(data) if data is not None else []
         if not chains:
             raise DataError("ecodiff needs chains: data=[(noise, condition), ...]")
-        families = [f for f in coupling.families if f.exact and len(f) > 1]
+        families = free_families(coupling)
         gates = Gates(model, coupling, families)
         logits = [torch.full_like(v, self.start).requires_grad_() for v in gates.values]
-        training = {m: m.training for m in model.modules()}
         wanted = {p: p.requires_grad for p in model.parameters()}
-        model.eval().requires_grad_(False)
+        model.requires_grad_(False)
         try:
-            self._train(model, gates, logits, chains)
+            with evaluating(model):
+                self._train(model, gates, logits, chains)
         finally:
-            for module, was in training.items():
-                module.training = was
             for p, was in wanted.items():
                 p.requires_grad_(was)
         scores = np.full(coupling.count, np.inf)
         for family, logit in zip(families, logits):
             scores[family.roots] = logit.detach().double().cpu().numpy()
         return scores
+
+    def example(self, model: nn.Module, data: Iterable[Batch]) -> Arguments:
+        """What the sampler calls the model with in the first step of the first chain."""
+        if self.sampler is None:
+            raise InvalidArgument("ecodiff needs sampler=, a chain of at least one step")
+        seen: list[Arguments] = []
+        handle = model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(Arguments(args, kwargs)), with_kwargs=True
+        )
+        chain: Any = next(iter(data))
+        noise, condition = chain
+        try:
+            with evaluating(model), torch.no_grad():
+                self.sampler.predict(model, noise, 0, condition)
+        finally:
+            handle.remove()
+        return seen[0]
 
     def _train(
         self, model: nn.Module, gates: Gates, logits: list[Tensor], chains: list[Any]

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from sparseworks.models.calls import Batch, call, split
 from sparseworks.models.coupling import Coupling
+from sparseworks.models.modes import evaluating
 from sparseworks.weights.structured.backup import Backup
-from sparseworks.weights.structured.scores import input_moments, watch_inputs
+from sparseworks.weights.structured.inputs import input_moments, watch_inputs
 
 __all__ = ["fold", "fold_linear"]
 
@@ -186,13 +187,10 @@ def _following_norms(
                     found[made[id(inputs[0])][0]] = m
 
             handles.append(module.register_forward_pre_hook(before))
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     try:
-        call(model, split(batch)[0])
+        with evaluating(model):
+            call(model, split(batch)[0])
     finally:
         for handle in handles:
             handle.remove()
-        for m, was in training.items():
-            m.training = was
     return found

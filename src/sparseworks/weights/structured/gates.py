@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from sparseworks.core.errors import ModelError
 from sparseworks.models.coupling import Coupling, Family
 from sparseworks.models.recurrence import is_weight
+from sparseworks.training.parametrizing import unparametrize
 
 __all__ = ["Consumer", "Gates", "consumers"]
 
@@ -122,8 +123,11 @@ class Gates:
             for module, labels in _norms(model, coupling, family):
                 self._layers.setdefault(module, {})[i] = labels.to(like.device)
         self._handles: list[Any] = []
+        self._orders: dict[nn.Module, list[str]] = {}
 
     def __enter__(self) -> Gates:
+        modules = {site.module for site, _ in self._sites.values()}
+        self._orders = {module: list(module._parameters) for module in modules}
         for site, indices in self._sites.values():
             scale = _Scale(self, site.axis, indices)
             parametrize.register_parametrization(site.module, site.attribute, scale)
@@ -133,9 +137,7 @@ class Gates:
 
     def __exit__(self, *_: object) -> None:
         for site, _indices in self._sites.values():
-            parametrize.remove_parametrizations(
-                site.module, site.attribute, leave_parametrized=False
-            )
+            unparametrize(site.module, site.attribute, self._orders[site.module])
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

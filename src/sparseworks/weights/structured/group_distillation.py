@@ -24,19 +24,19 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.blocks import first_tensor
-from sparseworks.models.calls import Batch, call, logits_of, split
+from sparseworks.models.calls import Batch, call, logits_of, loss_of, split
 from sparseworks.models.coupling import trace
+from sparseworks.weights.structured.base import EpochBatches, Fitted, TrainAndCut
 from sparseworks.weights.structured.percentiles import group_keep
 from sparseworks.weights.structured.recovery import TaskLoss, distillation, finetune
 from sparseworks.weights.structured.scales import Scales, cut_folded, find_scales, press
@@ -64,7 +64,7 @@ def attention_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -
 
 
 @dataclass(frozen=True)
-class GroupDistillation:
+class GroupDistillation(TrainAndCut):
     """Sparse training, group percentiles, cut, fine-tuning, attention distillation.
 
     Args:
@@ -100,7 +100,7 @@ class GroupDistillation:
         authors="Chu et al.",
         year=2022,
         room="weights/structured",
-        kind="driver",
+        kind="train-and-cut",
         card="060",
         needs=("data", "loss", "training"),
         pattern="coupled channels under batch norm",
@@ -128,19 +128,20 @@ class GroupDistillation:
         self,
         model: nn.Module,
         example: Batch,
-        batches: Callable[[int], Iterable[Batch]],
+        batches: EpochBatches,
         *,
-        epochs: tuple[int, int, int],
+        epochs: int | tuple[int, int, int],
         steps_per_epoch: int,
         **training: Any,
-    ) -> dict[str, tuple[int, int]]:
-        """All phases in place; returns channels before and after per family.
+    ) -> Fitted:
+        """All phases in place; the widths are channels per family.
 
         Args:
             model: trained, dense; its copy is the teacher.
             example: one batch, to trace the model.
             batches: epoch number -> batches.
-            epochs: of sparse training, fine-tuning, distillation; a phase of 0 is left out.
+            epochs: of sparse training, fine-tuning, distillation, or of each; a phase of 0 is left
+                out.
             steps_per_epoch: batches of a pass.
             training: further arguments of `finetune`; `loss`, of a detector say, is that of the
                 task in all phases.
@@ -149,6 +150,7 @@ class GroupDistillation:
             InvalidArgument: an option out of range.
             ModelError: nothing here has batch-norm scales.
         """
+        epochs = (epochs,) * 3 if isinstance(epochs, int) else epochs
         groups = self.places(model)
         shares = self.percentiles
         shares = (shares,) * len(groups) if isinstance(shares, (int, float)) else tuple(shares)
@@ -169,15 +171,18 @@ class GroupDistillation:
             finetune(model, batches, epochs=epochs[1], **given)
         if epochs[2]:
             self.distil(model, teacher, batches, epochs=epochs[2], **given)
-        return {
-            next(iter(s.entries)): (len(s.family), int(keep[s.family.roots].sum())) for s in scales
-        }
+        return Fitted(
+            {
+                next(iter(s.entries)): (len(s.family), int(keep[s.family.roots].sum()))
+                for s in scales
+            }
+        )
 
     def sparse(
         self,
         model: nn.Module,
         scales: Sequence[Scales],
-        batches: Callable[[int], Iterable[Batch]],
+        batches: EpochBatches,
         *,
         epochs: int,
         steps_per_epoch: int,
@@ -200,7 +205,7 @@ class GroupDistillation:
         self,
         model: nn.Module,
         teacher: nn.Module,
-        batches: Callable[[int], Iterable[Batch]],
+        batches: EpochBatches,
         *,
         loss: TaskLoss | None = None,
         **training: Any,
@@ -211,12 +216,10 @@ class GroupDistillation:
         theirs, theirs_off = _watch(teacher, places)
 
         def total(student: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
-            inputs, target = split(batch)
+            inputs, _ = split(batch)
             with torch.no_grad():
                 guide = logits_of(call(teacher, inputs)).float()
-            value = (
-                F.cross_entropy(logits, target) if loss is None else loss(student, batch, logits)
-            )
+            value = (loss or loss_of)(student, batch, logits)
             value = value + self.classes * distillation(logits, guide, self.temperature)
             for place in ours:
                 value = value + self.feature * attention_loss(

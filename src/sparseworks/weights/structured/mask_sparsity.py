@@ -20,7 +20,6 @@ an addition.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +31,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, trace
+from sparseworks.weights.structured.base import EpochBatches, Fitted, TrainAndCut
 from sparseworks.weights.structured.recovery import finetune
 from sparseworks.weights.structured.scales import Keep, Scales, cut_folded, find_scales, press
 
@@ -39,7 +39,7 @@ __all__ = ["MaskSparsity", "MaskSparsityResult"]
 
 
 @dataclass(frozen=True)
-class MaskSparsityResult:
+class MaskSparsityResult(Fitted):
     """What training and cutting did.
 
     Args:
@@ -50,7 +50,6 @@ class MaskSparsityResult:
         least_kept: 5th percentile of the mean |gamma| of the groups that stay.
     """
 
-    widths: dict[str, tuple[int, int]]
     marked: int
     cut: int
     largest_marked: float
@@ -58,7 +57,7 @@ class MaskSparsityResult:
 
 
 @dataclass(frozen=True)
-class MaskSparsity:
+class MaskSparsity(TrainAndCut):
     """Mark, train with a penalty on the marked scales, cut.
 
     Args:
@@ -86,7 +85,7 @@ class MaskSparsity:
         authors="Jiang et al.",
         year=2022,
         room="weights/structured",
-        kind="driver",
+        kind="train-and-cut",
         card="013",
         needs=("data", "loss", "training"),
         pattern="coupled channels under batch norm",
@@ -115,7 +114,7 @@ class MaskSparsity:
         self,
         model: nn.Module,
         example: Batch,
-        batches: Callable[[int], Iterable[Batch]],
+        batches: EpochBatches,
         *,
         epochs: int,
         steps_per_epoch: int,

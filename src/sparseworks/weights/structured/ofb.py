@@ -28,23 +28,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sparseworks.core.errors import DataError, InvalidArgument, ModelError
+from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.registry import MethodInfo
-from sparseworks.models.calls import Batch, call, logits_of, move, split
+from sparseworks.core.types import Progress
+from sparseworks.models.calls import Batch, call, logits_of, loss_of, split
 from sparseworks.models.coupling import Coupling, trace
-from sparseworks.weights.structured.checking import check
-from sparseworks.weights.structured.cutting import cut
+from sparseworks.training.stepping import train_epochs
+from sparseworks.weights.structured.applying import cut_families, free_families
+from sparseworks.weights.structured.base import EpochBatches, Fitted, TrainAndCut
 from sparseworks.weights.structured.gates import Gates
 from sparseworks.weights.structured.pmim import Pmim
-from sparseworks.weights.structured.recovery import distillation
+from sparseworks.weights.structured.recovery import TaskLoss, distillation, told
 from sparseworks.weights.structured.widths import (
     LearnedWidth,
     cost_table,
@@ -57,7 +58,7 @@ __all__ = ["OFB", "OFBResult"]
 
 
 @dataclass(frozen=True)
-class OFBResult:
+class OFBResult(Fitted):
     """What the search chose.
 
     Args:
@@ -67,14 +68,13 @@ class OFBResult:
         losses: task loss of every epoch, mean.
     """
 
-    widths: dict[str, tuple[int, int]]
     flops: tuple[float, float]
     certainty: float
     losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class OFB:
+class OFB(TrainAndCut):
     """Search of importance and widths together, then a cut.
 
     Args:
@@ -92,6 +92,9 @@ class OFB:
         decay_w: let w fall; False keeps it at 0.99 (an ablation: importance alone).
         pmim: weight of the reconstruction, relative to the task loss; 0 for none.
         start: first value of z.
+        patches: name of the module whose output holds the tokens of an image, and the side of a
+            patch, for PMIM; None for none.
+        seed: of the hidden patches.
     """
 
     flops: float = 0.5
@@ -108,6 +111,8 @@ class OFB:
     decay_w: bool = True
     pmim: float = 1.0
     start: float = 2.0
+    patches: tuple[str, int] | None = None
+    seed: int = 0
 
     info: ClassVar[MethodInfo] = MethodInfo(
         name="ofb",
@@ -116,7 +121,7 @@ class OFB:
         authors="Ye et al.",
         year=2024,
         room="weights/structured",
-        kind="driver",
+        kind="train-and-cut",
         card="030",
         needs=("data", "loss", "training"),
         pattern="heads, hidden units, embedding channels",
@@ -125,31 +130,28 @@ class OFB:
         summary="learn scores of units and widths of layers in one search, then cut",
     )
 
-    def search(
+    def fit(
         self,
         model: nn.Module,
         example: Batch,
-        batches: Callable[[int], Iterable[Batch]],
+        batches: EpochBatches,
         *,
         epochs: int,
         steps_per_epoch: int,
         teacher: nn.Module | None = None,
-        patches: tuple[str, int] | None = None,
-        seed: int = 0,
-        progress: Callable[[int, int, str], None] | None = None,
+        loss: TaskLoss | None = None,
+        progress: Progress | None = None,
     ) -> OFBResult:
         """Train weights, scores and widths together in place, then cut.
 
         Args:
             model: a trained transformer.
             example: one batch, on which operations are counted.
-            batches: epoch number -> (images, target) batches.
+            batches: epoch number -> (inputs, target) batches.
             epochs: of the search.
             steps_per_epoch: batches of an epoch.
             teacher: adds distillation from its logits, half of the task loss.
-            patches: name of the module whose output holds the tokens, and the side of a patch, for
-                PMIM; None for none.
-            seed: of the hidden patches.
+            loss: `(model, batch, logits) -> scalar` of the task; cross-entropy when None.
             progress: called with (done, total, what).
 
         Raises:
@@ -162,11 +164,11 @@ class OFB:
         families = [x.family for x in layers]
         table = cost_table(coupling, families)
         whole = coupling.flops()
-        total, step, losses = epochs * steps_per_epoch, 0, []
+        total = epochs * steps_per_epoch
         gates = Gates(model, coupling, families)
         hide = None
-        if patches is not None and self.pmim > 0:
-            hide = Pmim(model, example, *patches, seed=seed)
+        if self.patches is not None and self.pmim > 0:
+            hide = Pmim(model, example, *self.patches, seed=self.seed)
         extra = [] if hide is None else list(hide.parameters())
         optimizers = [
             torch.optim.AdamW(
@@ -175,54 +177,45 @@ class OFB:
             torch.optim.Adam([x.z for x in layers], self.score_lr),
             torch.optim.Adam([x.a for x in layers], self.width_lr),
         ]
-        model.train()
+        tasks: list[float] = []
+
+        def objective(batch: Batch, step: int) -> Tensor:
+            optimizers[0].param_groups[0]["lr"] = self.lr * _cosine(step / total)
+            self._set(gates, layers, self._w(step / total))
+            task = self._task(model, batch, teacher, loss, hide, step / total)
+            tasks.append(float(task.detach()))
+            cost = expected_flops(table, [x.share() for x in layers])
+            value = task + self.flops_weight * ((cost / whole - self.flops) ** 2).float()
+            for layer in layers:
+                value = value + self.layer_weight * self._prior(layer)
+            return value
+
+        def after(step: int, _: float) -> None:
+            if step % max(1, steps_per_epoch // 3) == 0 and step > self.warmup * total:
+                for layer in layers:
+                    layer.kill(0.2)
+
         with gates, contextlib.nullcontext() if hide is None else contextlib.closing(hide):
-            for epoch in range(epochs):
-                sum_, count = 0.0, 0
-                for batch in batches(epoch):
-                    if step >= total:
-                        break
-                    w = self._w(step / total)
-                    self._set(gates, layers, w)
-                    task = self._task(model, batch, teacher, hide, step / total)
-                    cost = expected_flops(table, [x.share() for x in layers])
-                    loss = task + self.flops_weight * ((cost / whole - self.flops) ** 2).float()
-                    for layer in layers:
-                        loss = loss + self.layer_weight * self._prior(layer)
-                    if not bool(torch.isfinite(loss)):
-                        raise DataError(f"the loss is {float(loss)} at step {step}; lower lr=")
-                    for optimizer in optimizers:
-                        optimizer.zero_grad()
-                    optimizers[0].param_groups[0]["lr"] = self.lr * _cosine(step / total)
-                    torch.autograd.backward(loss)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                    step += 1
-                    sum_, count = sum_ + float(task.detach()), count + 1
-                    if step % max(1, steps_per_epoch // 3) == 0 and step > self.warmup * total:
-                        for layer in layers:
-                            layer.kill(0.2)
-                losses.append(sum_ / max(1, count))
-                if progress is not None:
-                    progress(epoch + 1, epochs, "searching widths")
+            train_epochs(
+                model, batches, objective, optimizers, epochs=epochs, steps=total, after_step=after,
+                on_epoch=told(progress, epochs, "searching widths"),
+            )  # fmt: skip
             certainty = min(layer.decide() for layer in layers)
             self._set(gates, layers, self._w(1.0))
         model.eval()
         gates.fuse()
-        keep = coupling.keep_all()
-        for layer in layers:
-            keep[layer.family.roots[~layer.kept.cpu().numpy()]] = False
-        check(model, example, coupling, keep)
-        cut(model, coupling, keep)
-        widths = {x.family.axes[0][0]: (x.units, int(x.kept.sum())) for x in layers}
-        return OFBResult(widths, (whole, coupling.flops(keep)), certainty, tuple(losses))
+        kept = [(x.family, x.kept.cpu().numpy()) for x in layers]
+        keep, widths = cut_families(model, example, coupling, kept)
+        each = range(0, len(tasks), steps_per_epoch)
+        losses = tuple(fmean(tasks[i : i + steps_per_epoch]) for i in each)
+        return OFBResult(widths, (whole, coupling.flops(keep)), certainty, losses)
 
     def _layers(self, model: nn.Module, coupling: Coupling, steps: int) -> list[LearnedWidth]:
         if not 0 < self.flops < 1 or not 0 <= self.floor < 1 or self.candidates < 2:
             raise InvalidArgument("flops= lies in (0, 1), floor= in [0, 1), candidates= from 2")
         if steps < 1 or not 0 < self.warmup <= 1:
             raise InvalidArgument("epochs and steps_per_epoch are at least 1, warmup= in (0, 1]")
-        families = [f for f in coupling.families if (f.exact or self.streams) and len(f) > 1]
+        families = free_families(coupling, self.streams)
         if not families:
             raise ModelError(f"{type(model).__name__} has no group of channels that may be gated")
         device = next(model.parameters()).device
@@ -249,14 +242,14 @@ class OFB:
             gates.weights[i] = layer.kept.float() if decided else None
 
     def _task(
-        self, model: nn.Module, batch: Batch, teacher: nn.Module | None, hide: Pmim | None,
-        done: float,
+        self, model: nn.Module, batch: Batch, teacher: nn.Module | None, loss: TaskLoss | None,
+        hide: Pmim | None, done: float,
     ) -> Tensor:  # fmt: skip
-        inputs, target = split(move(batch, next(model.parameters()).device))
+        inputs, _ = split(batch)
         kept = 0.95 - 0.20 * min(1.0, done / self.warmup)
         shown = inputs if hide is None else hide.hide(inputs, kept)
         logits = logits_of(call(model, shown)).float()
-        task = F.cross_entropy(logits, target)
+        task = (loss or loss_of)(model, batch, logits)
         if teacher is not None:
             with torch.no_grad():
                 guide = logits_of(call(teacher, inputs)).float()

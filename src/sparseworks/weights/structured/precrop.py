@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from sparseworks.core.errors import InvalidArgument, ModelError
@@ -38,11 +37,11 @@ from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Arguments, Batch, Example, Loss
 from sparseworks.models.coupling import Coupling, Family
 from sparseworks.models.views import find_prunable
+from sparseworks.weights.structured.base import GroupScore, Scores
 from sparseworks.weights.structured.result import SlimResult
 
 __all__ = ["PreCrop", "crop", "expected_densities", "layer_densities", "width_shares"]
 
-Scores = NDArray[np.float64]
 _WHOLE = 1e9  # the score of groups that go only when nothing else is left
 
 
@@ -120,7 +119,7 @@ def width_shares(
 
 
 @dataclass(frozen=True)
-class PreCrop:
+class PreCrop(GroupScore):
     """Scores under which `slim` cuts widths to the densities of a method at initialisation.
 
     Args:

@@ -16,18 +16,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sparseworks.core.errors import DataError, InvalidArgument
-from sparseworks.models.calls import Batch, call, logits_of, move, split
+from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.types import Progress
+from sparseworks.models.calls import Batch, TaskLoss, call, logits_of, loss_of, split
 from sparseworks.training.distilling import distillation
 from sparseworks.training.recalibration import reestimate
+from sparseworks.training.stepping import train_epochs
 
-__all__ = ["Recovery", "TaskLoss", "distillation", "finetune", "reestimate"]
+__all__ = ["Recovery", "TaskLoss", "distillation", "finetune", "one_cycle", "reestimate", "told"]
 
 Penalty = Callable[[nn.Module], None]
-TaskLoss = Callable[[nn.Module, Batch, Tensor], Tensor]
-"""`(model, batch, logits) -> scalar`."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def finetune(
     penalty: Penalty | None = None,
     after_step: Callable[[int], None] | None = None,
     loss: TaskLoss | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Recovery:
     """Fine-tune in place; the model is left in evaluation mode.
 
@@ -90,45 +89,44 @@ def finetune(
         lr=lr, momentum=momentum, nesterov=momentum > 0,
     )  # fmt: skip
     device = next(model.parameters()).device
-    start, step, last = time.perf_counter(), 0, []
-    model.train()
-    for epoch in range(epochs):
-        for batch in batches(epoch):
-            if step >= total:
-                break
-            batch = move(batch, device)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * one_cycle(step, total)
-            inputs, target = split(batch)
-            with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-                logits = logits_of(call(model, inputs))
-                guide = None
-                if teacher is not None:
-                    with torch.no_grad():
-                        guide = logits_of(call(teacher, inputs))
-            if loss is not None:
-                value = loss(model, batch, logits.float())
-            else:
-                value = F.cross_entropy(logits.float(), target)
-            if guide is not None:
-                soft = distillation(logits, guide, temperature)
-                value = (1 - weight) * value + weight * soft
-            if not bool(torch.isfinite(value)):
-                raise DataError(f"the loss is {float(value.detach())} at step {step}; lower lr=")
-            optimizer.zero_grad()
-            torch.autograd.backward(value)
-            if penalty is not None:
-                penalty(model)
-            optimizer.step()
-            step += 1
-            if after_step is not None:
-                after_step(step)
-            if step > 0.95 * total:
-                last.append(float(value.detach()))
-        if progress is not None:
-            progress(epoch + 1, epochs, "fine-tuning")
+    start = time.perf_counter()
+
+    def objective(batch: Batch, step: int) -> Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * one_cycle(step, total)
+        inputs, _ = split(batch)
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+            logits = logits_of(call(model, inputs))
+            guide = None
+            if teacher is not None:
+                with torch.no_grad():
+                    guide = logits_of(call(teacher, inputs))
+        value = (loss or loss_of)(model, batch, logits.float())
+        if guide is None:
+            return value
+        return (1 - weight) * value + weight * distillation(logits, guide, temperature)
+
+    losses = train_epochs(
+        model,
+        batches,
+        objective,
+        [optimizer],
+        epochs=epochs,
+        steps=total,
+        before_step=None if penalty is None else lambda: penalty(model),
+        after_step=None if after_step is None else lambda step, _: after_step(step),
+        on_epoch=told(progress, epochs, "fine-tuning"),
+    )
     model.eval()
-    return Recovery(step, time.perf_counter() - start, sum(last) / max(1, len(last)))
+    last = losses[int(0.95 * total) :]
+    return Recovery(len(losses), time.perf_counter() - start, sum(last) / max(1, len(last)))
+
+
+def told(progress: Progress | None, epochs: int, what: str) -> Callable[[int, float], None] | None:
+    """`on_epoch` of a training that reports its epochs."""
+    if progress is None:
+        return None
+    return lambda epoch, _: progress(epoch + 1, epochs, what)
 
 
 def one_cycle(step: int, total: int, rise: float = 0.1) -> float:

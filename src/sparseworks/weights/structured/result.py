@@ -50,6 +50,7 @@ class SlimResult:
         plain: layers whose weight was a function of their parameters, plain ones of it now.
         warnings: things the user should know.
         skipped: parameter name -> why it kept its shape, of those with two or more axes.
+        training: what a method that trains has to say of it.
     """
 
     method: str
@@ -67,6 +68,7 @@ class SlimResult:
     blocks: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON (the model is left out)."""
@@ -78,7 +80,7 @@ class SlimResult:
         plain["config"] = None if self.config is None else dict(self.config)
         plain["blocks"], plain["plain"] = list(self.blocks), list(self.plain)
         plain["options"] = dict(self.options)
-        plain["skipped"] = dict(self.skipped)
+        plain["skipped"], plain["training"] = dict(self.skipped), dict(self.training)
         return plain
 
     def __str__(self) -> str:
@@ -101,5 +103,8 @@ class SlimResult:
         if self.plain:
             lines.append("  plain now, with the weight computed before: " + ", ".join(self.plain))
         lines += dense_lines(self.skipped, "left whole")
+        for name, value in self.training.items():
+            if isinstance(value, (int, float)):
+                lines.append(f"  {name}: {value:.4g}")
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)

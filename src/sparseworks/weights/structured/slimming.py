@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -12,11 +12,13 @@ from torch import nn
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.types import Progress
+from sparseworks.data.epochs import Batches
 from sparseworks.models.calls import Arguments, Batch, Example, Loss
 from sparseworks.models.coupling import Coupling, trace
 from sparseworks.models.hooks import duplicate
 from sparseworks.weights.structured.applying import apply_cut
-from sparseworks.weights.structured.backup import Backup, Change
+from sparseworks.weights.structured.backup import Backup, Change, Snapshot
+from sparseworks.weights.structured.base import GroupScore, TrainAndCut
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.depth import drop_least, renamed
 from sparseworks.weights.structured.materialising import materialise
@@ -25,6 +27,7 @@ from sparseworks.weights.structured.planning import Keep, Plan, left_whole, shap
 from sparseworks.weights.structured.result import SlimResult, Width
 from sparseworks.weights.structured.selection import OutOfReach
 from sparseworks.weights.structured.targets import RoundTo, measured, pick, target
+from sparseworks.weights.structured.trained import train_and_cut
 
 __all__ = ["slim"]
 
@@ -39,7 +42,8 @@ def slim(
     params: float | None = None,
     latency: float | None = None,
     method: Any = "group-norm",
-    data: Iterable[Batch] | None = None,
+    data: Iterable[Batch] | Batches | None = None,
+    epochs: int | None = None,
     loss: Loss | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -72,9 +76,12 @@ def slim(
         flops: share of the floating-point operations to keep, in (0, 1).
         params: share of the parameters to keep.
         latency: share of the time per call to keep, measured on this machine.
-        method: registered name of a structured score ("group-norm", "group-taylor", ...), or an
-            object of one.
-        data: calibration batches for scores that need them and for folding.
+        method: registered name of a structured score ("group-norm", "group-taylor", ...), or of a
+            method that trains towards a cut ("wgsef", "mask-sparsity", ...), or an object of one.
+        data: calibration batches for scores that need them and for folding; for a method that
+            trains, its training data: batches, or an object with `epoch(number)` and a length.
+        epochs: passes over the data, of methods that train. These cut by their own options
+            (`keep=0.5`) instead of a target; OFB takes `flops`.
         loss: `(model, batch) -> scalar` for gradient scores; cross-entropy when None.
         include: name patterns; only groups that touch one of these parameters.
         exclude: name patterns; no group that touches one of these parameters.
@@ -111,12 +118,26 @@ def slim(
     """
     start = time.perf_counter()
     targets = {"flops": flops, "params": params, "latency": latency}
+    if epochs is not None and registry.has_option(method, "epochs"):
+        options["epochs"], epochs = epochs, None  # a score that trains has its own
+    chosen = registry.build(method, ("structured", "train-and-cut"), **options)
+    if isinstance(chosen, TrainAndCut):
+        given_too = {
+            **targets, "include": _listed(include) or None, "exclude": _listed(exclude) or None,
+            "round_to": round_to, "uniform": uniform, "streams": streams or None,
+            "blocks": blocks or None, "fold": fold, "recover": recover,
+            "iterations": None if iterations == 1 else iterations,
+            "floor": None if floor == 0.1 else floor, "verify": None if verify else False,
+        }  # fmt: skip
+        return train_and_cut(
+            model, example, chosen, given=given_too, data=data, epochs=epochs, loss=loss,
+            copy=copy, progress=progress,
+        )  # fmt: skip
+    if epochs is not None:
+        raise InvalidArgument(f"method {chosen.info.name!r} does not train: leave epochs= out")
     what, share = target(targets, floor, iterations, round_to)
-    scorer = registry.build(method, **options)
-    if getattr(getattr(scorer, "info", None), "kind", "") != "structured":
-        raise InvalidArgument(f"method {method!r} does not score groups; see `sparseworks methods`")
-    batches = None if data is None else list(data)
-    calibrates = getattr(scorer, "calibrates", True)  # is data= made of the model's own batches?
+    scorer: GroupScore = chosen
+    batches = None if data is None else _calibration(data)
     plan = Plan(
         scorer,
         batches,
@@ -127,7 +148,7 @@ def slim(
         floor,
         has_config(model) if uniform is None else uniform,
         streams,
-        fold or ("mean" if batches is not None and calibrates else "none"),
+        fold or ("mean" if batches is not None and scorer.calibrates else "none"),
         verify,
     )
     given = Arguments.of(example).named(model)
@@ -145,6 +166,7 @@ def slim(
     plain: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     base = 0.0
+    guard = None if recover is None else Snapshot(model)  # what it trains is no part of a backup
     try:
         for i in range(iterations):
             report(i, iterations, "cutting groups")
@@ -181,32 +203,40 @@ def slim(
             _note(widths, coupling, keep)
             if recover is not None and i + 1 < iterations:
                 recover(model, i)
+        report(iterations, iterations, "cutting groups")
+        assert first is not None
+        after = shapes_of(model)
+        notes = [f"not reached by the example, left whole: {n}" for n in first.unreached]
+        last = trace(model, given)
+        return SlimResult(
+            scorer.info.name,
+            {
+                **targets,
+                **_plain(plan),
+                "blocks": blocks,
+                "iterations": iterations,
+                **registry.options_of(scorer),
+            },
+            tuple(widths.values()),
+            {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
+            tuple(changes),
+            (config if plan.uniform and has_config(model) else None),
+            (sum(2.0 * c.macs for c in first.costs), last.flops()),
+            (parameters, sum(p.numel() for p in model.parameters())),
+            (base, measure_latency(model, given)) if what == "latency" else None,
+            model,
+            time.perf_counter() - start,
+            (*notes, *whole),
+            tuple(gone),
+            plain,
+            left_whole(last, plan, {n for n in after if shapes.get(n) == after[n]}),
+        )
     except BaseException:
         for backup in reversed(undo):
             backup.restore()
+        if guard is not None:
+            guard.restore()
         raise
-    report(iterations, iterations, "cutting groups")
-    assert first is not None
-    after = shapes_of(model)
-    notes = [f"not reached by the example, left whole: {n}" for n in first.unreached]
-    last = trace(model, given)
-    return SlimResult(
-        scorer.info.name,
-        {**targets, **_plain(plan), "blocks": blocks, "iterations": iterations, **_fields(scorer)},
-        tuple(widths.values()),
-        {n: (shapes[n], after[n]) for n in after if shapes.get(n) != after[n]},
-        tuple(changes),
-        (config if plan.uniform and has_config(model) else None),
-        (sum(2.0 * c.macs for c in first.costs), last.flops()),
-        (parameters, sum(p.numel() for p in model.parameters())),
-        (base, measure_latency(model, given)) if what == "latency" else None,
-        model,
-        time.perf_counter() - start,
-        (*notes, *whole),
-        tuple(gone),
-        plain,
-        left_whole(last, plan, {n for n in after if shapes.get(n) == after[n]}),
-    )
 
 
 def _functions(
@@ -247,5 +277,5 @@ def _plain(plan: Plan) -> dict[str, Any]:
     return {k: v for k, v in vars(plan).items() if k not in skip}
 
 
-def _fields(scorer: Any) -> dict[str, Any]:
-    return asdict(scorer) if is_dataclass(scorer) and not isinstance(scorer, type) else {}
+def _calibration(data: Iterable[Batch] | Batches) -> list[Batch]:
+    return list(data if isinstance(data, Iterable) else data.epoch(0))

@@ -23,7 +23,6 @@ accuracy are not better (F1 -0.06, -0.3 to 0.2; -1.7 points, -6.4 to 3.0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,8 +34,9 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, Family, trace
-from sparseworks.weights.structured.checking import check
-from sparseworks.weights.structured.cutting import cut
+from sparseworks.weights.structured.applying import cut_families, free_families
+from sparseworks.weights.structured.base import EpochBatches, Fitted, TrainAndCut
+from sparseworks.weights.structured.recovery import finetune, one_cycle
 
 __all__ = ["WGSEF", "envelope", "proximal_scale"]
 
@@ -84,7 +84,7 @@ def proximal_scale(norms: Tensor, k: int, strength: float, d: Tensor | float = 1
 
 
 @dataclass(frozen=True)
-class WGSEF:
+class WGSEF(TrainAndCut):
     """Proximal SGD with the k-level group envelope, then the zero groups are cut.
 
     Args:
@@ -106,7 +106,7 @@ class WGSEF:
         authors="Refael et al.",
         year=2024,
         room="weights/structured",
-        kind="driver",
+        kind="train-and-cut",
         card="130",
         needs=("data", "loss", "training"),
         pattern="coupled groups",
@@ -119,23 +119,21 @@ class WGSEF:
         self,
         model: nn.Module,
         example: Batch,
-        batches: Callable[[int], Iterable[Batch]],
+        batches: EpochBatches,
         *,
         epochs: int,
         steps_per_epoch: int,
         **training: Any,
-    ) -> dict[str, tuple[int, int]]:
-        """Train in place and cut; returns groups before and after per layer.
+    ) -> Fitted:
+        """Train in place and cut.
 
         Raises:
             InvalidArgument: `keep` or `strength` is out of range.
         """
-        from sparseworks.weights.structured.recovery import finetune, one_cycle
-
         if not 0 < self.keep < 1 or self.strength <= 0:
             raise InvalidArgument("keep= lies in (0, 1) and strength= above 0")
         coupling = trace(model, example)
-        families = [f for f in coupling.families if (f.exact or self.streams) and len(f) > 1]
+        families = free_families(coupling, self.streams)
         total = epochs * steps_per_epoch
 
         def step(done: int) -> None:
@@ -150,18 +148,8 @@ class WGSEF:
             model, batches, epochs=epochs, steps_per_epoch=steps_per_epoch, lr=self.lr,
             after_step=step, **training,
         )  # fmt: skip
-        keep = coupling.keep_all()
-        widths = {}
-        for family in families:
-            norms = group_norms(model, coupling, family)
-            alive = (norms > 0).numpy()
-            if not alive.any():
-                alive[0] = True
-            keep[family.roots[~alive]] = False
-            widths[family.axes[0][0]] = (len(family), int(alive.sum()))
-        check(model, example, coupling, keep)
-        cut(model, coupling, keep)
-        return widths
+        alive = [(f, (group_norms(model, coupling, f) > 0).numpy()) for f in families]
+        return Fitted(cut_families(model, example, coupling, alive)[1])
 
 
 def _slices(model: nn.Module, coupling: Coupling, family: Family) -> list[tuple[Tensor, int, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.models.calls import logits_of
+from sparseworks.models.modes import evaluating
 
 __all__ = ["Triggers"]
 
@@ -63,12 +64,8 @@ class Triggers:
     @torch.no_grad()
     def verify(self, model: nn.Module) -> tuple[float, float]:
         """(share of triggers with the owner's label, chance of as many by independent guesses)."""
-        training = {m: m.training for m in model.modules()}
-        try:
-            guess = logits_of(model.eval()(self.images)).argmax(-1).cpu()
-        finally:
-            for module, was in training.items():
-                module.training = was
+        with evaluating(model):
+            guess = logits_of(model(self.images)).argmax(-1).cpu()
         n, hits, p = len(self.labels), int((guess == self.labels).sum()), 1 / self.classes
         chance = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(hits, n + 1))
         return hits / n, min(1.0, chance)
