@@ -132,9 +132,7 @@ def prepare(options: Any) -> Job:
         [metric] = make_metrics(names, loaded, options.eval_data, options.eval_samples)
     before = metric(model) if metric is not None and options.model not in ZOO else None
     start = digest_of_model(model)
-    training = Training(
-        model, plan, batches, sparse=sparse, loss=loss, compile=options.compile
-    )
+    training = Training(model, plan, batches, sparse=sparse, loss=loss, compile=options.compile)
     return Job(training, loaded.tokenizer, metric, before, start)
 
 

@@ -2,8 +2,8 @@
 Models, arXiv:2310.06927).
 
 A model that was fine-tuned on a task is pruned in one shot (SparseGPT on data of the task), then
-fine-tuned with its masks fixed, W <- W * M after every step, while each block learns what it gave in
-the dense model (`training.distilling`):
+fine-tuned with its masks fixed, W <- W * M after every step, while each block learns what it gave
+in the dense model (`training.distilling`):
 
     loss = h_ce CE + h_sq sum_l mean((f_l^s - f_l^t)^2) / (mean((f_l^t)^2) + eps) + h_kl KL
 

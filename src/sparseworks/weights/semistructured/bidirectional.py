@@ -66,7 +66,8 @@ class _Conv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, back)
         ctx.settings = settings
-        return torch.ops.aten.convolution.default(x, weight, bias, *settings)
+        y: Tensor = torch.ops.aten.convolution.default(x, weight, bias, *settings)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
