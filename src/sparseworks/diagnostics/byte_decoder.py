@@ -23,7 +23,7 @@ from sparseworks.models.zoo.decoder import ByteDecoder
 from sparseworks.training.planning import Sparse
 from sparseworks.training.runs import Finished, Store, digest_of
 
-__all__ = ["ByteText", "fit_bytes", "trained_decoder"]
+__all__ = ["ByteText", "fit_bytes", "read_bytes", "trained_decoder"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class ByteText:
     batch: int = 16
 
     @classmethod
-    def novels(cls, held: int = 32_768) -> ByteText:
+    def novels(cls, held: int = 32_768, batch: int = 16) -> ByteText:
         """The novels, and the first bytes of another one."""
         root = data_root() / "text"
-        return cls(_read(root / "novels-train.txt"), _read(root / "novels-valid.txt")[:held])
+        return cls(read_bytes(root / "novels-train.txt"), read_bytes(root / "novels-valid.txt")[:held],
+                   batch=batch)  # fmt: skip
 
     def windows(self, generator: torch.Generator) -> dict[str, Tensor]:
         """A random batch of training windows."""
@@ -66,7 +67,8 @@ class ByteText:
         return total / (rows.shape[0] * (self.length - 1))
 
 
-def _read(path: Path) -> Tensor:
+def read_bytes(path: Path) -> Tensor:
+    """A file as uint8."""
     return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
 
 
