@@ -27,6 +27,8 @@ from sparseworks.io.atomic import atomic_file
 from sparseworks.models.calls import default_loss
 from sparseworks.training.distilling import Distillation
 from sparseworks.training.planning import Sparse
+from sparseworks.weights.semistructured.adaptive import AST
+from sparseworks.weights.semistructured.cast import CAST
 
 KINDS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -66,8 +68,8 @@ ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, float]]] = {
     "straight-through": ({"method": "sr-ste", "decay": 0.0}, {}),
     "sr-ste": ({"method": "sr-ste", "decay": 1e-2}, {}),
     "ast": ({"method": "ast", "decay": 1e-2}, {}),
-    "ast, distilled": ({"method": "ast", "decay": 1e-2}, {"task": 1 / 3, "kl": 2 / 3, "temperature": 2.0}),
-    "cast, distilled": ({"method": "cast", "decay": 1e-2}, {"task": 2 / 3, "kl": 1 / 3}),
+    "ast, distilled": ({"method": "ast", "decay": 1e-2}, dict(AST.recovery)),
+    "cast, distilled": ({"method": "cast", "decay": 1e-2}, dict(CAST.recovery)),
 }  # fmt: skip
 
 

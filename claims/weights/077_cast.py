@@ -76,8 +76,8 @@ CLAIM = Claim(
     title="losers vanish while all weights train, so that the projection costs nothing",
     model="byte decoder of width 64 with 2 blocks, trained; its linear layers retrained",
     data="novels, another novel held out; 150 steps of 8 windows of 64 bytes (full: 420 of 16)",
-    baseline="the same weights before the projection; fixed magnitude mask and AST, both distilled; "
-    "dense with the same steps is recorded",
+    baseline="the same weights before the projection; fixed magnitude mask and AST, both "
+    "distilled; dense with the same steps is recorded",
     metric="held-out loss, nats a byte",
     promises=(
         Promise("no jump 2:4", "2:4: the projection raises the loss by less than 0.005"),

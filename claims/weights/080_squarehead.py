@@ -43,7 +43,8 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
             student = copy.deepcopy(pruned)
             fit_bytes(
                 student, few, steps=250 if full else 100, lr=2e-3, seed=seed,
-                sparse=Sparse("squarehead"), loss=Distillation.of({"task": 1.0, **weights}, teacher),
+                sparse=Sparse("squarehead"),
+                loss=Distillation.of({"task": 1.0, **weights}, teacher),
             )  # fmt: skip
             found[f"{name} {sparsity}"] = task.loss(student)
         gain = found[f"ce {sparsity}"] - found[f"squarehead {sparsity}"]

@@ -63,7 +63,7 @@ CLAIM = Claim(
     data="CIFAR-10 at 16 x 16: 8,000 training images for 150 steps of 64, 4,000 test images (full: "
     "20,000 for 1,000)",
     baseline="plain straight-through training, a pull of the other sign, dense",
-    metric="share of mask entries that change in 10 steps, in the last third; test accuracy, points",
+    metric="share of mask entries that change in 10 steps, last third; test accuracy, points",
     promises=(
         Promise("fewer flips", "1:8: at most 0.6 of the flips without the pull, late"),
         Promise("negative flips more", "1:8: a negative pull flips more"),

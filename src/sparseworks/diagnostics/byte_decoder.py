@@ -45,8 +45,8 @@ class ByteText:
     def novels(cls, held: int = 32_768, batch: int = 16) -> ByteText:
         """The novels, and the first bytes of another one."""
         root = data_root() / "text"
-        return cls(read_bytes(root / "novels-train.txt"), read_bytes(root / "novels-valid.txt")[:held],
-                   batch=batch)  # fmt: skip
+        train = read_bytes(root / "novels-train.txt")
+        return cls(train, read_bytes(root / "novels-valid.txt")[:held], batch=batch)
 
     def windows(self, generator: torch.Generator) -> dict[str, Tensor]:
         """A random batch of training windows."""
