@@ -19,7 +19,8 @@ from sparseworks.models.views import View, find_prunable, recorded_views
 from sparseworks.training.hooked import Hooked, Run
 from sparseworks.training.names import plain_name, unwrapped
 from sparseworks.training.optimizers import Optimizers
-from sparseworks.training.straight_through import StraightThrough, StraightThroughRun
+from sparseworks.training.straight_through import StraightThrough
+from sparseworks.training.swapping import StraightThroughRun
 
 __all__ = ["sparsify"]
 

@@ -28,11 +28,8 @@ from torch import Tensor
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.training.adam import adam_step, check_adam
-from sparseworks.training.straight_through import (
-    StraightThrough,
-    StraightThroughRun,
-    masked_part,
-)
+from sparseworks.training.straight_through import StraightThrough, masked_part
+from sparseworks.training.swapping import StraightThroughRun
 from sparseworks.weights.dynamic.masks import check_fraction, span
 
 __all__ = ["AST"]

@@ -34,7 +34,7 @@ from sparseworks.core.registry import MethodInfo
 from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.views import View
 from sparseworks.training.sharding import is_sharded
-from sparseworks.training.straight_through import StraightThroughRun
+from sparseworks.training.swapping import StraightThroughRun
 from sparseworks.weights.semistructured.sr_ste import SRSTE
 
 __all__ = ["BDWP", "both_ways_conv", "both_ways_linear", "mac_share"]

@@ -34,11 +34,8 @@ from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.training.adam import adam_step, check_adam
 from sparseworks.training.optimizers import Optimizers
-from sparseworks.training.straight_through import (
-    StraightThrough,
-    StraightThroughRun,
-    masked_part,
-)
+from sparseworks.training.straight_through import StraightThrough, masked_part
+from sparseworks.training.swapping import StraightThroughRun
 from sparseworks.training.transforming import Transform, Transformed
 from sparseworks.weights.dynamic.masks import span
 

@@ -29,11 +29,8 @@ from sparseworks.core.patterns import NM, Pattern, parse_pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.views import View
-from sparseworks.training.straight_through import (
-    StraightThrough,
-    StraightThroughRun,
-    masked_part,
-)
+from sparseworks.training.straight_through import StraightThrough, masked_part
+from sparseworks.training.swapping import StraightThroughRun
 from sparseworks.weights.dynamic.masks import check_fraction, span
 
 __all__ = ["MdGf", "SdGf", "frames_of"]

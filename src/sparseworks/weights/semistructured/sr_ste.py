@@ -26,11 +26,8 @@ from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
-from sparseworks.training.straight_through import (
-    StraightThrough,
-    StraightThroughRun,
-    masked_part,
-)
+from sparseworks.training.straight_through import StraightThrough, masked_part
+from sparseworks.training.swapping import StraightThroughRun
 
 __all__ = ["SRSTE"]
 
