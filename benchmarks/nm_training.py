@@ -63,14 +63,19 @@ def cost(width: int, tokens: int, repeats: int) -> dict[str, Any]:
     return {"width": width, "tokens": tokens, "step_ms": least, "overhead_percent": more}
 
 
-ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, float]]] = {
-    "dense": (None, {}),
-    "straight-through": ({"method": "sr-ste", "decay": 0.0}, {}),
-    "sr-ste": ({"method": "sr-ste", "decay": 1e-2}, {}),
-    "ast": ({"method": "ast", "decay": 1e-2}, {}),
-    "ast, distilled": ({"method": "ast", "decay": 1e-2}, dict(AST.recovery)),
-    "cast, distilled": ({"method": "cast", "decay": 1e-2}, dict(CAST.recovery)),
-}  # fmt: skip
+KL = {"task": 1 / 3, "kl": 2 / 3, "temperature": 2.0}
+RULE = ((1 + 0.9) / (1 - 0.9)) ** -0.5  # how much longer the steps of AST's rule are than Adam's
+# method and options, weights of the distillation, share of the learning rate
+ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, float], float]] = {
+    "dense": (None, {}, 1.0),
+    "straight-through": ({"method": "sr-ste", "decay": 0.0}, {}, 1.0),
+    "sr-ste": ({"method": "sr-ste", "decay": 1e-2}, {}, 1.0),
+    "ast": ({"method": "ast", "decay": 1e-2}, dict(AST.recovery), RULE),
+    "squarehead": ({"method": "squarehead"}, {"task": 1 / 3, "kl": 2 / 3, "squarehead": 1.0}, 1.0),
+    "dense, distilled": (None, KL, 1.0),
+    "straight-through, distilled": ({"method": "sr-ste", "decay": 0.0}, KL, 1.0),
+    "cast": ({"method": "cast", "decay": 1e-2}, dict(CAST.recovery), RULE),
+}
 
 
 def recovery(steps: int, lr: float, windows: int, seed: int, out: Path, arms: list[str]) -> Any:
@@ -94,25 +99,30 @@ def recovery(steps: int, lr: float, windows: int, seed: int, out: Path, arms: li
                              "before": metric(base), "one-shot magnitude": metric(one_shot),
                              "perplexity": {}, "machine": machine()}  # fmt: skip
     for arm in arms:
-        settings, weights = ARMS[arm]
+        settings, weights, share = ARMS[arm]
         model = copy.deepcopy(base)
+        if arm == "squarehead":
+            sw.prune(model, "sparsegpt", pattern="2:4", data=load(
+                root / "text" / "novels-train.txt", tokenizer=tokenizer, samples=32, seed=seed
+            ))  # fmt: skip
+            found["one-shot sparsegpt"] = metric(model)
         loss: Any = Distillation.of(weights, base) if weights else default_loss
 
-        def build(parameters: Any) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(parameters, lr, (0.9, 0.95), weight_decay=0.0)
+        def build(parameters: Any, share: float = share) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameters, lr * share, (0.9, 0.95), weight_decay=0.0)
 
         run: Any = None
         if settings is None:
             optimizer = build(model.parameters())
         else:
-            given = {"pattern": "2:4", **settings}
+            given = dict(settings) if arm == "squarehead" else {"pattern": "2:4", **settings}
             run, optimizer = Sparse(given.pop("method"), settings=given).begin(model, steps, build)
         generator = torch.Generator().manual_seed(seed)
         model.train()
         for step in range(steps):
             rate = min(1.0, 20 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = lr * max(0.01, rate)
+                group["lr"] = lr * share * max(0.01, rate)
             first = torch.randint(0, len(ids) - 128, (2,), generator=generator)
             optimizer.zero_grad()
             loss(model, {"input_ids": ids[first[:, None] + torch.arange(128)]}).backward()
@@ -138,11 +148,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--windows", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS)[:5])
     given = parser.parse_args()
     if given.part == "cost":
         rows = [cost(given.width, tokens, given.repeats) for tokens in given.tokens]

@@ -9,6 +9,9 @@ pulled to 0 inside Adam by a strength that ramps up, so that masks settle slowly
     v <- b2 v + (1 - b2) u^2                    of u, not of g
     theta <- theta - lr / (1 - b1^t) u / (sqrt(v / (1 - b2^t)) + eps)
 
+v of u and not of g makes steps longer than Adam's at the same lr, by sqrt((1 + b1) / (1 - b1)) (4.4
+at b1 = 0.9) where gradients are noise, and by 1 / (1 - b1) at first: lower lr and warm up.
+
 M is chosen again every `every` steps. The loss is 1/3 cross-entropy + 2/3 T^2 KL to the dense
 model, T = 2 (`training.distilling`).
 
