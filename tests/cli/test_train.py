@@ -120,8 +120,18 @@ METHODS = {
     "set": [],  # the interval of 24 steps
     "iss-p": [],
     "sr-ste": ["--pattern", "unstructured", "--accumulate", 2, "--option", "decay=0.01"],
-    "cast": ["--pattern", "row", "--optimizer", "adamw", "--option", "blocks=0",
-             "--teacher", "start", "--amp", "bf16"],
+    "cast": [
+        "--pattern",
+        "row",
+        "--optimizer",
+        "adamw",
+        "--option",
+        "blocks=0",
+        "--teacher",
+        "start",
+        "--amp",
+        "bf16",
+    ],
     "jackpots": [],  # a transform: its scores are part of the model
 }
 

@@ -56,6 +56,7 @@ _TRAINED: dict[str, tuple[When, Path, Life]] = {
     "ast": ("during training", "dense to sparse", "moving"),
     "slorb": ("during training", "dense to sparse", "moving"),
     "cast": ("during training", "dense to sparse", "moving"),
+    "maskllm": ("after training", "dense to sparse", "moving"),
     "squarehead": ("after training", "sparse to sparse", "static"),
     "fixed": ("after training", "sparse to sparse", "static"),
     "dsl": ("during training", "dense to sparse", "moving"),

@@ -17,6 +17,7 @@ registry.register(
         "gradual": f"{_ROOM}.dynamic.gradual:Gradual",
         "granet": f"{_ROOM}.dynamic.granet:GraNet",
         "iss-p": f"{_ROOM}.dynamic.iss_p:ISSP",
+        "maskllm": f"{_ROOM}.semistructured.maskllm:MaskLLM",
         "mdgf": f"{_ROOM}.semistructured.gradient_flow:MdGf",
         "rigl": f"{_ROOM}.dynamic.rewiring:RigL",
         "sap": f"{_ROOM}.dynamic.sap:SAP",
