@@ -60,7 +60,7 @@ class ByteText:
         model.eval()
         rows = self.held[: len(self.held) // self.length * self.length].view(-1, self.length)
         total = 0.0
-        for part in rows.split(64):
+        for part in torch.split(rows, 64):
             ids = part.long()
             logits = model(ids)[:, :-1].flatten(0, 1)
             total += float(F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))

@@ -81,7 +81,7 @@ def square_head(
 class Distillation:
     """A loss `(model, batch) -> scalar`, for any training loop.
 
-        loss = Distillation(teacher=copy.deepcopy(model), task=1 / 3, kl=2 / 3, temperature=2.0)
+        loss = sw.Distillation(teacher=copy.deepcopy(model), task=1 / 3, kl=2 / 3, temperature=2.0)
         ...
         loss(model, batch).backward()
 
