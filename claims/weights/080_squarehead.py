@@ -29,7 +29,7 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     task = replace(novels, train=raw[:160_000], held=raw[-32_768:])
     few = replace(task, train=raw[:60_000])
     teacher = trained_decoder(novels)
-    fit_bytes(teacher, task, steps=300 if full else 100, lr=2e-3, seed=seed)
+    fit_bytes(teacher, task, steps=300 if full else 70, lr=2e-3, seed=seed)
     found = {"teacher": task.loss(teacher)}
     generator = torch.Generator().manual_seed(seed)
     calibration = [few.windows(generator) for _ in range(8)]
@@ -42,7 +42,7 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
                 continue
             student = copy.deepcopy(pruned)
             fit_bytes(
-                student, few, steps=250 if full else 100, lr=2e-3, seed=seed,
+                student, few, steps=250 if full else 70, lr=2e-3, seed=seed,
                 sparse=Sparse("squarehead"),
                 loss=Distillation.of({"task": 1.0, **weights}, teacher),
             )  # fmt: skip
@@ -58,7 +58,7 @@ CLAIM = Claim(
     method="squarehead",
     title="learning what each block gave in the dense model helps a pruned model recover",
     model="byte decoder of width 64 with 2 blocks, tuned on the task, then pruned by SparseGPT",
-    data="WikiText-2: 160 KB for the teacher, 60 KB for the student, the end held out; 100 steps",
+    data="WikiText-2: 160 KB for the teacher, 60 KB for the student, the end held out; 70 steps",
     baseline="cross-entropy alone; divergence of the logits",
     metric="held-out loss, nats a byte",
     promises=(
