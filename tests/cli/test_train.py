@@ -325,7 +325,7 @@ def test_bad_input_is_refused_in_one_line(work, tmp_path, capsys):
 
     assert "did you mean 'rigl'" in refused(method="rigel")
     assert "is one-shot, not one for a training loop (" in refused(method="wanda")
-    assert "needs a sparsity" in refused(sparsity=None)
+    assert "needs `sparsity`" in refused(sparsity=None)
     assert "sparsity" in refused(sparsity=1.5)
     assert "no option 'evry'; did you mean 'every'" in refused("--option", "evry=3")
     assert "end=1.2 must be in [0, 1]" in refused("--option", "end=1.2")
