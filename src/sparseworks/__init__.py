@@ -33,6 +33,7 @@ _LAZY = {
     "trainer_callback": "sparseworks.training.integrations",
     "lightning_callback": "sparseworks.training.integrations",
     "transform": "sparseworks.training",
+    "Distillation": "sparseworks.training.distilling",
     "experiment": "sparseworks.training.experiment",
     "rearrange": "sparseworks.weights.semistructured.rearranging",
     "slim": "sparseworks.weights.structured",

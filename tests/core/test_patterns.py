@@ -82,6 +82,17 @@ def test_nm_equals_brute_force(data):
             assert got[start : start + m] == brute_top(row[start : start + m], n)
 
 
+@pytest.mark.parametrize("m", [2, 3, 4, 8, 16])
+def test_nm_of_large_tensors_is_that_of_a_stable_sort(m):
+    """Larger than the pieces it is chosen in, the last of them short; few values, so many ties."""
+    g = torch.Generator().manual_seed(m)
+    values = torch.randint(-2, 3, (3, m * 150_001), generator=g).float()
+    order = values.view(-1, m).argsort(dim=1, descending=True, stable=True)
+    for n in range(1, m + 1, max(1, m // 4)):
+        expected = torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :n], True)
+        assert torch.equal(NM(n, m).select(values), expected.view(values.shape))
+
+
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_blocks_equal_brute_force(data):

@@ -17,7 +17,7 @@ from torch import nn
 import sparseworks as sw
 
 STEPS = 8
-METHODS = ("gradual", "rigl", "granet", "set", "static", "iss-p")
+METHODS = ("gradual", "rigl", "granet", "set", "static", "iss-p", "sr-ste")
 
 
 def net() -> nn.Module:
@@ -35,8 +35,10 @@ def batches():
 
 def sparse(model: nn.Module, method: str):
     optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1)
-    every = {} if method in ("static", "iss-p") else {"every": 2}
-    return optimizer, sw.sparsify(model, optimizer, method, sparsity=0.7, steps=STEPS, **every)
+    options = {} if method in ("static", "iss-p") else {"every": 2}
+    if method == "sr-ste":
+        options = {"pattern": "unstructured", "decay": 0.05}
+    return optimizer, sw.sparsify(model, optimizer, method, sparsity=0.7, steps=STEPS, **options)
 
 
 def trained(model: nn.Module, optimizer, run, inner, rank: int = 0, ranks: int = 1):

@@ -32,7 +32,7 @@ def test_rows_are_what_counting_gives():
     drawn = list(changing(9))
     run = SimpleNamespace(masks=drawn[0])
     trace = Trace(run, every=2)
-    before = ever = kept(drawn[0])
+    first = before = ever = kept(drawn[0])
     for step, masks in enumerate(drawn[1:], 1):
         run.masks = masks
         row = trace.look(step, float(step))
@@ -45,6 +45,8 @@ def test_rows_are_what_counting_gives():
         assert row["sparsity"] == pytest.approx(1 - len(now) / 22)
         assert row["churn"] == pytest.approx(len(now - before) / max(1, len(now)))
         assert row["explored"] == pytest.approx(len(ever) / 22)
+        assert row["flips"] == pytest.approx(len(now ^ before) / 22)
+        assert row["moved"] == pytest.approx(len(now ^ first) / 22)
         assert row["tensors"] == pytest.approx(
             [1 - sum(n == name for n, _ in now) / size for name, size in (("a", 15), ("b", 7))]
         )

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sparseworks.activations.calibrating import Job, quantile
 from sparseworks.activations.method import ActivationMethod
 from sparseworks.core.errors import ModelError
-from sparseworks.core.kinds import MethodInfo
+from sparseworks.core.registry import MethodInfo
 from sparseworks.models.active import ActiveInputs, Gate, InputGate
 
 __all__ = ["CATS", "CHESS", "OutputGate"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseworks.activations.calibrating import Family, Job, Reader, quantile
 from sparseworks.activations.rotation import RotatedGate, rotations
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.kinds import MethodInfo
+from sparseworks.core.registry import MethodInfo
 from sparseworks.models.active import ActiveInputs, Gate, InputGate
 
 __all__ = ["ActivationMethod", "ByInputs", "InputMethod", "column_norms"]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sparseworks.activations.calibrating import Family, Reader, quantile
 from sparseworks.activations.method import InputMethod, column_norms
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.kinds import MethodInfo
+from sparseworks.core.registry import MethodInfo
 from sparseworks.models.active import ActiveInputs, Gate, InputGate
 
 __all__ = ["LowRankGate", "RSparse"]

@@ -28,7 +28,7 @@ from torch import Tensor
 from sparseworks.activations.calibrating import Job, Reader
 from sparseworks.activations.method import ActivationMethod, column_norms
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.kinds import MethodInfo
+from sparseworks.core.registry import MethodInfo
 from sparseworks.models.active import ActiveInputs, Gate, InputGate
 from sparseworks.models.calls import default_loss
 from sparseworks.models.modes import evaluating

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparseworks.activations.calibrating import Reader
 from sparseworks.activations.method import ByInputs, column_norms
-from sparseworks.core.kinds import MethodInfo
+from sparseworks.core.registry import MethodInfo
 
 __all__ = ["WINA"]
 

@@ -63,7 +63,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise InvalidArgument(f"--option {pair!r}: use name=value")
+            raise InvalidArgument(f"{pair!r}: use name=value")
         try:
             options[name] = json.loads(text)
         except json.JSONDecodeError:

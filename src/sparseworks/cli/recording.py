@@ -86,10 +86,18 @@ def train_record(
         "chosen_on": "nothing",  # the last epoch is what is reported, whatever it scores
         "start": job.start,
         "start_macs": start_macs(options, options.model in ZOO),
-        "recipe": {k: v for k, v in plan.items() if k not in _PLAN},
+        "recipe": {k: v for k, v in plan.items() if k not in _PLAN} | _taught(options),
         "pattern": None if training.run is None else str(training.run.pattern),
         "budget": None if training.run is None else str(training.run.budget),
     }
+
+
+def _taught(options: Any) -> dict[str, str]:
+    """The teacher, where there is one."""
+    if options.teacher is None:
+        return {}
+    teacher = options.teacher if options.teacher == "start" else source_digest(options.teacher)
+    return {"teacher": " ".join([str(teacher), *options.distill])}
 
 
 def tickets_record(

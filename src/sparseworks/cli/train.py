@@ -54,6 +54,12 @@ class Options:
     """Name patterns of the only weights to mask."""
     exclude: tuple[str, ...] = ()
     """Name patterns of weights to leave dense."""
+    teacher: str | None = None
+    """Teacher of a distillation: start (a copy of the model as it starts), or its weights in a
+    safetensors file, or a Hugging Face folder."""
+    distill: tuple[str, ...] = ()
+    """Weights of its loss, name=value: task, kl, temperature, squarehead, features, half (bf16);
+    default: the method's own, else task=0.5 kl=0.5 temperature=2."""
     option: tuple[str, ...] = ()
     """Options of the method, name=value (JSON values)."""
     epochs: int = 10

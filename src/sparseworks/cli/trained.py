@@ -45,7 +45,7 @@ def say_epoch(row: dict[str, float], training: Any, options: Any) -> None:
 def write_masks(writer: Any, training: Any) -> None:
     """The last look at the masks, as TensorBoard events."""
     row = training.trace.rows[-1]
-    for name in ("sparsity", "churn", "explored"):
+    for name in ("sparsity", "churn", "explored", "flips", "moved"):
         if name in row:
             writer.add_scalar(f"masks/{name}", row[name], row["step"])
     for name, zeros in zip(training.trace.names, row.get("tensors", ())):

@@ -124,6 +124,7 @@ def prepare(options: Any) -> Job:
     batches = _epochs(options, plan, images, loaded.tokenizer)
     if sparse is not None:
         sparse = sparse.with_defaults(**_told(batches))
+    loss = _distillation(options, loaded, sparse, plan, device)
     model = loaded.model.to(device)
     if any(isinstance(m, torch.nn.Conv2d) for m in model.modules()):
         model = model.to(memory_format=torch.channels_last)  # three times faster on CPUs
@@ -133,8 +134,33 @@ def prepare(options: Any) -> Job:
         [metric] = make_metrics(names, loaded, options.eval_data, options.eval_samples)
     before = metric(model) if metric is not None and options.model not in ZOO else None
     start = digest_of_model(model)
-    training = Training(model, plan, batches, sparse=sparse, compile=options.compile)
+    training = Training(model, plan, batches, sparse=sparse, loss=loss, compile=options.compile)
     return Job(training, loaded.tokenizer, metric, before, start)
+
+
+def _distillation(options: Any, loaded: Any, sparse: Any, plan: Any, device: str) -> Any:
+    """The loss that --teacher and --distill ask for, or None."""
+    import copy
+
+    from sparseworks.cli.loading import load_model
+    from sparseworks.cli.preparing import parse_options
+    from sparseworks.io import load
+    from sparseworks.training.distilling import Distillation
+
+    if options.teacher is None:
+        if options.distill:
+            raise InvalidArgument("--distill needs --teacher, `start` say")
+        return None
+    if options.teacher == "start":
+        teacher = copy.deepcopy(loaded.model)
+    elif Path(options.teacher).is_dir():
+        teacher = load_model(options.teacher).model
+    else:
+        teacher = load(options.teacher, copy.deepcopy(loaded.model))
+    own = getattr(getattr(sparse, "chosen", None), "recovery", None)
+    weights = parse_options(options.distill)
+    weights = weights or own or {"task": 0.5, "kl": 0.5, "temperature": 2.0}
+    return Distillation.of(weights, teacher.to(device), label_smoothing=plan.label_smoothing)
 
 
 def model_and_data(options: Any) -> tuple[bool, Any, Any]:

@@ -14,9 +14,18 @@ from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["check_scores", "joint_keep_counts", "keep_top", "keep_top_per_row", "radix_threshold"]
+__all__ = [
+    "check_scores",
+    "joint_keep_counts",
+    "keep_top",
+    "keep_top_in_runs",
+    "keep_top_per_row",
+    "radix_threshold",
+]
 
 _CHUNK = 1 << 22  # elements converted at a time
+_CACHED = 1 << 18  # elements whose scores, comparisons and ranks stay in a cache
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # a byte for each element of a run
 
 
 def _ordered_keys(scores: Tensor) -> Tensor:
@@ -39,6 +48,9 @@ def check_scores(scores: Tensor, where: str = "scores") -> int:
     eligible = 0
     for chunk in _chunks(scores.reshape(-1)):
         total = chunk.float().sum(dtype=torch.float32)
+        if bool(torch.isfinite(total)):
+            eligible += chunk.numel()
+            continue
         if torch.isnan(total) and bool(torch.isnan(chunk).any()):
             raise InvalidArgument(f"{where}: NaN; check the weights and the calibration data")
         eligible += chunk.numel() - int(torch.isneginf(chunk).sum())
@@ -144,6 +156,40 @@ def keep_top_per_row(scores: Tensor, keep: int, where: str = "scores") -> Tensor
             tied[surplus] &= tied[surplus].cumsum(1) <= missing[surplus]
         mask[start : start + step] = above | tied
     return mask
+
+
+def keep_top_in_runs(scores: Tensor, n: int, m: int) -> Tensor:
+    """Bool mask of the `n` highest scores of every `m` consecutive ones; ties keep the first.
+
+    An entry's rank is the number of those in its run that beat it. Nothing is sorted or moved:
+    entry i is compared with i + d for d = 1 .. m - 1 over whole tensors, and the ranks of a run are
+    the bytes of one integer.
+
+    Args:
+        scores: without NaN, their number a multiple of m; m is 2, 4 or 8.
+    """
+    flat = scores.reshape(-1)
+    mask = torch.empty(flat.numel(), dtype=torch.bool, device=flat.device)
+    size = max(m, min(_CACHED, flat.numel()))
+    part = torch.zeros(size + m, dtype=torch.float32, device=flat.device)
+    beats = torch.empty(size, dtype=torch.float32, device=flat.device)  # slow to write as bool
+    word = torch.empty(size // m, dtype=_WORDS[m], device=flat.device)
+    rank = torch.empty(size // m, dtype=_WORDS[m], device=flat.device)
+    ones = sum(1 << 8 * i for i in range(m))
+    first = sum((m - 1 - i) << 8 * i for i in range(m))  # as if all later entries beat an entry
+    for start in range(0, flat.numel(), size):
+        chunk = flat[start : start + size]
+        part[: chunk.numel()] = chunk
+        rank.fill_(first)
+        for d in range(1, m):
+            torch.ge(part[:size], part[d : size + d], out=beats)
+            word.view(torch.int8).copy_(beats)
+            word &= ones >> 8 * d  # both in one run
+            rank -= word
+            rank += word << 8 * d
+        kept = mask[start : start + chunk.numel()].view(torch.int8)
+        torch.lt(rank.view(torch.int8)[: chunk.numel()], n, out=kept)
+    return mask.view(scores.shape)
 
 
 def joint_keep_counts(

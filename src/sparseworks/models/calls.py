@@ -33,6 +33,7 @@ __all__ = [
     "logits_of",
     "loss_of",
     "move",
+    "scored",
     "signature_of",
     "token_mask",
 ]
@@ -227,9 +228,22 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def loss_of(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
     """`default_loss` of a model whose logits for the batch are known."""
+    scores, labels = scored(model, batch, logits)
+    return F.cross_entropy(scores.float(), labels)
+
+
+def scored(model: nn.Module, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of logits that have a target, as far as the shape tells, and those targets.
+
+    Returns:
+        logits `[rows, classes]` (of images, `[rows, classes, ...]`) and labels, -100 where a row
+        has none.
+
+    Raises:
+        DataError: the batch has no target and no token ids.
+    """
     _, target = split(batch)
     named = Arguments.of_batch(batch).kwargs
-    logits = logits.float()
     if target is None or (named and logits.ndim == 3 and _is_causal(model)):
         ids = named.get("input_ids")
         labels = target if target is not None else ids
@@ -238,10 +252,10 @@ def loss_of(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
         mask = token_mask(batch)
         if target is None and mask is not None:
             labels = labels.masked_fill(~mask, -100)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     if logits.ndim == 3 and target.ndim == 2:
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-    return F.cross_entropy(logits, target)
+        return logits.flatten(0, 1), target.flatten()
+    return logits, target
 
 
 def _is_causal(model: nn.Module) -> bool:

@@ -140,7 +140,7 @@ class View:
             return replace(pattern, stride=self.shape[0] // gates_of(self.module))
         return pattern
 
-    def select(self, pattern: Pattern, scores: Tensor, keep: int) -> Tensor:
+    def select(self, pattern: Pattern, scores: Tensor, keep: int | None) -> Tensor:
         """The mask, of the parameter's shape, with the `keep` best units of the matrix `scores`."""
         return self.from_matrix(self.fitted(pattern).select(scores, keep)).contiguous()
 

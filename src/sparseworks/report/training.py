@@ -56,6 +56,13 @@ def write_training(
             "; and the share of all weights that has been kept at any time so far.</p>",
             plot(_churn(rows), "churn"),
         ]
+    if trace["names"] and rows and "flips" in rows[0]:
+        sections += [
+            "<h2>Mask flips</h2>",
+            f"<p class=muted>Of all weights, the share whose mask differs from that {_ago(trace)}, "
+            "and from the first one.</p>",
+            plot(_flips(rows), "flips"),
+        ]
     if summary["tensors"]:
         sections += ["<h2>Every tensor</h2>", _table(summary["tensors"])]
     sections.append(f"<p class=muted>{html.escape(versions(summary['machine']))}</p>")
@@ -163,6 +170,17 @@ def _churn(rows: list[Any]) -> Any:
     ]
     figure = _figure(lines, "share of weights")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    return figure
+
+
+def _flips(rows: list[Any]) -> Any:
+    steps = [row["step"] for row in rows]
+    lines = [
+        _line(steps, [row["flips"] for row in rows], "since the look before", COLORS[0]),
+        _line(steps, [row["moved"] for row in rows], "since the first", COLORS[2], dash="dot"),
+    ]
+    figure = _figure(lines, "share of weights")
+    figure.update_yaxes(tickformat=".1%", rangemode="tozero")
     return figure
 
 

@@ -3,7 +3,8 @@
 Gradients are masked as they are accumulated, so that clipping and scalers see what counts; all
 else happens after the optimizer's step: masked weights and their optimizer state are set to exactly
 0 (weight decay and momentum cannot move them), then the method may change the masks. Nothing runs
-before the step, because some trainers step before backward.
+before the step, because some trainers step before backward. (Methods whose masked weights train too
+are `straight_through`.)
 """
 
 from __future__ import annotations
@@ -139,11 +140,15 @@ class Run:
                 continue
             self._bound[name] = parameter
             if parameter.requires_grad:
-                before, after = self._fresh_hook(name), self._gradient_hook(name)
-                add = parameter.register_post_accumulate_grad_hook
-                self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
-                self._handles.append(add(after))  # type: ignore[no-untyped-call]
+                self._watch(name, parameter)
         self._optimizers.bind(self._bound)
+
+    def _watch(self, name: str, parameter: nn.Parameter) -> None:
+        """Mask the gradients of a parameter as they arrive."""
+        before, after = self._fresh_hook(name), self._gradient_hook(name)
+        add = parameter.register_post_accumulate_grad_hook
+        self._handles.append(parameter.register_hook(before))  # type: ignore[no-untyped-call]
+        self._handles.append(add(after))  # type: ignore[no-untyped-call]
 
     def _found(self, name: str) -> Any:
         held, leaf = self._places[name]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
 from sparseworks.data.epochs import Batches
-from sparseworks.models.calls import Batch, default_loss, move, split
+from sparseworks.models.calls import Batch, Loss, default_loss, move, split
 from sparseworks.training.checkpointing import random_state, restore_random
 from sparseworks.training.hooked import Run
 from sparseworks.training.planning import HALVES, Plan, Sparse
@@ -36,6 +36,7 @@ class Training:
         plan: how.
         batches: on what.
         sparse: the method; None for dense training.
+        loss: `(model, batch) -> scalar` in place of the cross-entropy, a `Distillation` say.
         compile: call the model through `torch.compile`.
 
     Attributes:
@@ -56,9 +57,10 @@ class Training:
         batches: Batches,
         *,
         sparse: Sparse | None = None,
+        loss: Loss | None = None,
         compile: bool = False,
     ) -> None:
-        self.model, self.plan, self.batches = model, plan, batches
+        self.model, self.plan, self.batches, self.guide = model, plan, batches, loss
         self.device = next(model.parameters()).device
         self.per_epoch = len(batches) // plan.accumulate
         self.steps = plan.epochs * self.per_epoch
@@ -156,6 +158,8 @@ class Training:
         return torch.autocast(self.device.type, HALVES[self.plan.amp])
 
     def _loss_of(self, batch: Batch) -> Tensor:
+        if self.guide is not None:
+            return self.guide(self.forward, batch)
         inputs, target = split(batch)
         if isinstance(inputs, Tensor) and target is not None:
             logits = self.forward(inputs)

@@ -42,6 +42,10 @@ class Hooked(ABC):
         """Is this one of the tensors that the method prunes?"""
         return True
 
+    def why_not(self, view: View, pattern: Pattern) -> str:
+        """Why the method leaves a tensor as it is; "" where it takes it."""
+        return "" if self.takes(view) else f"not of the kind that {self.info.name!r} prunes"
+
     def begin(self, run: Run) -> None:  # noqa: B027
         """Choose the first masks, `run.masks[name]`; all weights are kept before this."""
 

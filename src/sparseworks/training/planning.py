@@ -11,7 +11,7 @@ from torch import nn
 
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.patterns import check_sparsity
+from sparseworks.core.patterns import check_sparsity, parse_pattern, resolve_sparsity
 from sparseworks.core.schedules import interval
 from sparseworks.training.fitting import Recipe
 from sparseworks.training.hooked import Hooked, Run
@@ -88,9 +88,10 @@ class Sparse:
             needed = not chosen.starts_from_record
         else:
             needed = chosen.needs_sparsity
-        if needed and self.sparsity is None:
-            raise InvalidArgument(f"method {chosen.info.name!r} needs a sparsity, in [0, 1)")
-        if self.sparsity is not None:
+        if needed:
+            legal = parse_pattern(self.settings.get("pattern") or chosen.pattern)
+            resolve_sparsity(legal, self.sparsity, f"method {chosen.info.name!r}")
+        elif self.sparsity is not None:
             check_sparsity(self.sparsity)
         object.__setattr__(self, "chosen", chosen)
 

@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.masks import masks
-from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
+from sparseworks.core.patterns import Pattern, parse_pattern, resolve_sparsity
 from sparseworks.models.hooks import with_torch_masks
 from sparseworks.models.matrix import parameters_of
 from sparseworks.models.views import View, find_prunable, recorded_views
 from sparseworks.training.hooked import Hooked, Run
 from sparseworks.training.names import plain_name, unwrapped
 from sparseworks.training.optimizers import Optimizers
+from sparseworks.training.straight_through import StraightThrough
+from sparseworks.training.swapping import StraightThroughRun
 
 __all__ = ["sparsify"]
 
@@ -44,7 +46,7 @@ def sparsify(
         optimizer: any torch optimizer that holds the model's parameters one by one, or a list of
             them; a step of the run is then over when each that holds a masked tensor has stepped.
         method: "fixed" (the zeros of the model's mask record stay zero) or a registered method.
-        sparsity: final fraction of zeros, for methods that choose masks.
+        sparsity: final fraction of zeros, for methods that choose masks; left out with N:M.
         steps: optimizer steps of the whole training, for methods with a schedule.
         pattern: legal zeros; None: the method's own.
         budget: who pays; None: the method's own.
@@ -65,14 +67,12 @@ def sparsify(
             "FullyShardedDataParallel keeps flattened copies of the weights, in which masks cannot "
             "be enforced; shard the model with torch.distributed.fsdp.fully_shard"
         )
+    legal = parse_pattern(chosen.pattern if pattern is None else pattern)
     if chosen.starts_from_record:
         views, skipped = _recorded(model, chosen)
     else:
-        views, skipped = _trained(model, chosen, include, exclude)
-        if sparsity is None:
-            raise InvalidArgument(f"method {chosen.info.name!r} needs `sparsity`")
-        check_sparsity(sparsity)
-    legal = parse_pattern(chosen.pattern if pattern is None else pattern)
+        views, skipped = _trained(model, chosen, legal, include, exclude)
+        sparsity = resolve_sparsity(legal, sparsity, f"method {chosen.info.name!r}")
     held = optimizers.held
     lacking = [v.name for v in views if v.parameter.requires_grad and id(v.parameter) not in held]
     if lacking:
@@ -82,7 +82,8 @@ def sparsify(
             "where several train the model, or exclude the tensor"
         )
     plain = [replace(v, name=plain_name(v.name)) for v in views]
-    run = Run(
+    kind = StraightThroughRun if isinstance(chosen, StraightThrough) else Run
+    run = kind(
         model,
         optimizers,
         chosen,
@@ -118,6 +119,7 @@ def _recorded(model: nn.Module, method: Hooked) -> tuple[list[View], dict[str, s
 def _trained(
     model: nn.Module,
     method: Hooked,
+    pattern: Pattern,
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
 ) -> tuple[list[View], dict[str, str]]:
@@ -127,11 +129,12 @@ def _trained(
     """
     include = [include] if isinstance(include, str) else list(include or ())
     found = find_prunable(model, include, exclude, embeddings=method.embeddings)
-    views = [v for v in found if method.takes(v) and v.parameter.requires_grad]
+    refused = {v.name: method.why_not(v, pattern) for v in found}
+    views = [v for v in found if not refused[v.name] and v.parameter.requires_grad]
     skipped = {plain_name(n): reason for n, reason in found.reasons().items()}
     for view in found:
-        if not method.takes(view):
-            skipped[plain_name(view.name)] = f"not of the kind that {method.info.name!r} prunes"
+        if refused[view.name]:
+            skipped[plain_name(view.name)] = refused[view.name]
         elif not view.parameter.requires_grad:
             skipped[plain_name(view.name)] = "frozen (requires_grad=False)"
             if include:

@@ -21,7 +21,7 @@ from torch import nn
 
 from sparseworks.core import registry
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
+from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern, resolve_sparsity
 from sparseworks.models.views import find_prunable
 from sparseworks.training.transformed import Transform, Transformed
 
@@ -46,7 +46,7 @@ def transform(
     Args:
         model: changed in place; wrap it (DDP, torch.compile) afterwards.
         method: a registered method of kind "transform", or an object.
-        sparsity: final fraction of zeros, for methods that take one.
+        sparsity: final fraction of zeros, for methods that take one; left out with N:M.
         steps: optimizer steps of the whole training, for methods with a schedule.
         pattern: legal zeros; None: the method's own.
         budget: who pays; None: the method's own.
@@ -60,13 +60,13 @@ def transform(
         ModelError: the model cannot be treated; it is as it was.
     """
     chosen: Transform = registry.build(method, ("transform",), **options)
-    if chosen.needs_sparsity and sparsity is None:
-        raise InvalidArgument(f"method {chosen.info.name!r} needs `sparsity`")
-    if sparsity is not None:
+    legal = parse_pattern(chosen.pattern if pattern is None else pattern)
+    if chosen.needs_sparsity:
+        sparsity = resolve_sparsity(legal, sparsity, f"method {chosen.info.name!r}")
+    elif sparsity is not None:
         check_sparsity(sparsity)
     if steps is not None and steps < 1:
         raise InvalidArgument(f"steps={steps} must be at least 1")
-    legal = parse_pattern(chosen.pattern if pattern is None else pattern)
     found = find_prunable(model, include, exclude)
     views = list(found)
     for view in views:

@@ -30,6 +30,9 @@ class Trace:
         tensors   zeros of each tensor, as a fraction, in the order of `names`
         sparsity  of all of them together
         churn     |kept now, not at the look before| / |kept now|
+        flips     |kept now or at the look before, not both| / |all| (Zhou et al. 2021, Learning N:M
+                  Fine-grained Structured Sparse Neural Networks From Scratch: SAD, per weight)
+        moved     the same against the first masks
         explored  |kept at any look| / |all|  (Liu et al. 2021, Do We Actually Need Dense
                   Over-Parameterization: the in-time over-parametrization rate)
 
@@ -47,6 +50,7 @@ class Trace:
         self.names = list(masks)
         self._last = {n: m.clone() for n, m in masks.items()}
         self._ever = {n: m.clone() for n, m in masks.items()}
+        self._first = {n: m.clone() for n, m in masks.items()}
         self._loss: Tensor | float = 0.0
         self._steps = 0
 
@@ -67,9 +71,11 @@ class Trace:
         assert self.run is not None
         now = self.run.masks
         kept = {n: int(torch.count_nonzero(m)) for n, m in now.items()}
-        new = 0
+        new = flips = moved = 0
         for name, mask in now.items():
             new += int(torch.count_nonzero(mask & ~self._last[name]))
+            flips += int(torch.count_nonzero(mask ^ self._last[name]))
+            moved += int(torch.count_nonzero(mask ^ self._first[name]))
             self._ever[name] = self._ever[name] | mask
             self._last[name] = mask.clone()
         total = max(1, sum(m.numel() for m in now.values()))
@@ -79,6 +85,8 @@ class Trace:
             "sparsity": 1 - sum(kept.values()) / total,
             "churn": new / max(1, sum(kept.values())),
             "explored": ever / total,
+            "flips": flips / total,
+            "moved": moved / total,
         }
 
     def report(self) -> dict[str, Any]:
@@ -87,13 +95,15 @@ class Trace:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that going on needs; masks take a bit per weight."""
-        last, ever = (Masks.of(masks).state_dict() for masks in (self._last, self._ever))
+        held = (self._last, self._ever, self._first)
+        last, ever, first = (Masks.of(masks).state_dict() for masks in held)
         return {
             "rows": [dict(row) for row in self.rows],
             "loss": float(self._loss),
             "steps": self._steps,
             "last": last,
             "ever": ever,
+            "first": first,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,11 +112,13 @@ class Trace:
         Raises:
             CheckpointError: the state is of other tensors.
         """
-        last, ever = (Masks.from_state_dict(state[key]) for key in ("last", "ever"))
-        if set(last) != set(self.names) or set(ever) != set(self.names):
+        older = {"first": state["last"], **state}  # states of older versions lack the first masks
+        held = [Masks.from_state_dict(older[key]) for key in ("last", "ever", "first")]
+        if any(set(masks) != set(self.names) for masks in held):
             raise CheckpointError("the trace of the checkpoint is of other tensors than these")
         for name in self.names:
             device = self._last[name].device
-            self._last[name], self._ever[name] = last[name].to(device), ever[name].to(device)
+            last, ever, first = (masks[name].to(device) for masks in held)
+            self._last[name], self._ever[name], self._first[name] = last, ever, first
         self.rows = [dict(row) for row in state["rows"]]
         self._loss, self._steps = float(state["loss"]), int(state["steps"])

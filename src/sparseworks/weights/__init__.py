@@ -7,6 +7,9 @@ _ROOM = "sparseworks.weights"
 
 registry.register(
     {
+        "ast": f"{_ROOM}.semistructured.adaptive:AST",
+        "bdwp": f"{_ROOM}.semistructured.bidirectional:BDWP",
+        "cast": f"{_ROOM}.semistructured.cast:CAST",
         "dass": f"{_ROOM}.dynamic.dass:DASS",
         "dsl": f"{_ROOM}.dynamic.dsl:DSL",
         "fast-sparse-convnets": (f"{_ROOM}.semistructured.fast_sparse_convnets:FastSparseConvNets"),
@@ -14,10 +17,16 @@ registry.register(
         "gradual": f"{_ROOM}.dynamic.gradual:Gradual",
         "granet": f"{_ROOM}.dynamic.granet:GraNet",
         "iss-p": f"{_ROOM}.dynamic.iss_p:ISSP",
+        "maskllm": f"{_ROOM}.semistructured.maskllm:MaskLLM",
+        "mdgf": f"{_ROOM}.semistructured.gradient_flow:MdGf",
         "rigl": f"{_ROOM}.dynamic.rewiring:RigL",
         "sap": f"{_ROOM}.dynamic.sap:SAP",
         "scl": f"{_ROOM}.dynamic.scl:SCL",
+        "sdgf": f"{_ROOM}.semistructured.gradient_flow:SdGf",
         "set": f"{_ROOM}.dynamic.rewiring:SET",
+        "slorb": f"{_ROOM}.semistructured.slorb:SLoRB",
+        "squarehead": f"{_ROOM}.dynamic.squarehead:SquareHead",
+        "sr-ste": f"{_ROOM}.semistructured.sr_ste:SRSTE",
         "static": f"{_ROOM}.dynamic.rewiring:Static",
         "rewinding": f"{_ROOM}.tickets.rewinding:Rewinding",
         "random-search": f"{_ROOM}.tickets.random_search:RandomSearch",

@@ -7,7 +7,12 @@ A *unit* is what a pattern moves: one weight, one block, one row. The score of a
 the scores of its weights, so methods only score weights.
 """
 
-from sparseworks.core.patterns.base import Pattern, check_sparsity, count_dropped
+from sparseworks.core.patterns.base import (
+    Pattern,
+    check_sparsity,
+    count_dropped,
+    resolve_sparsity,
+)
 from sparseworks.core.patterns.groups import Block, Group, IndexGroups
 from sparseworks.core.patterns.parsing import parse_pattern
 from sparseworks.core.patterns.shared import SharedInputs
@@ -25,4 +30,5 @@ __all__ = [
     "check_sparsity",
     "count_dropped",
     "parse_pattern",
+    "resolve_sparsity",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["Pattern", "check_sparsity", "count_dropped", "required"]
+__all__ = ["Pattern", "check_sparsity", "count_dropped", "required", "resolve_sparsity"]
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -76,6 +76,30 @@ class Pattern(ABC):
     def weights_per_unit(self, shape: Sequence[int]) -> float:
         """Weights in one unit."""
         return math.prod(shape) / max(1, self.units(shape))
+
+
+def resolve_sparsity(pattern: Pattern, sparsity: float | None, who: str = "") -> float:
+    """The sparsity of a call: what was given, or what the pattern has where it has one only.
+
+    Args:
+        who: needs the sparsity, for the message; "": the pattern.
+
+    Raises:
+        InvalidArgument: none is given or known, not in [0, 1), or one that the pattern contradicts.
+    """
+    density = pattern.fixed_density
+    if density is None:
+        if sparsity is None:
+            raise InvalidArgument(
+                f"{who or f'pattern {pattern}'} needs `sparsity`, a fraction in [0, 1)"
+            )
+        return check_sparsity(sparsity)
+    if sparsity is not None and abs(check_sparsity(sparsity) - (1 - density)) > 1e-9:
+        raise InvalidArgument(
+            f"pattern {pattern} has sparsity {1 - density:g}, which contradicts "
+            f"sparsity={sparsity:g}; leave `sparsity` out"
+        )
+    return 1 - density
 
 
 def required(pattern: Pattern, keep: int | None) -> int:

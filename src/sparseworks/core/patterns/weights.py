@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,12 @@ from torch import Tensor
 
 from sparseworks.core.errors import InvalidArgument, PatternError
 from sparseworks.core.patterns.base import Pattern, count_dropped, required
-from sparseworks.core.selection import check_scores, keep_top, keep_top_per_row
+from sparseworks.core.selection import (
+    check_scores,
+    keep_top,
+    keep_top_in_runs,
+    keep_top_per_row,
+)
 
 __all__ = ["NM", "Banded", "Unstructured"]
 
@@ -109,21 +115,24 @@ class NM(Pattern):
         fixed = self.keep(scores.shape, 0.0)
         if keep is not None and keep != fixed:
             raise InvalidArgument(f"pattern {self} keeps {fixed} of {scores.numel()}, not {keep}")
-        check_scores(scores)
-        runs = scores.reshape(-1, self.m)
-        mask = torch.empty(runs.shape, dtype=torch.bool, device=scores.device)
-        step = max(1, (1 << 22) // self.m)
-        for start in range(0, runs.shape[0], step):
-            mask[start : start + step] = self._select_runs(runs[start : start + step].float())
-        return mask.view(scores.shape)
-
-    def _select_runs(self, runs: Tensor) -> Tensor:
-        """Keep the n largest of each row of `[runs, m]`; ties keep the lowest index."""
-        mask = self.select_columns(runs.t().contiguous()).t()
-        if bool((mask & torch.isneginf(runs)).any()):
+        eligible = check_scores(scores)
+        if self.m in (2, 4, 8) and sys.byteorder == "little":
+            mask = keep_top_in_runs(scores, self.n, self.m)
+        else:
+            mask = self._select_runs(scores.reshape(-1, self.m)).view(scores.shape)
+        if eligible < scores.numel() and bool((mask & torch.isneginf(scores)).any()):
             raise InvalidArgument(
                 f"pattern {self}: a run has fewer than {self.n} eligible scores (-inf elsewhere)"
             )
+        return mask
+
+    def _select_runs(self, runs: Tensor) -> Tensor:
+        """Keep the n largest of each row of `[runs, m]`; ties keep the lowest index."""
+        mask = torch.empty(runs.shape, dtype=torch.bool, device=runs.device)
+        step = max(1, (1 << 20) // self.m)
+        for start in range(0, runs.shape[0], step):
+            columns = runs[start : start + step].float().t().contiguous()
+            mask[start : start + step] = self.select_columns(columns).t()
         return mask
 
     def select_columns(self, scores: Tensor) -> Tensor:
@@ -135,9 +144,10 @@ class NM(Pattern):
         rank = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
         for i in range(self.m):  # rank of an entry = how many others beat it
             rank[i] = self.m - 1 - i
+        beats = torch.empty(scores.shape[1:], dtype=torch.float32, device=scores.device)
         for i in range(self.m):
             for j in range(i + 1, self.m):
-                first_wins = (scores[i] >= scores[j]).view(torch.int8)
+                first_wins = torch.ge(scores[i], scores[j], out=beats).to(torch.int8)
                 rank[j] += first_wins
                 rank[i] -= first_wins
         return rank < self.n

@@ -1,5 +1,6 @@
 """Small reference models that the tests, claims and benchmarks train and compress."""
 
+from sparseworks.models.zoo.decoder import ByteDecoder
 from sparseworks.models.zoo.diffusion import DDIM, TextToImage
 from sparseworks.models.zoo.recommenders import LightGCN, MatrixFactorization
 from sparseworks.models.zoo.resnet import CifarResNet, load_resnet, resnet20, resnet56
@@ -8,6 +9,7 @@ from sparseworks.models.zoo.vit import ViT
 
 __all__ = [
     "DDIM",
+    "ByteDecoder",
     "CellNetwork",
     "CifarResNet",
     "LightGCN",

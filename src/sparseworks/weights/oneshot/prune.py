@@ -14,7 +14,7 @@ from sparseworks.core import registry
 from sparseworks.core.budgets import Budget, get_budget, uniform
 from sparseworks.core.errors import InvalidArgument, ModelError, PatternError
 from sparseworks.core.masks import masks
-from sparseworks.core.patterns import Pattern, check_sparsity, parse_pattern
+from sparseworks.core.patterns import Pattern, parse_pattern, resolve_sparsity
 from sparseworks.core.schedules import exponential_rounds
 from sparseworks.core.types import Progress, PruneResult
 from sparseworks.models.calibration import Calibration
@@ -115,7 +115,7 @@ def prune(
         name, settings = chosen.info.name, {**settings, "seed": seed}
         return replace(done, method=name, options=settings, seconds=seconds)
     legal = parse_pattern(chosen.pattern if pattern is None else pattern)
-    wanted = _resolve_sparsity(legal, sparsity)
+    wanted = resolve_sparsity(legal, sparsity)
     if recovery not in (None, "refit"):
         raise InvalidArgument(f"recovery={recovery!r}; 'refit' or None")
     steps = chosen.rounds if rounds is None else rounds
@@ -165,20 +165,6 @@ def prune(
         time.perf_counter() - began,
         tuple(job.warnings),
     )
-
-
-def _resolve_sparsity(pattern: Pattern, sparsity: float | None) -> float:
-    density = pattern.fixed_density
-    if density is None:
-        if sparsity is None:
-            raise InvalidArgument(f"pattern {pattern} needs `sparsity`, a fraction in [0, 1)")
-        return check_sparsity(sparsity)
-    if sparsity is not None and abs(check_sparsity(sparsity) - (1 - density)) > 1e-9:
-        raise InvalidArgument(
-            f"pattern {pattern} has sparsity {1 - density:g}, which contradicts "
-            f"sparsity={sparsity:g}; leave `sparsity` out"
-        )
-    return 1 - density
 
 
 def _batches(
