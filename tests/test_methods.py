@@ -26,6 +26,8 @@ import tiny_models
 from interrupting import Fault, calls_counted, picture
 from sparseworks.core import registry
 from sparseworks.core.kinds import base_of
+from sparseworks.core.patterns import parse_pattern
+from sparseworks.training.straight_through import StraightThrough
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = {  # classics that no method card describes; those to come have one
@@ -36,6 +38,7 @@ X = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 10
 BATCHES = [(X[:6], Y[:6]), (X[6:], Y[6:])]
 STEPS = 4
+ADAM = {"ast", "cast", "slorb"}  # rules inside Adam
 OPTIONS: dict[str, dict[str, Any]] = {
     "components": {"step": 0.45, "least": -0.9},
     "ecodiff": {"sampler": tiny_models.sampler, "epochs": 1, "include": "denoiser.blocks"},
@@ -55,7 +58,7 @@ KIND = {name: registry.resolve(name).info.kind for name in registry.names()}
 
 def model_for(name: str) -> nn.Module:
     model = tiny_models.FACTORIES.get(name, tiny_models.net)()
-    if name in ("fixed", "ownership"):  # they start from masks
+    if name == "ownership" or getattr(registry.resolve(name), "starts_from_record", False):
         sw.prune(model, "magnitude", sparsity=0.5)
     return model
 
@@ -93,6 +96,22 @@ def score(model: nn.Module) -> float:
     return -float(F.cross_entropy(model(X), Y))
 
 
+def goal(name: str) -> dict[str, float]:
+    """A sparsity, where neither a record nor the pattern tells it."""
+    cls = registry.resolve(name)
+    if getattr(cls, "starts_from_record", False):
+        return {}
+    pattern = getattr(cls(), "pattern", None)
+    fixed = pattern is not None and parse_pattern(pattern).fixed_density is not None
+    return {} if fixed else {"sparsity": 0.5}
+
+
+def optimizer_for(name: str, parameters: Any) -> torch.optim.Optimizer:
+    if name in ADAM:
+        return torch.optim.AdamW(parameters, lr=0.01)
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
 def call(name: str, model: nn.Module) -> Any:
     """The entry call of a method on a tiny model; what it returns."""
     kind, options = KIND[name], dict(OPTIONS.get(name, {}))
@@ -103,11 +122,12 @@ def call(name: str, model: nn.Module) -> Any:
     if kind == "activation":
         return sw.sparse_activations(model, name, sparsity=0.5, data=BATCHES, **options)
     if kind == "hooked":
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-        goal = {} if name == "fixed" else {"sparsity": 0.5}
-        return sw.sparsify(model, optimizer, name, steps=STEPS, **goal, **options)
+        return sw.sparsify(
+            model, optimizer_for(name, model.parameters()), name, steps=STEPS, **goal(name),
+            **options,
+        )  # fmt: skip
     if kind == "transform":
-        return sw.transform(model, name, **{"sparsity": 0.5, "steps": STEPS, **options})
+        return sw.transform(model, name, **{**goal(name), "steps": STEPS, **options})
     if kind == "driver":
         given = {"sparsity": 0.5, "evaluate": score, "data": BATCHES, **options}
         return sw.experiment(fit, model, name, **given)
@@ -195,10 +215,11 @@ def test_what_it_masks_is_exactly_zero(name: str) -> None:
     made = call(name, model)
     kind = KIND[name]
     if kind == "hooked":
-        loop(model.train(), made.optimizer, lambda: obeys(model, made.masks))
+        fading = isinstance(registry.build(name), StraightThrough)  # may be soft until the end
+        loop(model.train(), made.optimizer, lambda: fading or obeys(model, made.masks))
         made.finish()
     elif kind == "transform":
-        optimizer = torch.optim.SGD(made.parameter_groups(), lr=0.05, momentum=0.9)
+        optimizer = optimizer_for(name, made.parameter_groups())
         made.attach(optimizer)
         loop(model.train(), optimizer, lambda: None, made.penalty)
         made.finish()

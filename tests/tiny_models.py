@@ -53,8 +53,8 @@ class GatedBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(16, 24), nn.Linear(16, 24)
-        self.down_proj, self.act_fn = nn.Linear(24, 16), nn.SiLU()
+        self.gate_proj, self.up_proj = nn.Linear(16, 32), nn.Linear(16, 32)
+        self.down_proj, self.act_fn = nn.Linear(32, 16), nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -79,11 +79,16 @@ def chains() -> list[tuple[Tensor, Tensor]]:
 
 
 FACTORIES = {
+    "ast": gated,
+    "bdwp": gated,
+    "cast": gated,
     "cats": gated,
     "chess": gated,
     "dass": supernet,
     "ecodiff": diffusion,
     "fast-sparse-convnets": pointwise,
+    "maskllm": gated,
+    "slorb": gated,
     "sparse-then-prune": vit,
     "sparsing-law": gated,
 }

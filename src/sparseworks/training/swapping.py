@@ -49,15 +49,18 @@ class StraightThroughRun(Run):
                 )
         with torch.no_grad():
             self.memory = {_key(n): p.detach().clone() for n, p in self._bound.items()}
+            dense = dict(self.memory)
             try:
                 self.method.begin(self)
+                self.apply()
+                for optimizer in self.optimizers:
+                    self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                    self._handles.append(optimizer.register_step_post_hook(self._after_step))
             except BaseException:
                 self.remove()
+                for name, parameter in self._bound.items():
+                    parameter.copy_(dense[_key(name)])
                 raise
-            self.apply()
-        for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def weight(self, name: str) -> Tensor:
         """theta of a tensor; where the parameter is sharded, as it is."""
