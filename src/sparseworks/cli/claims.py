@@ -28,7 +28,7 @@ class Options:
     full: bool = False
     """The paper's budget instead of a few minutes."""
     seeds: tuple[int, ...] = ()
-    """Seeds to run; default: the claim's own."""
+    """Seeds to run, judged together; default: the claim's own, with its looks."""
     json: bool = False
     """Print as JSON."""
 
@@ -66,7 +66,8 @@ def run(options: Options) -> None:
         for p in result["promises"]:
             interval = p["interval"]
             shown = f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "one value"
-            print(f"  {p['verdict']:<13} {p['mean']:.4g} {shown}  {p['statement']}")
+            seeds = f"{p['seeds']} seeds"
+            print(f"  {p['verdict']:<13} {p['mean']:.4g} {shown}, {seeds}  {p['statement']}")
 
 
 def _list(options: Options) -> None:
