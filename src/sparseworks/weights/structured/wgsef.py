@@ -76,7 +76,7 @@ def proximal_scale(norms: Tensor, k: int, strength: float, d: Tensor | float = 1
         return (u / (u + ld)).to(norms.dtype)
     root = ld.sqrt() * v
     there = root > 0
-    # in t = 1 / tau the sum is piecewise linear: group j joins it at one point and leaves at another
+    # in t = 1 / tau the sum is piecewise linear: group j joins at one point, leaves at another
     bounds = torch.cat([ld[there], 1 + ld[there]]) / root[there].repeat(2)
     points, order = bounds.sort()
     slopes = torch.cat([root[there], -root[there]])[order].cumsum(0)
