@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import MissingDependency
 from sparseworks.data import load, passages
-from sparseworks.data.images import ImageSet, read_images
+from sparseworks.data.images import ImageSet, digits, read_images
 from sparseworks.diagnostics.claims import Setting, data_root
 from sparseworks.diagnostics.metrics import Metric, accuracy, fidelity, perplexity
 
-__all__ = ["encoder_subject", "image_subject", "language_model_subject"]
+__all__ = [
+    "digits_subject",
+    "encoder_subject",
+    "image_subject",
+    "language_model_subject",
+    "loss_and_accuracy",
+    "perceptron",
+]
 
 
 def image_subject(
@@ -94,3 +102,32 @@ def language_model_subject(seed: int, setting: Setting) -> tuple[nn.Module, list
         samples=None if setting == "full" else 200,
     )
     return model, calibration, perplexity(held)
+
+
+def digits_subject(seed: int, train: int = 1_200) -> tuple[ImageSet, ImageSet]:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels in random order: training and test images.
+
+    Small enough to train a network for many epochs in a second, which is what rewiring takes.
+    """
+    data = digits()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    parts = torch.split(order, [train, len(data) - train])
+    made = [ImageSet(data.pixels[i], data.labels[i], data.mean, data.std) for i in parts]
+    return made[0], made[1]
+
+
+def perceptron(seed: int, *widths: int) -> nn.Sequential:
+    """Linear layers of these widths, the inputs' first, with ReLU between them."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def loss_and_accuracy(model: nn.Module, held: ImageSet) -> tuple[float, float]:
+    """Mean cross-entropy in nats and accuracy in percent on all images at once."""
+    logits = model.eval()(held.normalized(slice(None)))
+    right = (logits.argmax(1) == held.labels).double().mean()
+    return float(F.cross_entropy(logits, held.labels)), 100 * float(right)
