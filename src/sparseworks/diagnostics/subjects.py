@@ -39,7 +39,7 @@ def image_subject(
         held: test images.
     """
     root = data_root() / "cifar10"
-    train, test = _read(root / "train.parquet"), _read(root / "test.parquet")
+    train, test = _read(root / "train.parquet"), _read(root / "test.parquet", held)
     part = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
     chosen = ImageSet(_resized(train.pixels[part], size), train.labels[part])
     shown = ImageSet(_resized(test.pixels[:held], size), test.labels[:held])
@@ -47,9 +47,9 @@ def image_subject(
 
 
 @cache
-def _read(path: Path) -> ImageSet:
+def _read(path: Path, limit: int | None = None) -> ImageSet:
     """Decoded once for all seeds: it takes as long as an epoch."""
-    return read_images(path)
+    return read_images(path, limit=limit)
 
 
 def _resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
