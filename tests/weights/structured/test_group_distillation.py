@@ -254,10 +254,10 @@ def test_all_phases_run_and_the_teacher_is_the_dense_model() -> None:
     widths = method.fit(model, X, batches, epochs=(1, 1, 1), steps_per_epoch=1)
     assert widths == {
         "layer1.0.bn1.weight": (16, 16),
-        "layer2.0.bn1.weight": (32, 24),
-        "layer3.0.bn1.weight": (64, 32),
+        "layer2.0.bn1.weight": (32, 23),
+        "layer3.0.bn1.weight": (64, 31),
     }
-    assert model(X).shape == (8, 4) and model.layer3[0].conv2.weight.shape == (64, 32, 3, 3)
+    assert model(X).shape == (8, 4) and model.layer3[0].conv2.weight.shape == (64, 31, 3, 3)
 
 
 def test_what_cannot_be_done_changes_nothing() -> None:
