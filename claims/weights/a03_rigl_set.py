@@ -85,6 +85,6 @@ CLAIM = Claim(
         Promise("rigl at least set", "RigL at most half a point below SET"),
     ),
     measure=measure,
-    looks=(3, 5, 8),
+    looks=(3, 5),
     version=2,
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseworks.core.errors import MissingDependency
@@ -16,6 +17,8 @@ from sparseworks.data import load, passages
 from sparseworks.data.images import ImageSet, digits, read_images
 from sparseworks.diagnostics.claims import Setting, data_root
 from sparseworks.diagnostics.metrics import Metric, accuracy, fidelity, perplexity
+from sparseworks.models.zoo import CifarResNet, load_resnet
+from sparseworks.training.fitting import Recipe, fit_classifier
 
 __all__ = [
     "digits_subject",
@@ -24,6 +27,8 @@ __all__ = [
     "language_model_subject",
     "loss_and_accuracy",
     "perceptron",
+    "seeded_epochs",
+    "trained_resnet",
 ]
 
 
@@ -114,6 +119,41 @@ def digits_subject(seed: int, train: int = 1_200) -> tuple[ImageSet, ImageSet]:
     parts = torch.split(order, [train, len(data) - train])
     made = [ImageSet(data.pixels[i], data.labels[i], data.mean, data.std) for i in parts]
     return made[0], made[1]
+
+
+def trained_resnet(seed: int, setting: Setting) -> tuple[nn.Module, ImageSet, ImageSet]:
+    """A trained residual network, its training images in random order, and test images.
+
+    Quick: a ResNet-8 that learns 1,000 digits, as RGB images, in some seconds. Full: the trained
+    ResNet-20 and CIFAR-10.
+    """
+    if setting == "full":
+        root = data_root()
+        model: nn.Module = load_resnet(root / "models" / "resnet20-cifar10.safetensors")
+        train, test = (_read(root / "cifar10" / f"{n}.parquet") for n in ("train", "test"))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        train = ImageSet(train.pixels[order], train.labels[order])
+        return model.to(memory_format=torch.channels_last), train, test
+    train, test = (
+        ImageSet(part.pixels.expand(-1, 3, -1, -1), part.labels)
+        for part in digits_subject(seed, 1_000)
+    )
+    torch.manual_seed(seed)
+    model = CifarResNet(1).to(memory_format=torch.channels_last)
+    fit_classifier(model, train, Recipe(epochs=15, batch_size=50, augment=False), seed=seed)
+    return model, train, test
+
+
+def seeded_epochs(
+    images: ImageSet, size: int, seed: int, *, augment: bool
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """Epoch number -> its batches, always the same ones for a seed."""
+
+    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(100 * seed + number)
+        yield from images.epoch(size, generator, training=augment)
+
+    return epoch
 
 
 def perceptron(seed: int, *widths: int) -> nn.Sequential:
