@@ -133,13 +133,14 @@ def trained_resnet(seed: int, setting: Setting) -> tuple[nn.Module, ImageSet, Im
         train, test = (_read(root / "cifar10" / f"{n}.parquet") for n in ("train", "test"))
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         train = ImageSet(train.pixels[order], train.labels[order])
-        return model.to(memory_format=torch.channels_last), train, test
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model, train, test
     train, test = (
         ImageSet(part.pixels.expand(-1, 3, -1, -1), part.labels)
         for part in digits_subject(seed, 1_000)
     )
     torch.manual_seed(seed)
-    model = CifarResNet(1).to(memory_format=torch.channels_last)
+    model = CifarResNet(1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fit_classifier(model, train, Recipe(epochs=15, batch_size=50, augment=False), seed=seed)
     return model, train, test
 

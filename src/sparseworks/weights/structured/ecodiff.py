@@ -208,7 +208,7 @@ class EcoDiff:
             values = torch.cat([logits[i].detach().double().cpu() for i in kind])
             if self.separate:
                 values = values.argsort(stable=True).argsort().double() / len(values)
-            for i, part in zip(kind, values.split([len(families[i]) for i in kind])):
+            for i, part in zip(kind, torch.split(values, [len(families[i]) for i in kind])):
                 scores[families[i].roots] = part.numpy()
         return scores
 
