@@ -21,6 +21,10 @@ rest of the training it is fitted without the regulariser.
 Source: Refael, Arbel, Huleihel 2024, Learning k-Level Structured Sparse Neural Networks Using Group
 Envelope Regularization. The closed form of the proximal map is derived here from the definition;
 rising, freezing and refitting are ours. Its half-space projection is not here.
+
+In our quick setting (claim 130) a digits network reaches its level exactly, at less loss than group
+lasso (0.23 nats, 0.11 to 0.35) and as much as group lasso with the same refit; on a group-sparse
+regression with correlated inputs group lasso finds the support better (F1 0.3).
 """
 
 from __future__ import annotations
