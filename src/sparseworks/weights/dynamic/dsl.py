@@ -13,7 +13,8 @@ The number kept is exact from the start (the paper draws every entry with probab
 entry that was not active before starts with fresh optimizer state (the paper's Adam moments go on).
 
 In our quick setting (claim 103: LightGCN on synthetic interactions, 80 % sparse) DSL is 11.5 points
-of recall above a static random mask, but 1.9 below a dense table of as many parameters (0.3 to 3.6).
+of recall above a static random mask, but 1.9 below a dense table of as many parameters (0.3 to
+3.6).
 """
 
 from __future__ import annotations
