@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparseworks.cli.claims import Options
+from sparseworks.cli.claims import run as cli_run
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.diagnostics import claims
 
@@ -89,6 +91,16 @@ def test_looks_stop_when_every_promise_is_decided(claim, tmp_path):
     assert len((claim.parent / "log").read_text().split()) == 8  # judged anew, not measured
     given = claims.run(claim, runs=tmp_path / "runs", seeds=(4, 5))
     assert list(given["seeds"]) == ["4", "5"] and given["looks"] == []
+
+
+def test_results_of_an_earlier_version_are_told(claim, tmp_path, capsys):
+    claims.run(claim, runs=tmp_path / "runs")
+    options = Options("list", folder=tmp_path / "claims")
+    cli_run(options)
+    assert "outdated" not in capsys.readouterr().out
+    claim.write_text(claim.read_text().replace("    measure)", "    measure, version=2)"))
+    cli_run(options)
+    assert "a01  mixed, outdated" in capsys.readouterr().out
 
 
 def test_every_claim_of_the_project_loads_and_names_its_method():

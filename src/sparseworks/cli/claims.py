@@ -20,7 +20,8 @@ class Options:
     """Options of `sparseworks claims`."""
 
     action: Annotated[Literal["list", "run", "table"], tyro.conf.Positional] = "list"
-    """list: all claims and verdicts; run: measure some; table: Markdown for the documentation."""
+    """list: all claims and verdicts (outdated: the claim is newer than its result); run: measure
+    some; table: Markdown for the documentation."""
     cards: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Card numbers to run (a01 a02 ...)."""
     folder: Path = Path("claims")
@@ -79,9 +80,12 @@ def _list(options: Options) -> None:
         for card, path in claims.find_claims(options.folder).items():
             if card not in known:
                 rows.append({"card": card, "claim": path.stem[4:], "verdict": "not run"})
+            elif claims.load_claim(path).version != known[card].get("version", 1):
+                row = next(r for r in rows if r["card"] == card)
+                row["verdict"] += ", outdated"
     if options.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
         return
     for row in rows:
-        print(f"{row['card']}  {row['verdict']:<13} {row['claim']}")
+        print(f"{row['card']}  {row['verdict']:<21} {row['claim']}")

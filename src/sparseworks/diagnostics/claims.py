@@ -75,7 +75,8 @@ class Claim:
         seeds: run by default.
         looks: instead of `seeds`: numbers of seeds after which the promises are judged, LOOKS say;
             it stops when all are decided.
-        version: raise it when `measure` changes, so that old seeds are not reused.
+        version: raise it when `measure` changes, so that old seeds are not reused and results of an
+            earlier version are told from those of this one.
     """
 
     card: str
@@ -229,6 +230,7 @@ def _judge(
         "baseline": claim.baseline,
         "metric": claim.metric,
         "setting": setting,
+        "version": claim.version,
         "looks": list(looks),
         "promises": verdicts,
         "seeds": {str(s): m["values"] for s, m in measured.items()},
