@@ -53,9 +53,9 @@ bench:  ## speed and memory against peers, on demand
 	@$(PY) benchmarks/speed.py --out benchmarks/results
 	@$(PY) benchmarks/memory.py --out benchmarks/results/memory.json
 
-claims:  ## run every claim that has no result yet
+claims:  ## run every claim that has no result of its present version
 	@scripts/setup.sh test
-	@.venv/bin/sparseworks claims run $$(.venv/bin/sparseworks claims list | awk '/not run/ {print $$1}')
+	@.venv/bin/sparseworks claims run $$(.venv/bin/sparseworks claims list | awk '/not run|outdated/ {print $$1}')
 
 clean:
 	rm -rf .venv build out runs site

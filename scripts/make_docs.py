@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = """# Results of the claims
 
 Each paper's central claim in miniature, measured here. *holds*: the 95 % interval over seeds lies
-above 0 in the direction the paper promises; *fails*: below; *inconclusive*: it contains 0. The
-proposed margin does not decide. Machine, versions and per-seed values are in `claims/*/*.json`.
+above 0 in the direction the paper promises; *fails*: below, or below what was declared negligible
+beforehand; *inconclusive*: it contains 0. Where a claim looks at its seeds several times, the
+intervals are widened so that all looks together err in 5 %. The proposed margin does not decide.
+Machine, versions and per-seed values are in `claims/*/*.json`.
 
 """
 

@@ -15,7 +15,7 @@ from sparseworks.diagnostics.metrics import Metric, accuracy
 from sparseworks.diagnostics.subjects import image_subject
 from sparseworks.training.fitting import Recipe, fit_classifier
 
-HIDDEN, DRAWS, SMALL = 512, 200, 0.5
+HIDDEN, DRAWS, SMALL = 256, 200, 0.5
 LEVEL = 0.1  # the training loss whose epoch is recorded, digits
 
 
@@ -92,7 +92,7 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     )  # fmt: skip
     test = order[1200:]
     held = accuracy([(everything.normalized(test), everything.labels[test])])
-    recipe = Recipe(epochs=20, batch_size=60, lr=0.02, augment=False)
+    recipe = Recipe(epochs=12, batch_size=60, lr=0.03, augment=False)
     found: dict[str, float] = {}
     for sparsity in (0.5, 0.8, 0.95, 0.99) if full else (0.8, 0.95):
         found |= _search("digits", seed, sparsity, train, held, recipe, 8 if full else 3)
@@ -116,7 +116,7 @@ CLAIM = Claim(
     card="027",
     method="random-search",
     title="the best of 200 random node masks before training is no better than any other after it",
-    model="an MLP with two hidden layers of 512, 80 and 95 % of its nodes masked",
+    model="an MLP with two hidden layers of 256, 80 and 95 % of its nodes masked",
     data="scikit-learn's digits, 1,200 for training and 597 for the test (full: beside them "
     "20,000 training images of CIFAR-10)",
     baseline="random masks on the same weights; the dense network; a small one, fresh",
@@ -128,5 +128,6 @@ CLAIM = Claim(
         Promise("close to dense", "the winner at 80 % within 2 points of the dense network"),
     ),
     measure=measure,
-    seeds=tuple(range(10)),
+    looks=(5, 8),
+    version=2,
 )

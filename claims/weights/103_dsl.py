@@ -1,6 +1,6 @@
 """DSL from scratch on synthetic implicit feedback, against static, small and pruned tables.
 
-The interactions are made here: 2,000 users and 1,500 items of Zipf popularity with 12 true factors,
+The interactions are made here: 1,000 users and 750 items of Zipf popularity with 12 true factors,
 of which an item or user has the more, the more popular or active it is (1 to 12).
 """
 
@@ -14,10 +14,11 @@ from torch import Tensor
 import sparseworks as sw
 from sparseworks.core.selection import keep_top
 from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.diagnostics.judging import LOOKS
 from sparseworks.models.zoo.recommenders import LightGCN, bpr_loss, recall
 from sparseworks.training.hooked import Run
 
-USERS, ITEMS, FACTORS, DIM = 2000, 1500, 12, 64
+USERS, ITEMS, FACTORS, DIM = 1000, 750, 12, 64
 
 
 def interactions(seed: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ def interactions(seed: int) -> tuple[Tensor, Tensor]:
     log_popularity = -0.8 * torch.log(torch.arange(1, ITEMS + 1.0))
     noise = -torch.log(-torch.log(torch.rand(USERS, ITEMS, generator=g).clamp(1e-9, 1 - 1e-7)))
     ranked = (1.5 * taste + log_popularity + noise).argsort(1, descending=True)  # Gumbel top-k
-    activity = (torch.arange(1, USERS + 1.0) ** -0.5 * 600).clamp(10, 150).int()
+    activity = (torch.arange(1, USERS + 1.0) ** -0.5 * 300).clamp(10, 75).int()
     train, held = [], []
     for user, count in enumerate(activity.tolist()):
         items = ranked[user, :count][torch.randperm(count, generator=g)]
@@ -57,8 +58,8 @@ def fit(
         )
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        batch = pairs[torch.randint(0, len(pairs), (2048,), generator=g)]
-        other = torch.randint(0, ITEMS, (2048,), generator=g)
+        batch = pairs[torch.randint(0, len(pairs), (1024,), generator=g)]
+        other = torch.randint(0, ITEMS, (1024,), generator=g)
         optimizer.zero_grad()
         bpr_loss(model, batch[:, 0], batch[:, 1], other).backward()
         optimizer.step()
@@ -112,8 +113,8 @@ CLAIM = Claim(
     method="dsl",
     title="tables that are sparse from scratch beat static and small ones at one fifth of the size",
     model="LightGCN, width 64, from scratch, 80 % sparse",
-    data="synthetic: 2,000 users, 1,500 Zipf-popular items, 12 true factors of growing use; "
-    "1,000 steps of 2,048 pairs (full: 6,000)",
+    data="synthetic: 1,000 users, 750 Zipf-popular items, 12 true factors of growing use; "
+    "1,000 steps of 1,024 pairs (full: 6,000)",
     baseline="static random mask; dense of width 13; trained dense, then pruned, not retrained",
     metric="Recall@20 on held-out interactions",
     promises=(
@@ -125,4 +126,6 @@ CLAIM = Claim(
         ),
     ),
     measure=measure,
+    looks=LOOKS,
+    version=2,
 )

@@ -1,33 +1,44 @@
 """Tickets from an early step against tickets from the initialisation, and why: stability.
 
-Four epochs of 8 x 8 images leave the dense network itself at 22 to 29 % (tickets of either kind do
-better, as they train longer in sum), so the quick setting can show the stability, whose distances
-do not depend on a good network, and says little on accuracy; that takes the full setting.
+The quick setting trains a perceptron at a high rate, and to its end: a training that is cut short
+says nothing on accuracy.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import nn
 
 import sparseworks as sw
 from sparseworks.diagnostics.claims import Claim, Promise, Setting
-from sparseworks.diagnostics.subjects import image_subject
+from sparseworks.diagnostics.subjects import (
+    digits_subject,
+    image_subject,
+    loss_and_accuracy,
+    perceptron,
+)
 from sparseworks.models.zoo import resnet20
 from sparseworks.training.fitting import Recipe, fit_classifier
 
 
 def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     full = setting == "full"
-    images, accuracy = image_subject(
-        seed, 10_000 if full else 4_000, size=32 if full else 8, held=5_000 if full else 2_000
-    )
-    # no warm-up and a high rate from the first step: both would hide that rewinding is needed
+    # no warm-up and a high rate from the first step: the contrary would hide the need to rewind
     recipe = Recipe(
-        epochs=8 if full else 4, batch_size=64, lr=0.1, weight_decay=1e-4, schedule="step"
-    )
+        epochs=8 if full else 20, batch_size=64 if full else 50, lr=0.1 if full else 0.2,
+        weight_decay=1e-4, schedule="step", augment=full,
+    )  # fmt: skip
+    accuracy: Callable[[nn.Module], float]
+    if full:
+        images, accuracy = image_subject(seed, 10_000)
+    else:
+        images, held = digits_subject(seed)
+
+        def accuracy(model: nn.Module) -> float:
+            return loss_and_accuracy(model, held)[1]
 
     def fit(model, **given):
         fit_classifier(model, images, recipe, **given)
@@ -38,10 +49,13 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
         for k in (0.0, 0.005, 0.02, 0.05) if full else (0.0, 0.05):
             torch.manual_seed(seed)
             model = resnet20().to(memory_format=torch.channels_last)
+            if not full:
+                model = perceptron(seed, 64, 256, 256, 10)
             run = done[k] = sw.experiment(
-                fit, model, "rewinding", sparsity=0.875, rounds=3 if full else 2, rewind=k,
+                fit, model, "rewinding", sparsity=0.875 if full else 0.98, rounds=3, rewind=k,
                 stability=True, controls=k == 0.05, evaluate=accuracy, seed=seed,
-                data=images.batches(200, samples=1_000), folder=folder, about={"seed": seed},
+                include=None if full else "*", data=images.batches(200, samples=1_000),
+                folder=folder, about={"seed": seed},
             )  # fmt: skip
             assert run.result is not None
             found[f"accuracy, k = {k:.1%}"] = run.result.figures["score"]
@@ -68,16 +82,21 @@ CLAIM = Claim(
     card="139",
     method="rewinding",
     title="tickets rewound to an early step beat those rewound to the initialisation",
-    model="ResNet-20 from scratch, 87.5 % sparse in 2 rounds",
-    data="CIFAR-10 at 8 x 8: 4,000 images, 4 epochs, 2,000 test images (full: 32 x 32, 10,000, 8)",
-    baseline="rewinding to step 0; the same masks on new values",
+    model="a 64-256-256-10 perceptron from scratch, 98 % sparse in 3 rounds (full: ResNet-20, "
+    "87.5 %)",
+    data="scikit-learn's digits: 1,200 to train for 20 epochs, 597 to test (full: 10,000 images of "
+    "CIFAR-10 for 8)",
+    baseline="rewinding to step 0; the same masks on new values, from step k of the schedule",
     metric="test accuracy, points; root mean square distance of final weights",
     promises=(
-        Promise("late over original", "accuracy with k = 5 % above k = 0", margin=0.7),
+        Promise("late over original", "accuracy with k = 5 % above k = 0", margin=0.7,
+                negligible=0.25),
         Promise("over new values", "accuracy above the same masks on new values", margin=1.0),
         Promise("closer to dense", "the ticket ends closer to the dense weights than with k = 0"),
         Promise("closer between orders", "two data orders end closer than with k = 0"),
         Promise("lower barrier", "error barrier between two data orders lower than with k = 0"),
     ),
     measure=measure,
-)
+    looks=(3, 5, 8),
+    version=2,
+)  # fmt: skip

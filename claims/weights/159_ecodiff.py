@@ -187,4 +187,6 @@ CLAIM = Claim(
         Promise("memory flat", "memory of 20 steps at most 1.1 times that of 5"),
     ),
     measure=measure,
+    looks=(3, 5),
+    version=2,
 )

@@ -182,5 +182,6 @@ CLAIM = Claim(
         Promise("more empty units", "more empty hidden units than independent supports"),
     ),
     measure=measure,
-    seeds=tuple(range(10)),
+    looks=(5, 10),
+    version=2,
 )

@@ -105,7 +105,7 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     return {
         "cliffs differ": abs(cliffs[0] - cliffs[1]) - 0.10,
         "removes more": found.overall - 1.10 * uniform,
-        "steep": max(c.steepness for c in found.curves.values()) - 5.0,
+        "steep": math.log(max(c.steepness for c in found.curves.values()) / 5.0),
         "magnitude over Wanda": found.quality - wanda,
         "encoder cliff": found.curves["encoder"].cliff,
         "denoiser cliff": found.curves["denoiser"].cliff,
@@ -135,7 +135,7 @@ CLAIM = Claim(
     promises=(
         Promise("cliffs differ", "cliffs of the parts differ by at least 10 points of sparsity"),
         Promise("removes more", "zeros above 1.1 times those of one sparsity, equal quality"),
-        Promise("steep", "the steepest fall is over 5 times the usual change before it"),
+        Promise("steep", "log of the steepest fall over 5 times the usual change before it"),
         Promise("magnitude over Wanda", "quality of magnitude above Wanda's"),
     ),
     measure=measure,

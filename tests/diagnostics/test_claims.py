@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparseworks.cli.claims import Options
+from sparseworks.cli.claims import run as cli_run
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.diagnostics import claims
 
@@ -73,6 +75,32 @@ def test_finished_seeds_are_not_measured_again(claim, tmp_path):
     assert (claim.parent / "log").read_text().split() == ["0", "1", "2"]
     claims.run(claim, runs=tmp_path / "runs", seeds=(0,), setting="full")
     assert (claim.parent / "log").read_text().split() == ["0", "1", "2", "0"]
+
+
+def test_looks_stop_when_every_promise_is_decided(claim, tmp_path):
+    text = claim.read_text().replace("    measure)", "    measure, looks=(3, 5, 8))")
+    claim.write_text(text)
+    result = claims.run(claim, runs=tmp_path / "runs")  # "unclear" alternates: never decided
+    assert list(result["seeds"]) == [str(s) for s in range(8)] and result["looks"] == [3, 5, 8]
+    seen = {p["name"]: p["seeds"] for p in result["promises"]}
+    assert seen == {"up": 3, "down": 3, "unclear": 8, "n": 8}
+    claim.write_text(text.replace("0.5) for", "0.5, negligible=9.0) for"))
+    again = claims.run(claim, runs=tmp_path / "runs")
+    assert {p["name"]: p["verdict"] for p in again["promises"]}["unclear"] == "fails"
+    assert list(again["seeds"]) == ["0", "1", "2"]
+    assert len((claim.parent / "log").read_text().split()) == 8  # judged anew, not measured
+    given = claims.run(claim, runs=tmp_path / "runs", seeds=(4, 5))
+    assert list(given["seeds"]) == ["4", "5"] and given["looks"] == []
+
+
+def test_results_of_an_earlier_version_are_told(claim, tmp_path, capsys):
+    claims.run(claim, runs=tmp_path / "runs")
+    options = Options("list", folder=tmp_path / "claims")
+    cli_run(options)
+    assert "outdated" not in capsys.readouterr().out
+    claim.write_text(claim.read_text().replace("    measure)", "    measure, version=2)"))
+    cli_run(options)
+    assert "a01  mixed, outdated" in capsys.readouterr().out
 
 
 def test_every_claim_of_the_project_loads_and_names_its_method():

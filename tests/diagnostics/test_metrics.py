@@ -13,7 +13,7 @@ from torch import nn
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.data.text import token_ids, windows
 from sparseworks.diagnostics.metrics import accuracy, fidelity, get_metric, perplexity, retrieval
-from sparseworks.diagnostics.statistics import bootstrap_interval, paired_interval
+from sparseworks.diagnostics.statistics import bootstrap_interval, paired_interval, student_quantile
 
 
 class Table(nn.Module):
@@ -78,12 +78,21 @@ def test_accuracy_and_modes():
         get_metric("speed", model=net)
 
 
+def test_quantiles_of_published_tables():
+    for freedom, level, value in (
+        (1, 0.95, 12.706), (2, 0.95, 4.303), (3, 0.95, 3.182), (10, 0.99, 3.169), (29, 0.9, 1.699),
+    ):  # fmt: skip
+        assert student_quantile(level, freedom) == pytest.approx(value, abs=5e-4)
+
+
 def test_intervals_against_scipy():
     stats = pytest.importorskip("scipy.stats")
-    for values in ([1.0, 2.0, 4.0], [0.1] * 2 + [0.3] * 5, list(range(25))):
-        ours = paired_interval([float(v) for v in values])
-        low, high = stats.t.interval(0.95, len(values) - 1, loc=ours.mean, scale=stats.sem(values))
-        assert (ours.low, ours.high) == pytest.approx((low, high), rel=1e-3)
+    for values in ([1.0, 2.0], [1.0, 2.0, 4.0], [0.1] * 2 + [0.3] * 5, list(range(25))):
+        for level in (0.95, 0.9875):
+            ours = paired_interval([float(v) for v in values], level)
+            scale = stats.sem(values)
+            low, high = stats.t.interval(level, len(values) - 1, loc=ours.mean, scale=scale)
+            assert (ours.low, ours.high) == pytest.approx((low, high), rel=1e-9)
     assert paired_interval([1.0]).high == math.inf
     normal = torch.randn(4000, generator=torch.Generator().manual_seed(0)) + 1
     boot = bootstrap_interval(normal)

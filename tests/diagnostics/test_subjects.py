@@ -21,7 +21,7 @@ def test_a_part_is_chosen_by_its_seed_and_averaged(monkeypatch, tmp_path):
     pixels = torch.randint(0, 256, (40, 3, 32, 32), generator=g, dtype=torch.uint8)
     whole = ImageSet(pixels, torch.arange(40) % 10)
     monkeypatch.setenv("SPARSEWORKS_DATA", str(tmp_path))
-    monkeypatch.setattr(subjects, "_read", lambda path: whole)
+    monkeypatch.setattr(subjects, "_read", lambda path, limit=None: whole)
     part, held = subjects.image_subject(1, 15, size=16, held=20)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:15]
     assert torch.equal(part.labels, whole.labels[order])

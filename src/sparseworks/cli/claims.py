@@ -20,7 +20,8 @@ class Options:
     """Options of `sparseworks claims`."""
 
     action: Annotated[Literal["list", "run", "table"], tyro.conf.Positional] = "list"
-    """list: all claims and verdicts; run: measure some; table: Markdown for the documentation."""
+    """list: all claims and verdicts (outdated: the claim is newer than its result); run: measure
+    some; table: Markdown for the documentation."""
     cards: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Card numbers to run (a01 a02 ...)."""
     folder: Path = Path("claims")
@@ -28,7 +29,7 @@ class Options:
     full: bool = False
     """The paper's budget instead of a few minutes."""
     seeds: tuple[int, ...] = ()
-    """Seeds to run; default: the claim's own."""
+    """Seeds to run, judged together; default: the claim's own, with its looks."""
     json: bool = False
     """Print as JSON."""
 
@@ -66,7 +67,8 @@ def run(options: Options) -> None:
         for p in result["promises"]:
             interval = p["interval"]
             shown = f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "one value"
-            print(f"  {p['verdict']:<13} {p['mean']:.4g} {shown}  {p['statement']}")
+            seeds = f"{p['seeds']} seeds"
+            print(f"  {p['verdict']:<13} {p['mean']:.4g} {shown}, {seeds}  {p['statement']}")
 
 
 def _list(options: Options) -> None:
@@ -78,9 +80,12 @@ def _list(options: Options) -> None:
         for card, path in claims.find_claims(options.folder).items():
             if card not in known:
                 rows.append({"card": card, "claim": path.stem[4:], "verdict": "not run"})
+            elif claims.load_claim(path).version != known[card].get("version", 1):
+                row = next(r for r in rows if r["card"] == card)
+                row["verdict"] += ", outdated"
     if options.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
         return
     for row in rows:
-        print(f"{row['card']}  {row['verdict']:<13} {row['claim']}")
+        print(f"{row['card']}  {row['verdict']:<21} {row['claim']}")

@@ -6,8 +6,10 @@ description and setting, so an interrupted claim goes on and nothing is computed
 
 A promise is a number per seed, oriented so that the paper promises it to be positive (a difference
 of paired runs, say). Its verdict: *holds* when the 95 % interval over seeds lies above 0, *fails*
-when it lies below, *inconclusive* otherwise. The margin proposed for the miniature is reported
-beside it and does not decide.
+when it lies below 0 or below what was declared negligible, *inconclusive* otherwise. A claim may
+fix looks beforehand: it stops at the first at which every promise is decided, and the intervals are
+widened for the looks (`sparseworks.diagnostics.judging`). The margin proposed for the miniature is
+reported beside the verdict and does not decide.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import time
@@ -26,7 +29,7 @@ from typing import Any, Literal
 import torch
 
 from sparseworks.core.errors import DataError, InvalidArgument
-from sparseworks.diagnostics.statistics import paired_interval
+from sparseworks.diagnostics.judging import judge
 from sparseworks.io.atomic import atomic_file
 
 __all__ = ["Claim", "Promise", "data_root", "find_claims", "load_claim", "results", "run", "table"]
@@ -43,13 +46,16 @@ class Promise:
         name: key in what `measure` returns: a number that is positive when the promise holds.
         statement: the inequality in words.
         margin: the size proposed for the miniature, in the unit of the number; None: none.
-        exact: the number has no randomness (a count, an identity); one value decides.
+        exact: the number has no randomness (a count, an identity); one value refutes it.
+        negligible: the effect, fixed beforehand, below which there is none to speak of; an interval
+            that lies below it fails the promise though it contains 0.
     """
 
     name: str
     statement: str
     margin: float | None = None
     exact: bool = False
+    negligible: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,10 @@ class Claim:
         promises: the inequalities.
         measure: `(seed, setting) -> {name: number}`; beside the promises, any figures to record.
         seeds: run by default.
-        version: raise it when `measure` changes, so that old seeds are not reused.
+        looks: instead of `seeds`: numbers of seeds after which the promises are judged, LOOKS say;
+            it stops when all are decided.
+        version: raise it when `measure` changes, so that old seeds are not reused and results of an
+            earlier version are told from those of this one.
     """
 
     card: str
@@ -80,11 +89,20 @@ class Claim:
     promises: tuple[Promise, ...]
     measure: Callable[[int, Setting], Mapping[str, float]] = field(compare=False, repr=False)
     seeds: tuple[int, ...] = (0, 1, 2)
+    looks: tuple[int, ...] = ()
     version: int = 1
 
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """The seeds that a run may take."""
+        return tuple(range(self.looks[-1])) if self.looks else self.seeds
+
     def digest(self, setting: Setting) -> str:
-        """Hash of the description, the folder of its runs."""
-        described = {k: v for k, v in asdict(self).items() if k not in ("measure", "seeds")}
+        """Hash of the description, the folder of its runs; how it is judged is no part of it."""
+        judged = ("measure", "seeds", "looks")
+        described = {k: v for k, v in asdict(self).items() if k not in judged}
+        for promise in described["promises"]:
+            del promise["negligible"]
         text = json.dumps({**described, "setting": setting}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -137,9 +155,13 @@ def run(
     runs: str | os.PathLike[str] = "runs/claims",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure every seed that is not on disk yet, judge, and write the result beside the claim."""
+    """Measure every seed that is not on disk yet, judge, and write the result beside the claim.
+
+    Seeds that are given are judged together, without looks.
+    """
     claim = load_claim(path)
-    chosen = claim.seeds if seeds is None else seeds
+    chosen = claim.planned if seeds is None else seeds
+    looks = claim.looks if seeds is None else ()
     folder = Path(runs) / f"{path.stem}-{claim.digest(setting)}"
     folder.mkdir(parents=True, exist_ok=True)
     measured: dict[int, dict[str, Any]] = {}
@@ -158,31 +180,44 @@ def run(
             _write(kept, measured[seed])
         if progress is not None:
             progress(done + 1, len(chosen), f"{claim.card} seed {seed}")
-    result = _judge(claim, setting, measured)
+        if done + 1 in looks[:-1] and _decided(claim, looks, measured):
+            break
+    result = _judge(claim, setting, looks, measured)
     _write(path.with_suffix(".json"), result)
     return result
 
 
-def _judge(claim: Claim, setting: Setting, measured: Mapping[int, Any]) -> dict[str, Any]:
+def _verdicts(
+    claim: Claim, looks: tuple[int, ...], measured: Mapping[int, Any]
+) -> list[dict[str, Any]]:
     verdicts = []
     for promise in claim.promises:
         values = [m["values"][promise.name] for m in measured.values()]
-        interval = paired_interval(values)
-        low, high = (min(values), max(values)) if promise.exact else (interval.low, interval.high)
-        verdict = "holds" if low > 0 else "fails" if high < 0 else "inconclusive"
-        if promise.exact and low == high == 0:
-            verdict = "fails"
+        found = judge(values, looks=looks, exact=promise.exact, negligible=promise.negligible)
         verdicts.append(
             {
                 "name": promise.name,
                 "statement": promise.statement,
-                "mean": interval.mean,
-                "interval": [low, high] if abs(low) != float("inf") else None,
+                "mean": found.mean,
+                "interval": [found.low, found.high] if math.isfinite(found.low) else None,
+                "seeds": found.seeds,
                 "proposed_margin": promise.margin,
-                "reaches_margin": promise.margin is None or interval.mean >= promise.margin,
-                "verdict": verdict,
+                "negligible": promise.negligible,
+                "reaches_margin": promise.margin is None or found.mean >= promise.margin,
+                "verdict": found.verdict,
             }
         )
+    return verdicts
+
+
+def _decided(claim: Claim, looks: tuple[int, ...], measured: Mapping[int, Any]) -> bool:
+    return all(v["verdict"] != "inconclusive" for v in _verdicts(claim, looks, measured))
+
+
+def _judge(
+    claim: Claim, setting: Setting, looks: tuple[int, ...], measured: Mapping[int, Any]
+) -> dict[str, Any]:
+    verdicts = _verdicts(claim, looks, measured)
     overall = {v["verdict"] for v in verdicts}
     spent = [m.get("cpu_seconds") for m in measured.values()]  # older records lack it
     return {
@@ -195,6 +230,8 @@ def _judge(claim: Claim, setting: Setting, measured: Mapping[int, Any]) -> dict[
         "baseline": claim.baseline,
         "metric": claim.metric,
         "setting": setting,
+        "version": claim.version,
+        "looks": list(looks),
         "promises": verdicts,
         "seeds": {str(s): m["values"] for s, m in measured.items()},
         "seconds": sum(m["seconds"] for m in measured.values()),
@@ -238,7 +275,7 @@ def results(folder: str | os.PathLike[str] = "claims") -> list[dict[str, Any]]:
 def table(folder: str | os.PathLike[str] = "claims") -> str:
     """A Markdown table of all recorded results, for the documentation."""
     lines = [
-        "| card | method | promise | mean | 95 % interval | proposed | verdict |",
+        "| card | method | promise | mean | interval | proposed | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in results(folder):

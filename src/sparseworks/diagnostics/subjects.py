@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparseworks.core.errors import MissingDependency
 from sparseworks.data import load, passages
-from sparseworks.data.images import ImageSet, read_images
+from sparseworks.data.images import ImageSet, digits, read_images
 from sparseworks.diagnostics.claims import Setting, data_root
 from sparseworks.diagnostics.metrics import Metric, accuracy, fidelity, perplexity
+from sparseworks.models.zoo import CifarResNet, load_resnet
+from sparseworks.training.fitting import Recipe, fit_classifier
 
-__all__ = ["activation_subject", "encoder_subject", "image_subject", "language_model_subject"]
+__all__ = [
+    "activation_subject",
+    "digits_subject",
+    "encoder_subject",
+    "image_subject",
+    "language_model_subject",
+    "loss_and_accuracy",
+    "perceptron",
+    "seeded_epochs",
+    "trained_resnet",
+]
 
 
 def image_subject(
@@ -31,7 +45,7 @@ def image_subject(
         held: test images.
     """
     root = data_root() / "cifar10"
-    train, test = _read(root / "train.parquet"), _read(root / "test.parquet")
+    train, test = _read(root / "train.parquet"), _read(root / "test.parquet", held)
     part = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
     chosen = ImageSet(_resized(train.pixels[part], size), train.labels[part])
     shown = ImageSet(_resized(test.pixels[:held], size), test.labels[:held])
@@ -39,9 +53,9 @@ def image_subject(
 
 
 @cache
-def _read(path: Path) -> ImageSet:
+def _read(path: Path, limit: int | None = None) -> ImageSet:
     """Decoded once for all seeds: it takes as long as an epoch."""
-    return read_images(path)
+    return read_images(path, limit=limit)
 
 
 def _resized(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -116,3 +130,68 @@ def activation_subject(seed: int, setting: Setting) -> tuple[nn.Module, list[Any
         samples=count * (seed + 1), batch_size=4,
     )[-count // 4 :]  # fmt: skip
     return model, calibration, perplexity(held)
+
+
+def digits_subject(seed: int, train: int = 1_200) -> tuple[ImageSet, ImageSet]:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels in random order: training and test images.
+
+    Small enough to train a network for many epochs in a second, which is what rewiring takes.
+    """
+    data = digits()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    parts = torch.split(order, [train, len(data) - train])
+    made = [ImageSet(data.pixels[i], data.labels[i], data.mean, data.std) for i in parts]
+    return made[0], made[1]
+
+
+def trained_resnet(seed: int, setting: Setting) -> tuple[nn.Module, ImageSet, ImageSet]:
+    """A trained residual network, its training images in random order, and test images.
+
+    Quick: a ResNet-8 that learns 1,000 digits, as RGB images, in some seconds. Full: the trained
+    ResNet-20 and CIFAR-10.
+    """
+    if setting == "full":
+        root = data_root()
+        model: nn.Module = load_resnet(root / "models" / "resnet20-cifar10.safetensors")
+        train, test = (_read(root / "cifar10" / f"{n}.parquet") for n in ("train", "test"))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        train = ImageSet(train.pixels[order], train.labels[order])
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model, train, test
+    train, test = (
+        ImageSet(part.pixels.expand(-1, 3, -1, -1), part.labels)
+        for part in digits_subject(seed, 1_000)
+    )
+    torch.manual_seed(seed)
+    model = CifarResNet(1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fit_classifier(model, train, Recipe(epochs=15, batch_size=50, augment=False), seed=seed)
+    return model, train, test
+
+
+def seeded_epochs(
+    images: ImageSet, size: int, seed: int, *, augment: bool
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """Epoch number -> its batches, always the same ones for a seed."""
+
+    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(100 * seed + number)
+        yield from images.epoch(size, generator, training=augment)
+
+    return epoch
+
+
+def perceptron(seed: int, *widths: int) -> nn.Sequential:
+    """Linear layers of these widths, the inputs' first, with ReLU between them."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def loss_and_accuracy(model: nn.Module, held: ImageSet) -> tuple[float, float]:
+    """Mean cross-entropy in nats and accuracy in percent on all images at once."""
+    logits = model.eval()(held.normalized(slice(None)))
+    right = (logits.argmax(1) == held.labels).double().mean()
+    return float(F.cross_entropy(logits, held.labels)), 100 * float(right)

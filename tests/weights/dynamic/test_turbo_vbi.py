@@ -100,6 +100,17 @@ def test_the_joint_posterior_of_precision_and_support_is_its_integral(square, pr
     assert float(found) == pytest.approx(mean, rel=1e-4)
 
 
+def test_mean_field_does_not_start_in_the_trap():
+    """From <s> = 1 even a zero weight is used for ever: b rho is then at most a + 1/2."""
+    hyper = Hyper(1.0, 1.0, 1.0, 1e-3)
+    square, prior = torch.tensor([0.0, 2.0]).double(), torch.full((2,), 3.0).double()
+    _, evidence = precision_and_evidence(square, prior, hyper, "mean-field", sweeps=50)
+    assert evidence[0] + prior[0] < 0 < evidence[1] + prior[1]
+    assert hyper.b * (hyper.a + 0.5) / hyper.b <= 1.5  # rho of used weights, w = 0
+    trapped = math.log(hyper.b / hyper.b0) - (hyper.b - hyper.b0) * 1.5
+    assert trapped > 0  # the evidence there: used
+
+
 def test_mean_field_is_a_fixed_point_of_both_updates():
     square = torch.tensor([1e-4, 0.1, 2.0], dtype=torch.float64)
     prior = torch.full((3,), -1.0, dtype=torch.float64)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +18,7 @@ from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.models.coupling import trace
 from sparseworks.models.zoo.diffusion import DDIM, TextToImage
 from sparseworks.weights.structured.ecodiff import EcoDiff, chain_gradients, hard_concrete
+from sparseworks.weights.structured.widths import entries
 
 
 def model(seed: int = 0) -> TextToImage:
@@ -111,6 +115,38 @@ def test_gates_are_closed_open_and_between_where_the_formula_says() -> None:
     s = 1 / (1 + torch.exp(-logit / 0.83))
     torch.testing.assert_close(z, (s * 1.2 - 0.1).clamp(0, 1), rtol=1e-4, atol=1e-5)
     assert z[0] == 0 and z[-1] == 1 and (z.diff() >= 0).all()
+
+
+def test_the_noise_is_bounded() -> None:
+    """Whatever u is drawn, it moves the logit by at most ln((1 + e) / e)."""
+    u = torch.linspace(0, 1, 1001)
+    for e in (0.1, 0.5, 1.0):
+        z = hard_concrete(torch.zeros(1001), u, noise=e)
+        most = 1 / (1 + math.exp(-math.log((1 + e) / e) / 0.83))
+        assert float(z.max()) == pytest.approx(min(1.0, 1.2 * most - 0.1), abs=1e-5)
+        assert z.isfinite().all()
+
+
+def test_heads_and_hidden_units_are_ranked_apart() -> None:
+    net = model()
+    noise, tokens = chains(1)[0]
+    example = {"x": noise, "t": torch.full((3,), 0.5), "tokens": tokens}
+    coupling = trace(net, example)
+    within = [
+        f for f in coupling.families if all(n.startswith("denoiser.blocks") for n, _ in f.axes)
+    ]
+    coupling = replace(coupling, families=tuple(within))
+    method = EcoDiff(DDIM(steps=2), epochs=1, accumulate=1)
+    scores = method.score(net, coupling, chains(1), None)
+    together = replace(method, separate=False).score(net, coupling, chains(1), None)
+    gated = [f for f in coupling.families if np.isfinite(scores[f.roots]).all()]
+    kinds = {entries(coupling, f) > 1 for f in gated}
+    assert kinds == {True, False}
+    for kind in kinds:
+        mine = [f.roots for f in gated if (entries(coupling, f) > 1) == kind]
+        ranks, logits = (np.concatenate([v[r] for r in mine]) for v in (scores, together))
+        assert sorted(ranks) == pytest.approx(np.arange(len(ranks)) / len(ranks))
+        assert (np.diff(logits[np.argsort(ranks)]) >= 0).all()
 
 
 class Plain:

@@ -88,15 +88,18 @@ def test_every_group_has_its_own_threshold(percentiles: tuple[float, ...], seed:
     for s, p, stage in zip(scales, percentiles, (model.layer1, model.layer2, model.layer3)):
         gamma = stage[0].bn1.weight.detach().abs()
         ranked = sorted(gamma.tolist())
-        expected = [v not in ranked[: int(p * len(gamma))] for v in gamma.tolist()]
+        line = ranked[int(p * len(gamma))] if p > 0 else 0.0
+        expected = [v > line for v in gamma.tolist()]
+        if not any(expected):  # one stays in any case
+            expected = [v == ranked[-1] for v in gamma.tolist()]
         assert keep[s.family.roots].tolist() == expected
 
 
-@pytest.mark.parametrize("votes", [1, 2, 9])
-def test_norms_of_a_stream_vote(votes: int) -> None:
+@pytest.mark.parametrize("votes", ["half", "any", "all"])
+def test_norms_of_a_stream_vote(votes: str) -> None:
     model = resnet()
     scales = find_scales(model, coupled())
-    keep = group_keep(coupled(), scales, ("bn1", *STAGES), (0.5,) * 4, votes)
+    keep = group_keep(coupled(), scales, ("bn1", *STAGES), (0.5,) * 4, votes)  # type: ignore[arg-type]
     lines = {}
     for name, norms in {
         "bn1": [model.bn1], "layer1": [model.layer1[0].bn1, model.layer1[0].bn2],
@@ -104,7 +107,7 @@ def test_norms_of_a_stream_vote(votes: int) -> None:
         "layer3": [model.layer3[0].bn1, model.layer3[0].bn2],
     }.items():  # fmt: skip
         every = torch.cat([n.weight.detach().abs() for n in norms]).sort().values
-        lines[name] = float(every[len(every) // 2 - 1])
+        lines[name] = float(every[len(every) // 2])
     stream = next(s for s in scales if "bn1.weight" in s.entries)
     shift = {"bn1": 0, "layer1": 0, "layer2": 8, "layer3": 24}  # zero channels come in before
     found = []
@@ -116,7 +119,7 @@ def test_norms_of_a_stream_vote(votes: int) -> None:
                 ("layer2", model.layer2[0].bn2), ("layer3", model.layer3[0].bn2),
             )
         ]  # fmt: skip
-        found.append(sum(wants) >= min(votes, 4))
+        found.append(sum(wants) >= {"half": 2, "any": 1, "all": 4}[votes])
     if not any(found):
         found[int(stream.mean().argmax())] = True
     assert keep[stream.family.roots].tolist() == found
@@ -173,7 +176,7 @@ def test_loss_curves_cut_one_group_at_a_time() -> None:
     curves = loss_curves(model, X, coupled(), scales, STAGES, quality, (0.25, 0.5))
     for curve, width, inputs in zip(curves, (16, 32, 64), (16, 16, 32)):
         one = 9 * (inputs + width) + 2  # two kernels and the scale and bias of a channel
-        expected = [(0.0, 0), (0.25, -width // 4 * one), (0.5, -width // 2 * one)]
+        expected = [(0.0, 0), (0.25, -(width // 4 + 1) * one), (0.5, -(width // 2 + 1) * one)]
         assert [(p, loss) for p, loss in curve] == expected
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
 
@@ -193,7 +196,7 @@ def test_the_penalty_never_grows(schedule: str) -> None:
     method = GroupDistillation(strength=2.0, schedule=schedule)  # type: ignore[arg-type]
     values = [method.strength_at(t, 10) for t in range(10)]
     assert values[0] == 2.0 and values == sorted(values, reverse=True)
-    expected = {"half": 11.0, "linear": 11.0, "constant": 20.0}
+    expected = {"half": 10.1, "linear": 11.0, "constant": 20.0}
     assert sum(values) == pytest.approx(expected[schedule])
 
 
@@ -251,10 +254,10 @@ def test_all_phases_run_and_the_teacher_is_the_dense_model() -> None:
     fitted = method.fit(model, X, batches, epochs=(1, 1, 1), steps_per_epoch=1)
     assert fitted.widths == {
         "layer1.0.bn1.weight": (16, 16),
-        "layer2.0.bn1.weight": (32, 24),
-        "layer3.0.bn1.weight": (64, 32),
+        "layer2.0.bn1.weight": (32, 23),
+        "layer3.0.bn1.weight": (64, 31),
     }
-    assert model(X).shape == (8, 4) and model.layer3[0].conv2.weight.shape == (64, 32, 3, 3)
+    assert model(X).shape == (8, 4) and model.layer3[0].conv2.weight.shape == (64, 31, 3, 3)
 
 
 def test_what_cannot_be_done_changes_nothing() -> None:

@@ -17,7 +17,7 @@ from sparseworks.models.coupling import Coupling, trace
 from sparseworks.models.zoo import CifarResNet
 from sparseworks.weights.structured.mask_sparsity import MaskSparsity
 from sparseworks.weights.structured.recovery import finetune
-from sparseworks.weights.structured.scales import find_scales, press
+from sparseworks.weights.structured.scales import agreed, find_scales, press
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 4
@@ -91,6 +91,42 @@ def test_marks_are_the_smallest_scales(allocation: str, share: float) -> None:
         several = [(v, s) for v, s in zip(values, stays) if int(s.sum()) > 1]
         lines = [float(v[s].min()) for v, s in several]
         assert all(float(v[~s].max()) < line for v, s in several if not s.all() for line in lines)
+
+
+@pytest.mark.parametrize(
+    "wishes, gone",
+    [
+        (["110000", "011000", "010100"], "111100"),  # only one has two votes or more: all wishes
+        (["110000", "110000", "111000"], "110000"),
+        (["100000", "010000"], "110000"),  # nobody agrees: every wish
+        (["111111", "111111"], "011111"),  # one stays
+        (["000000", "110000"], "000000"),  # the first wants none
+    ],
+)
+def test_norms_of_a_stream_agree(wishes: list[str], gone: str) -> None:
+    table = torch.tensor([[c == "1" for c in row] for row in wishes])
+    found = agreed(table, torch.ones_like(table))
+    assert "".join("01"[int(v)] for v in found) == gone
+
+
+def test_a_norm_that_does_not_hold_a_group_has_no_say() -> None:
+    wishes = torch.tensor([[True, False, False], [False, False, False]])
+    there = torch.tensor([[True, True, True], [False, True, True]])
+    assert agreed(wishes, there).tolist() == [True, False, False]
+
+
+def test_energy_marks_what_carries_a_ten_thousandth() -> None:
+    model = resnet()
+    gamma = model.layer1[0].bn1.weight
+    with torch.no_grad():
+        gamma.copy_(torch.tensor([1e-3, 2e-3, 3e-3, 0.02] + [1.0] * 12))
+    scales = find_scales(model, coupled(), INNER)[:1]
+    keep = MaskSparsity(allocation="ot").mark(coupled(), scales)
+    assert keep[scales[0].family.roots].tolist() == [False] * 4 + [True] * 12
+    with torch.no_grad():
+        gamma[3] = 0.04  # 1.6e-3 of 12: above the share
+    keep = MaskSparsity(allocation="ot").mark(coupled(), scales)
+    assert keep[scales[0].family.roots].tolist() == [False] * 3 + [True] * 13
 
 
 def test_a_residual_stream_is_marked_as_one() -> None:

@@ -14,7 +14,7 @@ from tiny_vit import TinyViT
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.models.coupling import trace
 from sparseworks.weights.structured.ofb import OFB
-from sparseworks.weights.structured.pmim import Pmim, hide_patches, patch_pixels
+from sparseworks.weights.structured.pmim import Pmim, hide_patches, patch_pixels, standardised
 from sparseworks.weights.structured.widths import (
     LearnedWidth,
     cost_table,
@@ -93,7 +93,13 @@ def test_the_search_ends_with_a_cut_model_near_its_flops() -> None:
     model = copy.deepcopy(VIT)
     y = torch.randint(0, 3, (6,))
     method = OFB(
-        flops=0.5, candidates=4, width_lr=0.1, score_lr=0.1, warmup=0.3, patches=("norm", 4)
+        flops=0.5,
+        candidates=8,
+        width_lr=0.1,
+        score_lr=0.1,
+        warmup=0.3,
+        flops_weight=50.0,
+        patches=("norm", 4),
     )
     found = method.fit(model, X, lambda epoch: [(X, y)] * 10, epochs=12, steps_per_epoch=10)
     assert found.flops[1] == trace(model, X).flops()
@@ -118,12 +124,51 @@ def test_the_same_seed_gives_the_same_model(w: bool) -> None:
     assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
 
 
-def test_hidden_patches_are_zero_and_others_stay() -> None:
+def test_hidden_patches_show_the_mask_and_others_stay() -> None:
     hidden = torch.tensor([[True, False, False, True]]).expand(6, 4)
-    shown = patch_pixels(hide_patches(X, 4, hidden), 4)
+    mask = torch.randn(1, 4, 4)
+    shown = patch_pixels(hide_patches(X, 4, hidden, mask), 4)
     assert torch.equal(shown[:, 1:3], patch_pixels(X, 4)[:, 1:3])
-    assert not shown[:, 0].any() and not shown[:, 3].any()
+    for patch in (0, 3):
+        assert torch.equal(shown[:, patch], mask.flatten().expand(6, 16))
     assert torch.equal(patch_pixels(X, 4)[0, 1], X[0, :, :4, 4:].flatten())
+
+
+def test_pixels_are_standardised_within_their_window() -> None:
+    found = standardised(X, 5)
+    for row, column in ((0, 0), (3, 4), (7, 2)):
+        window = X[:, :, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3].flatten(1)
+        expected = (X[:, 0, row, column] - window.mean(1)) / (window.var(1) + 1e-6).sqrt()
+        torch.testing.assert_close(found[:, 0, row, column], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_error_is_that_of_hidden_pixels_and_trains_the_mask() -> None:
+    model = copy.deepcopy(VIT)
+    hide = Pmim(model, X, "norm", 4)
+    model(hide.hide(X, 0.5))
+    hide.error().backward()
+    mask, *decoder = hide.parameters()
+    assert mask.shape == (1, 4, 4) and mask.grad is not None and mask.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in decoder)
+    target = patch_pixels(standardised(X), 4)[hide._hidden]
+    with torch.no_grad():
+        for p in decoder:
+            p.zero_()
+    assert float(hide.error().detach()) == pytest.approx(float(target.abs().mean()), rel=1e-5)
+    hide.close()
+
+
+def test_a_decided_gate_trains_from_where_it_is() -> None:
+    g = torch.Generator().manual_seed(0)
+    layer = LearnedWidth(COUPLING.families[0], 4, 0.25, 0.0, 1e-4, torch.device("cpu"), g)
+    z, a = layer.z.detach(), layer.a.detach()
+    assert float(z.std()) == pytest.approx(0.2, rel=0.6) and 0 <= a.min() <= a.max() <= 1
+    layer.decide()
+    before = layer.mask(0.3).detach()
+    free = layer.release(0.3)
+    assert torch.equal(layer.mask(0.9), before)  # z and w no longer matter
+    (layer.mask(0.9) * torch.arange(16.0)).sum().backward()
+    assert torch.equal(free.grad != 0, layer.kept & (torch.arange(16) > 0)) and layer.z.grad is None
 
 
 def test_bad_calls_are_refused_before_training() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,14 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.weights.structured.wgsef import WGSEF, envelope, proximal_scale
+from sparseworks.models.coupling import trace
+from sparseworks.weights.structured.wgsef import (
+    WGSEF,
+    Level,
+    envelope,
+    group_norms,
+    proximal_scale,
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,19 +65,59 @@ def test_a_strong_map_keeps_exactly_k_groups(k: int) -> None:
     assert weak[-1] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_training_ends_with_groups_cut_and_the_model_runs() -> None:
+def test_a_weak_map_leaves_more_than_its_level() -> None:
+    """Why the strength has to rise: sum u = k, but each u may be small and not 0."""
+    norms = torch.linspace(0.5, 1.0, 40, dtype=torch.float64)
+    left = [int((proximal_scale(norms, 5, 1e-3 * 4.0**i) > 0).sum()) for i in range(12)]
+    assert left[0] > 5 and left[-1] == 5
+    assert all(a >= b for a, b in pairwise(left))
+
+
+def test_the_strength_rises_until_the_level_then_the_support_stays() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 2))
+    coupling = trace(model, torch.zeros(1, 6))
+    level = Level(model, coupling, coupling.families[0], 4)
+    weight = model[0].weight
+    strength, seen = 1e-3, []
+    while level.support is None:
+        level.step(strength, last=False)
+        strength *= 1.5
+        seen.append(int((weight.abs().sum(1) > 0).sum()))
+    assert seen[0] == 12 and seen[-1] <= 4 and strength < 1e3
+    kept = level.support.clone()
+    with torch.no_grad():
+        weight += 1.0
+    before = weight.detach().clone()
+    level.step(1e6, last=True)
+    assert torch.equal(weight[kept], before[kept])  # fitted without the regulariser
+    assert not weight[~kept].any() and torch.equal(level.support, kept)
+
+
+def test_the_last_step_of_the_search_keeps_the_largest() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 2))
+    coupling = trace(model, torch.zeros(1, 6))
+    norms = group_norms(model, coupling, coupling.families[0])
+    level = Level(model, coupling, coupling.families[0], 4)
+    level.step(1e-6, last=True)
+    assert set(level.support.nonzero().flatten().tolist()) == set(norms.topk(4).indices.tolist())
+
+
+def test_training_ends_at_the_level_and_the_model_runs() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 3))
     x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
-    fitted = WGSEF(keep=0.3, strength=0.5).fit(
-        model, x, lambda e: [(x, y)], epochs=60, steps_per_epoch=1
-    )
+    fitted = WGSEF(keep=0.3).fit(model, x, lambda e: [(x, y)], epochs=60, steps_per_epoch=1)
     before, after = fitted.widths["0.weight"]
-    assert before == 20 and 1 <= after < 20
+    assert before == 20 and 1 <= after <= 6
     assert model[0].weight.shape == (after, 8) and model[2].weight.shape == (3, after)
     assert model(x).shape == (64, 3)
 
 
-def test_bad_options_are_refused() -> None:
-    with pytest.raises(InvalidArgument, match="keep="):
-        WGSEF(keep=1.5).fit(nn.Linear(2, 2), torch.zeros(1, 2), list, epochs=1, steps_per_epoch=1)
+@pytest.mark.parametrize(
+    "options", [{"keep": 1.5}, {"search": 1.0}, {"strength": 0.0}, {"rise": 0.5}]
+)
+def test_bad_options_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(InvalidArgument, match=f"{next(iter(options))}="):
+        WGSEF(**options).fit(nn.Linear(2, 2), torch.zeros(1, 2), list, epochs=1, steps_per_epoch=1)

@@ -66,7 +66,7 @@ def plain_rewinding(k, sparsities):
     total = sum(dict(net().named_parameters())[n].numel() for n in names)
     rewound = plain_training(net(), {}, 0, k)
     masks = {n: torch.ones_like(dict(rewound.named_parameters())[n]) for n in names}
-    trained = plain_training(net(), {}, 0, STEPS)
+    trained = plain_training(copy.deepcopy(rewound), {}, k, STEPS)
     for sparsity in sparsities:
         weights = dict(trained.named_parameters())
         flat = torch.cat([(weights[n].abs() + masks[n] - 1).detach().flatten() for n in names])
@@ -108,7 +108,7 @@ def test_masks_are_nested_and_of_exactly_the_sparsity(pattern, budget):
         fit, net(), "rewinding", sparsity=0.6, share=0.3, pattern=pattern, budget=budget,
         include="*",
     )  # fmt: skip
-    levels = [r for n, r in done.finished.items() if n.startswith("level")]
+    levels = [r for n, r in done.finished.items() if n.startswith("level") and n != "level 0"]
     assert len(levels) == 3  # 0.7^2 > 0.4 > 0.7^3
     before = None
     for i, run in enumerate(levels):
@@ -153,7 +153,7 @@ def test_controls_and_stability_are_of_the_ticket():
         fit, net(), "rewinding", sparsity=0.5, rounds=1, rewind=0.2, controls=True,
         stability=True, evaluate=score, data=[X],
     )  # fmt: skip
-    assert len(done.finished) == 7 and done.result.name == "level 1"
+    assert len(done.finished) == 8 and done.result.name == "level 1"
     runs = {n: r.into(net()) for n, r in done.finished.items()}
     ticket = sw.masks(runs["level 1"])
     same = sw.masks(runs["same masks, new values"])
@@ -162,10 +162,26 @@ def test_controls_and_stability_are_of_the_ticket():
     assert all(ticket[n].sum() == other[n].sum() for n in ticket)
     assert not all(torch.equal(ticket[n], other[n]) for n in ticket)
     a = runs["level 1"][0].weight[ticket["0.weight"]]
-    for run, name in (("dense", "distance to dense"), ("second order", "distance between orders")):
+    for run, name in (
+        ("level 0", "distance to dense"),
+        ("second order", "distance between orders"),
+    ):
         b = runs[run][0].weight[ticket["0.weight"]]
         assert done.figures[name] == pytest.approx((a - b).pow(2).mean().sqrt().item())
     assert done.figures["barrier between orders"] >= 0
+
+
+def test_new_values_train_from_the_step_of_the_ticket():
+    begun = []
+
+    def watched(model, *, start, seed, first_step):
+        begun.append(first_step)
+        fit(model, start=start, seed=seed, first_step=first_step)
+
+    sw.experiment(
+        watched, net(), "rewinding", sparsity=0.5, rounds=1, rewind=0.2, controls=True
+    )  # dense, rewind point, level 0, level 1, new values, random masks
+    assert begun == [0, 0, 4, 4, 4, 4]
 
 
 def test_a_second_call_trains_nothing(tmp_path):
@@ -188,11 +204,11 @@ def test_a_second_call_trains_nothing(tmp_path):
         )
 
     run(rewind=0.2)
-    assert calls == [0, 0, 4, 4]
+    assert calls == [0, 0, 4, 4, 4]
     run(rewind=0.2)
-    assert len(calls) == 4
+    assert len(calls) == 5
     run(rewind=0.1)  # the dense training is shared
-    assert calls[4:] == [0, 2, 2]
+    assert calls[5:] == [0, 2, 2, 2]
 
 
 def test_masks_that_the_model_has_are_kept():

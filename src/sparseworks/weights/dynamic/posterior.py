@@ -79,9 +79,9 @@ def precision_and_evidence(
     "joint" takes q(rho, s) = q(s) q(rho | s), in closed form: nu = ln t(a, b) / t(a0, b0) with
     t(a, b) = b^a Gamma(a + 1/2) / Gamma(a) (b + <w^2>/2)^-(a + 1/2), and <rho> the mean of
     (a + 1/2) / (b + <w^2>/2) over q(s). "mean-field" takes q(rho) q(s), alternately from
-    <s> = pi: rho ~ Gamma(<a> + 1/2, <b> + <w^2>/2), nu = ln [b^a / Gamma(a)] - ln [b0^a0 /
-    Gamma(a0)] + (a - a0) <ln rho> - (b - b0) <rho>; it calls a zero weight used where pi is near
-    1, since rho then follows s.
+    <s> = 0: rho ~ Gamma(<a> + 1/2, <b> + <w^2>/2), nu = ln [b^a / Gamma(a)] - ln [b0^a0 /
+    Gamma(a0)] + (a - a0) <ln rho> - (b - b0) <rho>; from <s> = 1 it would stay there, since
+    rho follows s and nu then calls even a zero weight used.
 
     Args:
         square: <w^2>.
@@ -99,7 +99,7 @@ def precision_and_evidence(
         evidence = evidence + down * (hyper.b0 + half).log()
         on = torch.sigmoid(prior + evidence)
         return on * up / (hyper.b + half) + (1 - on) * down / (hyper.b0 + half), evidence
-    on = torch.sigmoid(prior)
+    on = torch.zeros_like(prior)
     for _ in range(sweeps):
         shape = on * hyper.a + (1 - on) * hyper.a0 + 0.5
         rate = on * hyper.b + (1 - on) * hyper.b0 + half

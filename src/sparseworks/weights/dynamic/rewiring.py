@@ -10,10 +10,9 @@ active |w| and grows as many inactive weights, zeta_t = zeta / 2 (1 + cos(pi t /
 
 The rewiring comes after the optimizer's step (RigL's own code leaves that step out).
 
-In our quick settings (claims a03 and 022: ResNet-20 from scratch on a few thousand 16 x 16 images
-for 5 or 6 epochs) static masks come nearer to dense training as the network grows wider and ERK is
-3.1 points above uniform at 95 %, but RigL is not above static ERK (-1.4 points, -3.3 to 0.4) or SET
-(-1.3, -2.9 to 0.3), and on 32 x 32 images it was below both (-2.0 and -2.2).
+In our quick setting (claim a03: a perceptron on digits, 98 % sparse, 40 epochs) RigL is 20 points
+above static ERK (4 to 36), SET 18 (5 to 31), and static ERK 47 above uniform (26 to 68). It takes
+that many rewirings: a ResNet-20 at 95 % after 5 or 6 epochs showed no gain over static ERK.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ class SparseByteNN(OneShot):
     (`training.recalibration.reestimate`) or fine-tune. Before that the accuracy of a half-sparse
     ResNet-20 was 15 to 55 % as the order fell out, permuted or not; after it 79 and 76 %.
 
+    The paper leaves the first convolution dense: name it in `exclude=`.
+
     For gradual pruning call `sparseworks.rearrange` first, then train with "gradual" and the same
     pattern.
 

@@ -3,16 +3,19 @@
 Every group g (a head, a hidden unit) has a logit l_g and a hard concrete gate, drawn anew in every
 step of the chain,
 
-    s = sigmoid((ln u - ln(1 - u) + l) / b),   z = clamp(1.2 s - 0.1, 0, 1),   u ~ U(0, 1),
+    s = sigmoid((ln(u + e) - ln(1 - u + e) + l) / b),   z = clamp(1.2 s - 0.1, 0, 1),   u ~ U(0, 1),
 
-multiplied into the activations. With x_T(z) the end of the chain from the same noise and prompt,
+multiplied into the activations; e limits the noise to +- ln((1 + e) / e). With x_T(z) the end of
+the chain from the same noise and prompt,
 
-    loss = ||x_T(z) - x_T(1)||^2 / size + r mean over layers of ||l||_1 / groups.
+    loss = ||x_T(z) - x_T(1)||^2 / size + r sum over kinds of mean over layers of ||l||_1 / groups,
 
-Only the logits learn, by AdamW. The chain is run without gradient, keeping its T states; then step
-by step from the end, each is repeated with gradient and its vector-Jacobian product handed on, so
-memory does not grow with T. The gates of a step are functions of a stored key, so the repeated step
-is the same step. The logits are the scores: groups with the least are cut.
+the kinds being heads and hidden units. Only the logits learn, by AdamW with its usual decay. The
+chain is run without gradient, keeping its T states; then step by step from the end, each is
+repeated with gradient and its vector-Jacobian product handed on, so memory does not grow with T.
+The gates of a step are functions of a stored key, so the repeated step is the same step (released
+code draws again). Heads and hidden units are ranked apart by their logits, and as large a share of
+both is cut.
 
 Source: Zhang, Jin, Dong, Khakzar, Torr, Stegmaier, Kawaguchi 2024, Effortless Efficiency: Low-Cost
 Pruning of Diffusion Models. Gate: Louizos, Welling, Kingma 2018, Learning Sparse Neural Networks
@@ -40,6 +43,7 @@ from sparseworks.models.modes import evaluating
 from sparseworks.weights.structured.applying import free_families
 from sparseworks.weights.structured.base import GroupScore, Scores
 from sparseworks.weights.structured.gates import Gates
+from sparseworks.weights.structured.widths import entries
 
 __all__ = ["EcoDiff", "Sampler", "chain_gradients", "hard_concrete"]
 
@@ -63,10 +67,11 @@ class Sampler(Protocol):
         ...
 
 
-def hard_concrete(logit: Tensor, u: Tensor, temperature: float = 0.83) -> Tensor:
-    """Gates in [0, 1] from logits and uniform noise of the same shape."""
-    eps = 1e-6
-    s = torch.sigmoid(((u + eps).log() - (1 - u + eps).log() + logit) / temperature)
+def hard_concrete(
+    logit: Tensor, u: Tensor, temperature: float = 0.83, noise: float = 0.5
+) -> Tensor:
+    """Gates in [0, 1] from logits and uniform noise of the same shape; `noise` is e."""
+    s = torch.sigmoid(((u + noise).log() - (1 - u + noise).log() + logit) / temperature)
     return (s * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
 
 
@@ -120,8 +125,12 @@ class EcoDiff(GroupScore):
             sum sigmoid(l - b ln(1/11)), the expected number of gates that are not 0.
         start: first logit.
         temperature: b.
-        accumulate: chains per step.
-        warmup: steps.
+        noise: e, above 0; the smaller, the more the gates vary. The paper's: 0.5 for SDXL, 0.1 for
+            FLUX.
+        decay: of AdamW.
+        accumulate: chains per step; their gradients add up.
+        warmup: steps over which the rate rises.
+        separate: rank heads and hidden units apart; False: one ranking of all logits.
         objective: "final": the end of the chain; "step": each prediction by itself, from the
             states of the dense chain (a comparison, one gradient step costs as much).
         seed: of the gates.
@@ -134,8 +143,11 @@ class EcoDiff(GroupScore):
     penalty: Norm = "l1"
     start: float = 3.0
     temperature: float = 0.83
+    noise: float = 0.5
+    decay: float = 0.01
     accumulate: int = 4
-    warmup: int = 10
+    warmup: int = 0
+    separate: bool = True
     objective: Objective = "final"
     seed: int = 0
 
@@ -161,7 +173,7 @@ class EcoDiff(GroupScore):
     def score(
         self, model: nn.Module, coupling: Coupling, data: Iterable[Batch] | None, loss: Loss | None
     ) -> Scores:
-        """The trained logits, `[groups]`; +inf for groups without a gate.
+        """The trained logits or their ranks within a kind, `[groups]`; +inf without a gate.
 
         Raises:
             InvalidArgument: there is no sampler, or an option is out of range.
@@ -169,8 +181,9 @@ class EcoDiff(GroupScore):
         """
         if self.sampler is None or self.sampler.steps < 1:
             raise InvalidArgument("ecodiff needs sampler=, a chain of at least one step")
-        if min(self.epochs, self.accumulate) < 1 or self.lr <= 0 or self.temperature <= 0:
-            raise InvalidArgument("epochs=, accumulate= from 1; lr=, temperature= above 0")
+        positive = min(self.lr, self.temperature, self.noise)
+        if min(self.epochs, self.accumulate) < 1 or positive <= 0:
+            raise InvalidArgument("epochs=, accumulate= from 1; lr=, temperature=, noise= above 0")
         if self.penalty not in get_args(Norm) or self.objective not in get_args(Objective):
             raise InvalidArgument(
                 f"ecodiff: penalty={self.penalty!r} is one of {get_args(Norm)}, "
@@ -181,18 +194,24 @@ class EcoDiff(GroupScore):
             raise DataError("ecodiff needs chains: data=[(noise, condition), ...]")
         families = free_families(coupling)
         gates = Gates(model, coupling, families)
+        heads = [entries(coupling, f) > 1 for f in families]
+        kinds = [[i for i, h in enumerate(heads) if h == kind] for kind in sorted(set(heads))]
         logits = [torch.full_like(v, self.start).requires_grad_() for v in gates.values]
         wanted = {p: p.requires_grad for p in model.parameters()}
         model.requires_grad_(False)
         try:
             with evaluating(model):
-                self._train(model, gates, logits, chains)
+                self._train(model, gates, logits, chains, kinds)
         finally:
             for p, was in wanted.items():
                 p.requires_grad_(was)
         scores = np.full(coupling.count, np.inf)
-        for family, logit in zip(families, logits):
-            scores[family.roots] = logit.detach().double().cpu().numpy()
+        for kind in kinds:
+            values = torch.cat([logits[i].detach().double().cpu() for i in kind])
+            if self.separate:
+                values = values.argsort(stable=True).argsort().double() / len(values)
+            for i, part in zip(kind, torch.split(values, [len(families[i]) for i in kind])):
+                scores[families[i].roots] = part.numpy()
         return scores
 
     def example(self, model: nn.Module, data: Iterable[Batch]) -> Arguments:
@@ -213,9 +232,10 @@ class EcoDiff(GroupScore):
         return seen[0]
 
     def _train(
-        self, model: nn.Module, gates: Gates, logits: list[Tensor], chains: list[Any]
-    ) -> None:
-        optimizer = torch.optim.AdamW(logits, self.lr, weight_decay=0.0)
+        self, model: nn.Module, gates: Gates, logits: list[Tensor], chains: list[Any],
+        kinds: list[list[int]],
+    ) -> None:  # fmt: skip
+        optimizer = torch.optim.AdamW(logits, self.lr, weight_decay=self.decay)
         dense = [self._dense(model, *chain) for chain in chains]
         order = generator_for(self.seed, "chains")
         done = 0
@@ -231,11 +251,12 @@ class EcoDiff(GroupScore):
                         if not math.isfinite(value):
                             raise DataError(f"the chain's loss is {value}; lower lr=")
                         for sum_, g in zip(total, found):
-                            sum_ += g / len(some)
-                    push = torch.autograd.grad(self._penalty(logits), logits)
+                            sum_ += g
+                    push = torch.autograd.grad(self._penalty(logits, kinds), logits)
                     for p, g, r in zip(logits, total, push):
                         p.grad = g + r
-                    optimizer.param_groups[0]["lr"] = self.lr * min(1, (done + 1) / self.warmup)
+                    rise = min(1.0, (done + 1) / max(1, self.warmup))
+                    optimizer.param_groups[0]["lr"] = self.lr * rise
                     optimizer.step()
                     done += 1
 
@@ -259,7 +280,7 @@ class EcoDiff(GroupScore):
             g = generator_for(self.seed, key, i)
             for k, logit in enumerate(logits):
                 u = torch.rand(logit.shape, generator=g).to(logit)
-                gates.values[k] = hard_concrete(logit, u, self.temperature)
+                gates.values[k] = hard_concrete(logit, u, self.temperature, self.noise)
 
         return draw
 
@@ -286,7 +307,7 @@ class EcoDiff(GroupScore):
             value += float(error.detach())
         return value, total
 
-    def _penalty(self, logits: list[Tensor]) -> Tensor:
+    def _penalty(self, logits: list[Tensor], kinds: list[list[int]]) -> Tensor:
         if self.penalty == "l1":
             parts = [p.abs().mean() for p in logits]
         elif self.penalty == "sigmoid":
@@ -294,4 +315,5 @@ class EcoDiff(GroupScore):
         else:
             shift = self.temperature * math.log(STRETCH / (1 + STRETCH))
             parts = [torch.sigmoid(p - shift).mean() for p in logits]
-        return self.regularisation * torch.stack(parts).mean()
+        means = [torch.stack([parts[i] for i in kind]).mean() for kind in kinds]
+        return self.regularisation * torch.stack(means).sum()

@@ -12,16 +12,15 @@ w falls from 0.99 to 0.1 over the warm-up: importance leads first, the budget la
     one-hot(p) = H(p) + cot(pi s) / n,   s = sum_k (p_k - 1/n)^2 / (1 - 1/n),
 
 n the number of widths alive. Three times an epoch widths with p_k <= 0.2 / n die, and with the
-largest of them the units beyond it. PMIM hides a growing share of patches and reconstructs their
-pixels from the tokens. At the end the gates are multiplied into the weights and the units are cut.
+largest of them the units beyond it. With one width left the gate itself trains, from where it is.
+PMIM hides a growing share of patches and reconstructs their pixels from the tokens. At the end the
+gates are multiplied into the weights and the units are cut.
 
 Source: Ye, Yu, Ye, Yang, Lin, Chen et al. 2024, Once for Both: Single Stage of Importance and
 Sparsity Search for Vision Transformer Compression. Ours: dead units are held at zero until the
-end instead of being sliced at once (the same function), and layer norms count kept channels only.
-
-In our quick setting (claim 030: a small ViT on digits at half the FLOPs) accuracy is not certainly
-above a uniform cut's (1.1 points, -3.5 to 5.7), scores-then-widths' (0.8, -0.5 to 2.1) or that of
-the search without PMIM (-0.3, -1.4 to 0.9).
+end instead of being sliced at once (the same function), layer norms count kept channels only, all
+layers have as many widths in equal steps (there a grid of heads and head channels, and finer steps
+of the embedding), and the scores have a rate of their own.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.types import Progress
 from sparseworks.models.calls import Batch, call, logits_of, loss_of, split
@@ -91,10 +91,10 @@ class OFB(TrainAndCut):
         layer_weight: of the one-hot and score terms.
         decay_w: let w fall; False keeps it at 0.99 (an ablation: importance alone).
         pmim: weight of the reconstruction, relative to the task loss; 0 for none.
-        start: first value of z.
+        start: mean of the first z, which are drawn from N(start, 0.2); the logits from U(0, 1).
         patches: name of the module whose output holds the tokens of an image, and the side of a
             patch, for PMIM; None for none.
-        seed: of the hidden patches.
+        seed: of the hidden patches, the first scores and the first logits.
     """
 
     flops: float = 0.5
@@ -110,7 +110,7 @@ class OFB(TrainAndCut):
     layer_weight: float = 0.5
     decay_w: bool = True
     pmim: float = 1.0
-    start: float = 2.0
+    start: float = 0.0
     patches: tuple[str, int] | None = None
     seed: int = 0
 
@@ -160,7 +160,7 @@ class OFB(TrainAndCut):
             DataError: the loss is not finite.
         """
         coupling = trace(model, example)
-        layers = self._layers(model, coupling, epochs * steps_per_epoch)
+        layers = self._layers(model, coupling, epochs * steps_per_epoch, self.seed)
         families = [x.family for x in layers]
         table = cost_table(coupling, families)
         whole = coupling.flops()
@@ -192,8 +192,11 @@ class OFB(TrainAndCut):
 
         def after(step: int, _: float) -> None:
             if step % max(1, steps_per_epoch // 3) == 0 and step > self.warmup * total:
+                w = self._w((step - 1) / total)
                 for layer in layers:
                     layer.kill(0.2)
+                    if layer.free is None and int(layer.living.sum()) == 1:
+                        optimizers[1].add_param_group({"params": [layer.release(w)]})
 
         with gates, contextlib.nullcontext() if hide is None else contextlib.closing(hide):
             train_epochs(
@@ -210,7 +213,9 @@ class OFB(TrainAndCut):
         losses = tuple(fmean(tasks[i : i + steps_per_epoch]) for i in each)
         return OFBResult(widths, (whole, coupling.flops(keep)), certainty, losses)
 
-    def _layers(self, model: nn.Module, coupling: Coupling, steps: int) -> list[LearnedWidth]:
+    def _layers(
+        self, model: nn.Module, coupling: Coupling, steps: int, seed: int
+    ) -> list[LearnedWidth]:
         if not 0 < self.flops < 1 or not 0 <= self.floor < 1 or self.candidates < 2:
             raise InvalidArgument("flops= lies in (0, 1), floor= in [0, 1), candidates= from 2")
         if steps < 1 or not 0 < self.warmup <= 1:
@@ -220,9 +225,12 @@ class OFB(TrainAndCut):
             raise ModelError(f"{type(model).__name__} has no group of channels that may be gated")
         device = next(model.parameters()).device
         layers = []
-        for f in families:
+        for i, f in enumerate(families):
             price = 4e-4 if entries(coupling, f) > 1 else 1e-4
-            layers.append(LearnedWidth(f, self.candidates, self.floor, self.start, price, device))
+            g = generator_for(seed, f"width {i}")
+            layers.append(
+                LearnedWidth(f, self.candidates, self.floor, self.start, price, device, g)
+            )
         shares = [x.widths[0] / x.units for x in layers]
         least = float(expected_flops(cost_table(coupling, families), shares)) / coupling.flops()
         if least > self.flops:

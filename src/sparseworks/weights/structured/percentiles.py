@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import nn
@@ -23,8 +24,9 @@ from sparseworks.models.coupling import Coupling
 from sparseworks.weights.structured.scales import Keep, Scales, cut_folded
 from sparseworks.weights.structured.selection import under
 
-__all__ = ["group_keep", "loss_curves", "percentiles_by_loss", "percentiles_for"]
+__all__ = ["Votes", "group_keep", "loss_curves", "percentiles_by_loss", "percentiles_for"]
 
+Votes = Literal["half", "any", "all"]
 Choose = Callable[[Sequence[float]], Keep]
 Curve = Sequence[tuple[float, float]]
 """Points (p, loss), p rising."""
@@ -35,7 +37,7 @@ def group_keep(
     scales: Sequence[Scales],
     groups: Sequence[str],
     percentiles: Sequence[float],
-    votes: int = 1,
+    votes: Votes = "half",
     floor: float = 0.01,
 ) -> Keep:
     """True for the group numbers that stay.
@@ -45,8 +47,10 @@ def group_keep(
         scales: its families with batch-norm scales.
         groups: a name pattern per group of layers; a batch norm belongs to the first that matches,
             and keeps everything when none does.
-        percentiles: p_g in [0, 1), the share of the scales of the group under its threshold.
-        votes: norms of a stream that must want a channel (all of them where there are fewer).
+        percentiles: p_g in [0, 1); the threshold is entry int(p_g n) of the n sorted scales of the
+            group, counted from 0, and a norm wants what lies strictly above; 0 keeps all.
+        votes: norms of a stream that must want a channel: "half" of those that hold it, "any", or
+            "all".
         floor: share of every family that stays at least, and never less than one.
     """
     place = {
@@ -63,15 +67,15 @@ def group_keep(
             if place[name] == i
         ]
         every = torch.cat(values).sort().values if values else torch.zeros(0).double()
-        count = int(p * len(every))
-        lines.append(float(every[count - 1]) if count else -1.0)
+        lines.append(float(every[int(p * len(every))]) if p > 0 and len(every) else -1.0)
     keep = coupling.keep_all()
     for s in scales:
         table = s.table()
         line = torch.tensor([-1.0 if (g := place[n]) is None else lines[g] for n in s.entries])
         wanted = (table > line[:, None]).sum(0)
         here = (~table.isnan()).sum(0)
-        stays = wanted >= here.clamp(max=votes)
+        needed = {"half": (here + 1) // 2, "any": here.clamp(max=1), "all": here}[votes]
+        stays = wanted >= needed
         least = max(1, math.ceil(floor * len(s.family)))
         if int(stays.sum()) < least:
             stays[s.mean().argsort(descending=True, stable=True)[:least]] = True

@@ -1,10 +1,12 @@
 """Progressive masked images: hide patches, reconstruct their pixels from the tokens.
 
-error = mean over hidden patches of ||decoder(token) - pixels||^2 / pixels per patch, with a
-linear decoder; hidden patches are 0 (the mean of normalised images) before the patch embedding.
+error = mean over hidden pixels of |decoder(token) - standardised pixel|, with a linear decoder. A
+hidden patch shows one learned patch instead, which the embedding turns into a mask token; a pixel
+is standardised by the mean and variance of its channel in the window of 47 x 47 pixels around it.
 
 Source: He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, as used by Ye et al. 2024,
-Once for Both (there a growing share of patches is hidden).
+Once for Both (there a growing share of patches is hidden); the target is that of Liu et al. 2022,
+Swin Transformer V2 (self-supervised case study, with SimMIM).
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.models.blocks import first_tensor
 from sparseworks.models.calls import Batch, call, split
 
-__all__ = ["Pmim", "hide_patches", "patch_pixels"]
+__all__ = ["Pmim", "hide_patches", "patch_pixels", "standardised"]
+
+WINDOW = 47
 
 
 def patch_pixels(images: Tensor, side: int) -> Tensor:
@@ -27,12 +31,25 @@ def patch_pixels(images: Tensor, side: int) -> Tensor:
     return F.unfold(images, side, stride=side).transpose(1, 2)
 
 
-def hide_patches(images: Tensor, side: int, hidden: Tensor) -> Tensor:
-    """Images with 0 in the patches where `hidden` `[batch, patches]` is True."""
+def standardised(images: Tensor, window: int = WINDOW) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-6) over the window around each pixel, within the image."""
+
+    def around(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+
+    mean = around(images)
+    there = F.avg_pool2d(torch.ones_like(images), window, 1, window // 2) * window**2
+    variance = (around(images.square()) - mean.square()).clamp_min(0)
+    variance = variance * there / (there - 1).clamp_min(1)
+    return (images - mean) / (variance + 1e-6).sqrt()
+
+
+def hide_patches(images: Tensor, side: int, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Images with `mask` `[channels, side, side]` where `hidden` `[batch, patches]` is True."""
     rows, columns = images.shape[-2] // side, images.shape[-1] // side
     grid = hidden.view(len(images), 1, rows, columns)
     grid = grid.repeat_interleave(side, 2).repeat_interleave(side, 3)
-    return images.masked_fill(grid, 0.0)
+    return torch.where(grid, mask.repeat(1, rows, columns), images)
 
 
 class Pmim:
@@ -75,27 +92,29 @@ class Pmim:
         self._count = count
         self._decoder = nn.Linear(self._tokens.shape[-1], images.shape[1] * side**2)
         self._decoder.to(images.device)
+        self._mask = nn.Parameter(torch.zeros_like(images[0, :, :side, :side]))
 
     def close(self) -> None:
         """Take the hook away."""
         self._handle.remove()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Of the decoder, to train with the model."""
-        return self._decoder.parameters()
+        """The decoder and the patch that hidden ones show, to train with the model."""
+        yield self._mask
+        yield from self._decoder.parameters()
 
     def hide(self, images: Tensor, kept: float) -> Tensor:
-        """The images with a random share `1 - kept` of their patches at 0 (at least one)."""
+        """The images with a random share `1 - kept` of their patches hidden (at least one)."""
         count = max(1, round((1 - kept) * self._count))
         noise = torch.rand(len(images), self._count, generator=self._generator).to(images.device)
         self._hidden = noise.argsort(1) < count
-        self._pixels = patch_pixels(images, self._side)
-        return hide_patches(images, self._side, self._hidden)
+        self._pixels = patch_pixels(standardised(images), self._side)
+        return hide_patches(images, self._side, self._hidden, self._mask)
 
     def error(self) -> Tensor:
-        """Mean squared error over the hidden patches of the last forward pass."""
+        """Mean absolute error over the hidden pixels of the last forward pass."""
         guess: Tensor = self._decoder(self._tokens[:, -self._count :])
-        return (guess - self._pixels)[self._hidden].square().mean()
+        return (guess - self._pixels)[self._hidden].abs().mean()
 
     def _see(self, module: nn.Module, inputs: object, output: object) -> None:
         found = first_tensor(output)

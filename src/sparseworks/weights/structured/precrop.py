@@ -6,7 +6,9 @@
        max sum_l log p_l  with  sum_l n_l p_l <= d sum_l n_l, p_l <= 1   =>   p_l = min(1, c / n_l).
 2. Shares r_f of the widths f: a layer between widths of shares r and r' has density r r', so
        min sum_l n_l (sum over widths f of l of log r_f - log p_l)^2,  r_f <= 1,
-   with inputs, outputs and, by default, residual streams at 1.
+   with inputs, outputs and, by default, residual streams at 1. A width whose layers have no other
+   one (the inner width of a basic block) takes r_f = sum_l n_l p_l / sum_l n_l instead, which keeps
+   as many parameters as the densities do.
 3. One factor t on all shares meets the budget: width m_f keeps its first channels j with
    j - 1/2 <= t r_f m_f, which are the groups of highest score m_f r_f / (j - 1/2). Which channels
    stay does not matter, they are random; the small dense network is then trained as usual.
@@ -115,6 +117,11 @@ def width_shares(
         if np.abs(x - before).max() < 1e-10:
             break
     shares: Scores = np.exp(x)
+    alone = a.sum(1) == 1
+    for f in np.flatnonzero(a.any(0)):
+        own = a[:, f] > 0
+        if alone[own].all():
+            shares[f] = (n * np.exp(goal))[own].sum() / n[own].sum()
     return shares
 
 

@@ -23,7 +23,7 @@ from sparseworks.weights.structured.cutting import cut
 from sparseworks.weights.structured.folding import fold
 from sparseworks.weights.structured.selection import under
 
-__all__ = ["Scales", "cut_folded", "find_scales", "press"]
+__all__ = ["Scales", "agreed", "cut_folded", "find_scales", "press"]
 
 Keep = NDArray[np.bool_]
 
@@ -91,6 +91,27 @@ def find_scales(
             f"{type(model).__name__}: no channels under a batch norm with scales that may be cut"
         )
     return tuple(found)
+
+
+def agreed(wishes: Tensor, there: Tensor) -> Tensor:
+    """Groups that several batch norms give up together, bool `[groups]`; one stays at least.
+
+    With V_c the norms that give up group c (those that do not hold it, too), the groups with
+    V_c >= i go, i falling from the number of norms until as many go as the norm with the fewest
+    wishes gives up by itself.
+
+    Args:
+        wishes: what each norm by itself would give up, bool `[norms, groups]`.
+        there: groups that each norm holds, of the same shape.
+    """
+    votes = (wishes | ~there).sum(0)
+    goal = int((wishes & there).sum(1).min())
+    counts = [int((votes >= i).sum()) for i in range(len(wishes), 0, -1)]
+    fewest = next((i for i, n in zip(range(len(wishes), 0, -1), counts) if n >= goal), 1)
+    gone = votes >= fewest
+    if bool(gone.all()):
+        gone[int(votes.argmin())] = False
+    return gone
 
 
 @torch.no_grad()

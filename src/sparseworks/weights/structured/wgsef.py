@@ -13,12 +13,18 @@ with tau such that sum u = k; groups with sqrt(l d_j) ||v_j|| <= tau l d_j becom
 SGD step of rate eta is followed by the map with l = eta times the strength. A group is all that
 makes a channel (filter, bias, batch-norm scale and shift), so a zero group can be cut exactly.
 
-Source: Refael, Arbel, Huleihel 2024, Learning k-Level Structured Sparse Neural Networks Using Group
-Envelope Regularization. The closed form of the proximal map is derived here from the definition.
+The level binds only where l is large enough: with a small one more than k groups stay, and a large
+one shrinks those that stay by 1 / (1 + l d_j) or more. So the strength rises geometrically over the
+first part of the training. A layer with at most k groups left keeps that support for good; in the
+rest of the training it is fitted without the regulariser.
 
-In our quick setting (claim 130) the method does not do what its paper promises: on a group-sparse
-regression its relative error on the true groups is 0.77 above group lasso's, and support and
-accuracy are not better (F1 -0.06, -0.3 to 0.2; -1.7 points, -6.4 to 3.0).
+Source: Refael, Arbel, Huleihel 2024, Learning k-Level Structured Sparse Neural Networks Using Group
+Envelope Regularization. The closed form of the proximal map is derived here from the definition;
+rising, freezing and refitting are ours. Its half-space projection is not here.
+
+In our quick setting (claim 130) a digits network reaches its level exactly, at less loss than group
+lasso (0.23 nats, 0.11 to 0.35) and as much as group lasso with the same refit; on a group-sparse
+regression with correlated inputs group lasso finds the support better (F1 0.3).
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
+from sparseworks.core.selection import keep_top
 from sparseworks.models.calls import Batch
 from sparseworks.models.coupling import Coupling, Family, trace
 from sparseworks.weights.structured.applying import cut_families, free_families
@@ -72,14 +79,15 @@ def proximal_scale(norms: Tensor, k: int, strength: float, d: Tensor | float = 1
         u = (v > 0).double()
         return (u / (u + ld)).to(norms.dtype)
     root = ld.sqrt() * v
-    low, high = torch.zeros(()).double(), (root / ld).max()
-    for _ in range(64):  # the sum falls with tau
-        tau = (low + high) / 2
-        if (root / tau.clamp_min(1e-300) - ld).clamp(0, 1).sum() > k:
-            low = tau
-        else:
-            high = tau
-    u = (root / high - ld).clamp(0, 1)
+    there = root > 0
+    # in t = 1 / tau the sum is piecewise linear: group j joins at one point, leaves at another
+    bounds = torch.cat([ld[there], 1 + ld[there]]) / root[there].repeat(2)
+    points, order = bounds.sort()
+    slopes = torch.cat([root[there], -root[there]])[order].cumsum(0)
+    sums = torch.cat([torch.zeros(1).double(), (slopes[:-1] * points.diff()).cumsum(0)])
+    past = int((sums < k).sum()) - 1  # the last point before the sum reaches k
+    t = points[past] + (k - sums[past]) / slopes[past]
+    u = (root * t - ld).clamp(0, 1)
     return (u / (u + ld)).to(norms.dtype)
 
 
@@ -89,13 +97,18 @@ class WGSEF(TrainAndCut):
 
     Args:
         keep: share of the groups of every layer that may stay.
-        strength: of the envelope, per unit of learning rate.
+        strength: of the envelope at the first step, per unit of learning rate.
+        rise: factor by which it has grown after the search.
+        search: share of the steps in which it grows; a layer that still has more groups than its
+            level then keeps the largest.
         lr: peak learning rate of `finetune`.
         streams: also groups that a statistic runs over.
     """
 
     keep: float = 0.5
     strength: float = 0.05
+    rise: float = 1000.0
+    search: float = 0.5
     lr: float = 0.05
     streams: bool = False
 
@@ -111,7 +124,7 @@ class WGSEF(TrainAndCut):
         needs=("data", "loss", "training"),
         pattern="coupled groups",
         budget="the same share of every layer",
-        cost="one training; a sort-free proximal map after every step",
+        cost="one training; a proximal map (one sort) after every step of its first half",
         summary="train towards at most k non-zero channels a layer, then cut the zero ones",
     )
 
@@ -128,21 +141,23 @@ class WGSEF(TrainAndCut):
         """Train in place and cut.
 
         Raises:
-            InvalidArgument: `keep` or `strength` is out of range.
+            InvalidArgument: an option is out of range.
         """
-        if not 0 < self.keep < 1 or self.strength <= 0:
-            raise InvalidArgument("keep= lies in (0, 1) and strength= above 0")
+        if not 0 < self.keep < 1 or not 0 < self.search < 1:
+            raise InvalidArgument("keep= and search= lie in (0, 1)")
+        if self.strength <= 0 or self.rise < 1:
+            raise InvalidArgument("strength= is above 0 and rise= at least 1")
         coupling = trace(model, example)
         families = free_families(coupling, self.streams)
         total = epochs * steps_per_epoch
+        searched = max(1, round(self.search * total))
+        levels = [Level(model, coupling, f, max(1, round(self.keep * len(f)))) for f in families]
 
         def step(done: int) -> None:
-            eta = self.lr * one_cycle(done - 1, total)
-            for family in families:
-                shrink(
-                    model, coupling, family, max(1, round(self.keep * len(family))),
-                    max(eta, 1e-8) * self.strength,
-                )  # fmt: skip
+            eta = max(self.lr * one_cycle(done - 1, total), 1e-8)
+            strength = self.strength * self.rise ** (done / searched)
+            for level in levels:
+                level.step(eta * strength, last=done >= searched)
 
         finetune(
             model, batches, epochs=epochs, steps_per_epoch=steps_per_epoch, lr=self.lr,
@@ -180,11 +195,35 @@ def group_norms(model: nn.Module, coupling: Coupling, family: Family) -> Tensor:
     return squares.sqrt()
 
 
+class Level:
+    """A family on its way to at most k groups, then held there.
+
+    Attributes:
+        support: groups that stay, bool `[groups]`; None while the strength still rises.
+    """
+
+    def __init__(self, model: nn.Module, coupling: Coupling, family: Family, k: int) -> None:
+        self.model, self.coupling, self.family, self.k = model, coupling, family, k
+        self.support: Tensor | None = None
+
+    def step(self, strength: float, *, last: bool) -> None:
+        """After an optimizer step: the map, or zeros on what has gone; `last` fixes the support."""
+        if self.support is None:
+            norms = group_norms(self.model, self.coupling, self.family)
+            scale = proximal_scale(norms, self.k, strength)
+            if int((scale > 0).sum()) <= self.k:
+                self.support = scale > 0
+            elif last:
+                self.support = keep_top(norms * scale, self.k)
+            factors = scale if self.support is None else scale * self.support
+        else:
+            factors = self.support.double()
+        scale_groups(self.model, self.coupling, self.family, factors)
+
+
 @torch.no_grad()
-def shrink(model: nn.Module, coupling: Coupling, family: Family, k: int, strength: float) -> Tensor:
-    """Apply the proximal map to one family in place; returns the factors."""
-    scale = proximal_scale(group_norms(model, coupling, family), k, strength)
+def scale_groups(model: nn.Module, coupling: Coupling, family: Family, scale: Tensor) -> None:
+    """Multiply every group of a family by its factor, `[groups]`, in place."""
     for parameter, axis, index in _slices(model, coupling, family):
         factor = torch.where(index >= 0, scale[index.clamp_min(0)], 1.0).to(parameter)
         parameter.mul_(factor.view([-1 if d == axis else 1 for d in range(parameter.ndim)]))
-    return scale

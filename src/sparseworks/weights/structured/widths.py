@@ -72,13 +72,19 @@ class LearnedWidth:
         z: float,
         price: float,
         device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> None:
+        """z at `z` and equal logits; with a generator z ~ N(z, 0.2) and logits ~ U(0, 1)."""
         d = len(family)
         steps = {max(1, round(d * k / candidates)) for k in range(1, candidates + 1)}
         self.family, self.units, self.price = family, d, price
         self.widths = torch.tensor(sorted(s for s in steps if s >= floor * d), device=device)
-        self.z = nn.Parameter(torch.full((d,), z, device=device))
-        self.a = nn.Parameter(torch.zeros(len(self.widths), device=device))
+        scores, logits = torch.full((d,), z), torch.zeros(len(self.widths))
+        if generator is not None:
+            scores += 0.2 * torch.randn(d, generator=generator)
+            logits += torch.rand(len(logits), generator=generator)
+        self.z, self.a = nn.Parameter(scores.to(device)), nn.Parameter(logits.to(device))
+        self.free: nn.Parameter | None = None
         self.living = torch.ones_like(self.widths, dtype=torch.bool)
         self.kept = torch.ones(d, dtype=torch.bool, device=device)
 
@@ -89,6 +95,9 @@ class LearnedWidth:
         return self.z.detach().masked_fill(~self.kept, -torch.inf).argsort(descending=True)
 
     def mask(self, w: float) -> Tensor:
+        """The bi-mask, or the freed gate, `[units]`; 0 for units that are dead."""
+        if self.free is not None:
+            return self.free * self.kept
         stairs = staircase(self.p(), self.widths[self.living], self.units)
         u = stairs[self.order().argsort()]
         return (w * torch.sigmoid(self.z) + (1 - w) * u) * self.kept
@@ -113,6 +122,12 @@ class LearnedWidth:
         self.living[int(p.argmax())] = True
         self._close()
         return float(p.max())
+
+    @torch.no_grad()
+    def release(self, w: float) -> nn.Parameter:
+        """With one width left: the gate trains by itself, from where it is."""
+        self.free = nn.Parameter(self.mask(w).clone())
+        return self.free
 
     def _close(self) -> None:
         self.kept[self.order()[int(self.widths[self.living].max()) :]] = False
