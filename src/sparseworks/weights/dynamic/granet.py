@@ -5,9 +5,9 @@ Every `every` steps: (1) global magnitude pruning to s_t = (1 - d_i) + (d_i - d_
 activate as many where |dL/dw| of the dense gradient is largest. After the pruning phase (2) goes on
 at constant density; r_t falls from r_0 to 0.005 on a cosine.
 
-In our quick setting (claim 170: a perceptron on digits, 98 % sparse, 40 epochs) GraNet is 2.8 points
-above RigL (1.3 to 4.3) and 25 above static ERK (13 to 37), but not above gradual pruning (-0.3, -1.0
-to 0.4), and swapping weights after a late cut recovers 2.3 points less (0.2 to 4.5).
+In our quick setting (claim 170: a perceptron on digits, 98 % sparse, 40 epochs) GraNet is 2.8
+points above RigL (1.3 to 4.3) and 25 above static ERK (13 to 37), but not above gradual pruning
+(-0.3, -1.0 to 0.4), and swapping weights after a late cut recovers 2.3 points less (0.2 to 4.5).
 """
 
 from __future__ import annotations
