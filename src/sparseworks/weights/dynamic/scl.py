@@ -16,6 +16,10 @@ away, and weight decay would pull them to 0. A theta that is masked keeps its va
 silence its gradient. With `sparsity` the pull stops once that share is masked, no more than it ever
 is, and exactly it when the masks freeze. The paper gives neither that nor the order of
 normalisation and penalty (the loss first, here).
+
+In our quick setting (claim 140) identity and softplus find the support of a quadratic exactly where
+closed proxies miss 37 % of it; on a perceptron of the digits at 95 % the proxies, global magnitude
+(0.1 points, -0.6 to 0.7) and gradients that are not normalised come out alike.
 """
 
 from __future__ import annotations
