@@ -38,6 +38,7 @@ class StraightThroughRun(Run):
     def start(self) -> None:
         self._hard = False  # M alone counts: the training is over
         self._inside: set[int] = set()  # optimizers in whose step theta is in the parameters
+        self._whole: set[str] = set()  # parameters that hold theta now
         self._shown: dict[str, int] = {}  # the version of a parameter when W was put into it
         self._hidden: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}  # gradients taken away
         self._bind()
@@ -145,6 +146,7 @@ class StraightThroughRun(Run):
         for name in self._optimizers.names_of(optimizer):
             parameter, kept = self._bound[name], self._looked_at(name)
             parameter.detach().copy_(kept)
+            self._whole.add(name)
             gradient = parameter.grad
             if gradient is None:
                 continue
@@ -207,7 +209,9 @@ class StraightThroughRun(Run):
     def _zero(self, name: str) -> None:
         """What the layer computes with, into its parameter."""
         parameter = self._bound[name].detach()
-        parameter.copy_(self.weight(name))
+        if name not in self._whole:
+            parameter.copy_(self.weight(name))
+        self._whole.discard(name)
         self._use(name, parameter)
         self._shown[name] = parameter._version
 

@@ -21,7 +21,7 @@ pushes every weight outwards; here it is 1 - M.
 
 In our quick setting (claim 043: a byte decoder of width 64 at 1:4, 100 steps) AST is 0.05 nats
 below SR-STE in Adam, the teacher takes 0.08 more, the side branch of "slorb" 0.03 more; with a
-teacher the moving mask is 0.02 below a fixed one (0.01 to 0.03).
+teacher the moving mask is 0.02 below a fixed one (0.01 to 0.04).
 """
 
 from __future__ import annotations

@@ -231,9 +231,10 @@ class BDWP(SRSTE):
         elif self.backward == "random":
             generator = generator_for(run.seed, name, run.step)
             scores = torch.rand(weight.shape, generator=generator).to(weight.device)
-        outputs_last = scores.movedim(0, -1)
-        chosen = run.pattern.select(outputs_last.reshape(-1, len(scores)))
-        return chosen.view(outputs_last.shape).movedim(-1, 0).contiguous()
+        assert isinstance(run.pattern, NM)
+        groups = scores.float().reshape(len(scores) // run.pattern.m, run.pattern.m, -1)
+        chosen = run.pattern.select_columns(groups.transpose(0, 1))
+        return chosen.transpose(0, 1).reshape(weight.shape)
 
     def leave(self, run: StraightThroughRun) -> None:
         for view in run.views.values():

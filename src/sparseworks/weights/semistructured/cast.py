@@ -18,6 +18,10 @@ cross-entropy + 1/3 KL to the dense model (`training.distilling`).
 
 There is no released code; AdamS is checked against the paper's Algorithm 1 as a public
 reimplementation quotes it, the layout of A (contiguous blocks of columns) is a reading of it.
+
+In our quick setting (claim 077: a byte decoder of width 64, 120 steps) the projection changes the
+loss by less than 0.0001 nats and losers end at 0.00015 of the winners, but at 1:4 a fixed mask with
+a teacher is 0.03 nats better (0.02 to 0.04).
 """
 
 from __future__ import annotations

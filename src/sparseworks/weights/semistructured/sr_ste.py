@@ -14,6 +14,10 @@ lambda that makes X more than 1. Adam rescales the pull per weight (see "ast" an
 The released code adds the term inside the backward pass, so that loss scaling, clipping and
 accumulated batches change it, and groups convolutions along the flattened kernel; here it is added
 once a step and groups run along input channels. Its linear layer drops the bias.
+
+In our quick setting (claim 096: four convolutions from scratch, 120 steps, X = 3) late masks flip
+at less than 0.6 of the rate without the pull, and faster with a pull of the other sign; accuracy is
+that of plain straight-through training (1:8: 0.2 points, -2.4 to 2.8; 2:4: -0.6, -2.1 to 1.0).
 """
 
 from __future__ import annotations
