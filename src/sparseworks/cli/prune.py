@@ -33,7 +33,8 @@ class Options:
     pattern: str | None = None
     """unstructured, row, N:M, blockHxW, rows, columns; default: the method's own."""
     budget: str | None = None
-    """uniform, erk or global; default: the method's own."""
+    """uniform, erk, global; by sensitivity of blocks owl, alpha, ecoflap, cfsp (owl:spread=0.1 has
+    options); default: the method's own."""
     data: str | None = None
     """Calibration: docstrings, sources, digits, a text or parquet file, a folder."""
     samples: int = 128

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseworks.core.budgets import Budget, shortfall
+from sparseworks.core.budgets import Budget, shortfall, uniform
 from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.core.evidence import Collector, Hessian
 from sparseworks.core.masks import Masks, attach, masks
@@ -23,6 +23,7 @@ from sparseworks.models.views import View
 from sparseworks.weights.oneshot.base import OneShot, Solution, Target
 from sparseworks.weights.oneshot.obs import prepare_hessian
 from sparseworks.weights.oneshot.refit import refit_rows
+from sparseworks.weights.oneshot.sensitivity import Measured, Sensitivity
 
 __all__ = ["Job"]
 
@@ -60,14 +61,16 @@ class Job:
         model: nn.Module,
         method: OneShot,
         pattern: Pattern,
-        budget: Budget,
+        budget: Budget | Sensitivity,
         batches: Sequence[Batch] | None,
         loss: Loss | None,
         recovery: str | None,
         seed: int,
         resume: bool,
     ) -> None:
-        self.model, self.method, self.pattern, self.budget = model, method, pattern, budget
+        self.model, self.method, self.pattern = model, method, pattern
+        self.allot = budget
+        self.budget: Budget = uniform  # until it is measured
         self.batches, self.loss, self.recovery, self.seed = batches, loss, recovery, seed
         self.calibration: Calibration | None = None
         before = masks(model)
@@ -85,6 +88,7 @@ class Job:
         skipped: dict[str, str],
         progress: Progress | None,
     ) -> None:
+        self.budget = self._measured(views)
         undo = self.method.prepare(self, views, ladder[-1])
         total = sum(v.parameter.numel() for v in views)
         kept = sum(
@@ -97,6 +101,13 @@ class Job:
                 self._rounds(views, ladder, skipped, progress, undo)
             finally:
                 pruned.update(self.results)
+
+    def _measured(self, views: Sequence[View]) -> Budget:
+        """The budget, measured on the model as it is given where it asks for that."""
+        if not isinstance(self.allot, Sensitivity):
+            return self.allot
+        on = Measured(self.model, self.batches, self.loss, self.calibration, self.seed)
+        return self.allot.budget(on, views)
 
     def _rounds(
         self,

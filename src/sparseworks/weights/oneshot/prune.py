@@ -23,6 +23,7 @@ from sparseworks.models.seen import look_at
 from sparseworks.models.views import View, find_prunable
 from sparseworks.weights.oneshot.base import OneShot
 from sparseworks.weights.oneshot.job import Job
+from sparseworks.weights.oneshot.sensitivity import Sensitivity, measured_budget
 
 __all__ = ["prune"]
 
@@ -33,7 +34,7 @@ def prune(
     *,
     sparsity: float | None = None,
     pattern: str | Pattern | None = None,
-    budget: str | Mapping[str, float] | Budget | None = None,
+    budget: str | Mapping[str, float] | Budget | Sensitivity | None = None,
     data: Iterable[Batch] | None = None,
     loss: Loss | None = None,
     include: str | Iterable[str] | None = None,
@@ -61,8 +62,9 @@ def prune(
         sparsity: fraction of zeros in [0, 1) over the pruned tensors; may be left out with N:M.
         pattern: the legal zeros ("unstructured", "row", "2:4", "block16x16", "rows", ...); None:
             the method's own.
-        budget: "uniform", "erk", "global", a mapping name -> sparsity, or a function; None: the
-            method's own.
+        budget: "uniform", "erk", "global", a mapping name -> sparsity, or a function; by
+            sensitivity of blocks: "owl", "alpha", "ecoflap", "cfsp" (options: "owl:spread=0.1") or
+            an object of one, under any method; None: the method's own.
         data: calibration batches (Tensor, mapping, or (inputs, target)), re-iterable.
         loss: `(model, batch) -> scalar` for gradient methods; cross-entropy when None.
         include: name patterns of the only weights to prune. With `data`, also of matrices that a
@@ -106,10 +108,8 @@ def prune(
         raise InvalidArgument(
             "resume goes on after an interrupted call of one round, not of several"
         )
-    batches = _batches(chosen, data, recovery)
-    allot = get_budget(chosen.budget if budget is None else budget)
-    if legal.fixed_density is not None and budget is None:
-        allot = uniform
+    allot = _allotment(chosen, budget, legal, resume)
+    batches = _batches(chosen, data, recovery, allot)
     look = None if batches is None else look_at(model, batches)
     found = find_prunable(model, include, exclude, torch_masked=True, look=look)
     views, skipped = _fitting(found.views, legal, skip_indivisible)
@@ -163,14 +163,41 @@ def _resolve_sparsity(pattern: Pattern, sparsity: float | None) -> float:
     return 1 - density
 
 
+def _allotment(method: OneShot, given: Any, pattern: Pattern, resume: bool) -> Budget | Sensitivity:
+    """Who pays; N:M has one density, so there the method's own budget does not count."""
+    if pattern.fixed_density is not None and given is None:
+        return uniform
+    chosen = method.budget if given is None else given
+    found = measured_budget(chosen)
+    if found is None:
+        return get_budget(chosen)
+    if pattern.fixed_density is not None:
+        raise InvalidArgument(
+            f"pattern {pattern} has one density; budget '{found}' cannot vary it (use 'uniform')"
+        )
+    if resume:
+        raise InvalidArgument(
+            f"budget '{found}' measures the whole model, of which a part is pruned already: resume "
+            "with the sparsities of the first call, budget={name: sparsity}"
+        )
+    return found
+
+
 def _batches(
-    method: OneShot, data: Iterable[Batch] | None, recovery: str | None
+    method: OneShot,
+    data: Iterable[Batch] | None,
+    recovery: str | None,
+    budget: Budget | Sensitivity,
 ) -> Sequence[Batch] | None:
-    needed = "data" in method.info.needs or recovery is not None
     if data is None:
-        if needed:
-            what = method.info.name if "data" in method.info.needs else f"recovery={recovery!r}"
-            raise InvalidArgument(f"{what} needs calibration batches: give `data=`")
+        needs = {
+            method.info.name: "data" in method.info.needs,
+            f"recovery={recovery!r}": recovery is not None,
+            f"budget='{budget}'": isinstance(budget, Sensitivity) and "data" in budget.needs,
+        }
+        for what, needed in needs.items():
+            if needed:
+                raise InvalidArgument(f"{what} needs calibration batches: give `data=`")
         return None
     if isinstance(data, (Tensor, Mapping)):
         data = [data]
@@ -209,4 +236,6 @@ def _check_finite(views: Sequence[View]) -> None:
 def _budget_name(given: Any, method: OneShot, pattern: Pattern) -> str:
     if given is None:
         given = "uniform" if pattern.fixed_density is not None else method.budget
-    return given if isinstance(given, str) else getattr(given, "__name__", "per tensor")
+    if isinstance(given, (str, Sensitivity)):
+        return str(given)
+    return getattr(given, "__name__", "per tensor")
