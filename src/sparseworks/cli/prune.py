@@ -58,7 +58,8 @@ class Options:
     rounds: int | None = None
     """Prune in this many steps; default: the method's own."""
     recovery: str | None = None
-    """refit: re-solve the kept weights of every row by least squares."""
+    """refit: re-solve the kept weights of every row by least squares; dsnot: swap pruned and kept
+    weights until the mean output error cancels (dsnot:cycles=20 has options)."""
     option: tuple[str, ...] = ()
     """Options of the method, name=value (JSON values)."""
     seed: int = 0

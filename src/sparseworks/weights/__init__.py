@@ -36,6 +36,7 @@ registry.register(
         "synflow": f"{_ROOM}.oneshot.synflow:SynFlow",
         "components": f"{_ROOM}.oneshot.components:Components",
         "alpha-pruning": f"{_ROOM}.oneshot.alphapruning:AlphaPruning",
+        "dsnot": f"{_ROOM}.oneshot.dsnot:DSnoT",
         "ecoflap": f"{_ROOM}.oneshot.ecoflap:ECoFLaP",
         "owl": f"{_ROOM}.oneshot.owl:OWL",
         "wanda": f"{_ROOM}.oneshot.wanda:Wanda",

@@ -159,7 +159,7 @@ def test_the_zeroth_order_score_is_a_derivative_along_the_noise():
             generator = generator_for(0, view.name, i)
             z = torch.randn(gradient.shape, generator=generator).double()
             expected += abs(float((gradient * z).sum()))
-        assert found[view.name] == pytest.approx(expected, rel=1e-4)
+        assert found[view.name] == pytest.approx(expected, rel=2e-3)
 
 
 def test_ecoflap_fills_in_proportion_up_to_the_reach():

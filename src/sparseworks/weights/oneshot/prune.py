@@ -23,6 +23,7 @@ from sparseworks.models.seen import look_at
 from sparseworks.models.views import View, find_prunable
 from sparseworks.weights.oneshot.base import OneShot
 from sparseworks.weights.oneshot.job import Job
+from sparseworks.weights.oneshot.recovery import Recovery, get_recovery, name_of
 from sparseworks.weights.oneshot.sensitivity import Sensitivity, measured_budget
 
 __all__ = ["prune"]
@@ -41,7 +42,7 @@ def prune(
     exclude: str | Iterable[str] | None = None,
     skip_indivisible: bool = False,
     rounds: int | None = None,
-    recovery: str | None = None,
+    recovery: str | Recovery | None = None,
     seed: int = 0,
     copy: bool = False,
     resume: bool = False,
@@ -72,7 +73,9 @@ def prune(
         exclude: name patterns of weights to leave dense.
         skip_indivisible: leave tensors dense that cannot take the pattern, instead of an error.
         rounds: prune in this many steps of equal relative size; None: the method's own.
-        recovery: "refit" re-solves the kept weights of every row by least squares, or None.
+        recovery: "refit" re-solves the kept weights of every row by least squares, "dsnot" swaps
+            pruned and kept weights until the mean output error cancels ("dsnot:cycles=20" has
+            options), an object of one, or None.
         seed: for methods that draw at random.
         copy: prune a copy; the model given stays as it is.
         resume: go on after an interrupted call on a large model; tensors that already have a mask
@@ -100,8 +103,9 @@ def prune(
         )
     legal = parse_pattern(chosen.pattern if pattern is None else pattern)
     wanted = _resolve_sparsity(legal, sparsity)
-    if recovery not in (None, "refit"):
-        raise InvalidArgument(f"recovery={recovery!r}; 'refit' or None")
+    repair = get_recovery(recovery)
+    if repair is not None:
+        repair.check(legal)
     steps = chosen.rounds if rounds is None else rounds
     ladder = [wanted] if legal.fixed_density is not None else exponential_rounds(steps, wanted)
     if resume and len(ladder) > 1:
@@ -109,7 +113,7 @@ def prune(
             "resume goes on after an interrupted call of one round, not of several"
         )
     allot = _allotment(chosen, budget, legal, resume)
-    batches = _batches(chosen, data, recovery, allot)
+    batches = _batches(chosen, data, repair, allot)
     look = None if batches is None else look_at(model, batches)
     found = find_prunable(model, include, exclude, torch_masked=True, look=look)
     views, skipped = _fitting(found.views, legal, skip_indivisible)
@@ -120,7 +124,7 @@ def prune(
     if copy:
         target = duplicate(model)
         views = [v.within(target) for v in views]
-    job = Job(target, chosen, legal, allot, batches, loss, recovery, seed, resume)
+    job = Job(target, chosen, legal, allot, batches, loss, repair, seed, resume)
     job.calibration = (
         None if batches is None else Calibration(batches, device, chosen.propagate, spill, progress)
     )
@@ -131,7 +135,7 @@ def prune(
         "pattern": str(legal),
         "budget": _budget_name(budget, chosen, legal),
         "rounds": steps,
-        "recovery": recovery,
+        "recovery": name_of(recovery),
         "seed": seed,
     }
     record = masks(target)
@@ -186,13 +190,13 @@ def _allotment(method: OneShot, given: Any, pattern: Pattern, resume: bool) -> B
 def _batches(
     method: OneShot,
     data: Iterable[Batch] | None,
-    recovery: str | None,
+    recovery: Recovery | None,
     budget: Budget | Sensitivity,
 ) -> Sequence[Batch] | None:
     if data is None:
         needs = {
             method.info.name: "data" in method.info.needs,
-            f"recovery={recovery!r}": recovery is not None,
+            f"recovery={name_of(recovery)!r}": recovery is not None,
             f"budget='{budget}'": isinstance(budget, Sensitivity) and "data" in budget.needs,
         }
         for what, needed in needs.items():

@@ -16,12 +16,10 @@ of its own. The model is measured once, as it is given; a call of several rounds
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -33,6 +31,7 @@ from sparseworks.core.registry import Need
 from sparseworks.models.calibration import Calibration
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
+from sparseworks.weights.oneshot.parts import made, text_of
 
 __all__ = ["Blocks", "Measured", "Sensitivity", "block_of", "measured_budget"]
 
@@ -118,13 +117,7 @@ class Sensitivity(ABC):
 
     def __str__(self) -> str:
         """The text that makes this budget again."""
-        told = [f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self)
-                if getattr(self, f.name) != f.default]  # fmt: skip
-        return self.name + (":" + ",".join(told) if told else "")
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+        return text_of(self.name, self)
 
 
 def block_of(view: View) -> str:
@@ -146,25 +139,5 @@ def measured_budget(budget: Any) -> Sensitivity | None:
         return budget
     if not isinstance(budget, str):
         return None
-    name, _, told = budget.partition(":")
-    if name not in _NAMED:
-        return None
-    module, _, attribute = _NAMED[name].partition(":")
-    cls = getattr(importlib.import_module(f"sparseworks.weights.oneshot.{module}"), attribute)
-    known = [f.name for f in fields(cls)]
-    options = {}
-    for pair in filter(None, told.split(",")):
-        option, equals, text = pair.partition("=")
-        if not equals or option not in known:
-            raise InvalidArgument(
-                f"budget {budget!r}: use {name}:option=value,...; it has {', '.join(known)}"
-            )
-        try:
-            options[option] = json.loads(text)
-        except json.JSONDecodeError:
-            options[option] = text
-    try:
-        made: Sensitivity = cls(**options)
-    except TypeError as error:
-        raise InvalidArgument(f"budget {budget!r}: {error}") from None
-    return made
+    found: Sensitivity | None = made("budget", budget, _NAMED)
+    return found
