@@ -49,6 +49,8 @@ def choose(
     what: str,
 ) -> Keep:
     families = _allowed(coupling, plan)
+    if callable(takes := getattr(plan.method, "takes", None)):  # a method for some kinds of width
+        families = [f for f in families if takes(coupling, f)]
     shared: dict[int, object] = {}
     if plan.uniform:
         shared = {f.index: kind(f) for f in families}

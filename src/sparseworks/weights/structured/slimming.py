@@ -73,7 +73,8 @@ def slim(
         params: share of the parameters to keep.
         latency: share of the time per call to keep, measured on this machine.
         method: registered name of a structured score ("group-norm", "group-taylor", ...), or an
-            object of one.
+            object of one; "slicegpt" and "stun" change the whole model by themselves, and of the
+            other options only the targets, `data` and `copy` count.
         data: calibration batches for scores that need them and for folding.
         loss: `(model, batch) -> scalar` for gradient scores; cross-entropy when None.
         include: name patterns; only groups that touch one of these parameters.
@@ -85,7 +86,7 @@ def slim(
         floor: share of every width that stays at least.
         uniform: equal layers of all blocks keep equal widths, and only widths that a Hugging Face
             config can tell are cut, so that plain from_pretrained loads the result. None: for
-            Hugging Face models.
+            Hugging Face models, unless the method is one that gives blocks widths of their own.
         streams: also cut groups that a statistic runs over (a residual stream under layer norm),
             where cutting is not the same as zeroing.
         blocks: where widths at their floor leave more than the target, drop whole residual blocks,
@@ -111,12 +112,20 @@ def slim(
     """
     start = time.perf_counter()
     targets = {"flops": flops, "params": params, "latency": latency}
-    what, share = target(targets, floor, iterations, round_to)
     scorer = registry.build(method, **options)
     if getattr(getattr(scorer, "info", None), "kind", "") != "structured":
         raise InvalidArgument(f"method {method!r} does not score groups; see `sparseworks methods`")
     batches = None if data is None else list(data)
+    if callable(whole_model := getattr(scorer, "slim", None)):  # it cuts no groups of its own
+        given = Arguments.of(example).named(model)
+        result: SlimResult = whole_model(
+            duplicate(model) if copy else model, given, targets, batches
+        )
+        return result
+    what, share = target(targets, floor, iterations, round_to)
     calibrates = getattr(scorer, "calibrates", True)  # is data= made of the model's own batches?
+    if uniform is None:  # a method that gives every block its own width says so
+        uniform = getattr(scorer, "uniform", has_config(model))
     plan = Plan(
         scorer,
         batches,
@@ -125,7 +134,7 @@ def slim(
         _listed(exclude),
         None if round_to == "auto" else round_to,
         floor,
-        has_config(model) if uniform is None else uniform,
+        uniform,
         streams,
         fold or ("mean" if batches is not None and calibrates else "none"),
         verify,
