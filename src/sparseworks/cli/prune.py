@@ -197,22 +197,29 @@ def write_output(options: Any, loaded: Any, result: Any, summary: dict[str, Any]
     from sparseworks.io import save
     from sparseworks.io.atomic import replaced_folder
     from sparseworks.report.page import write_report
+    from sparseworks.weights.structured import save_slim
 
     out: Path = options.out
     with replaced_folder(out) as made:
         folder = hasattr(loaded.model, "config") and hasattr(loaded.model, "save_pretrained")
         target = made / ("checkpoint" if folder else "model.safetensors")
-        info = save(
-            loaded.model,
-            target,
-            tokenizer=loaded.tokenizer if folder else None,
-            signed_zeros=options.signed_zeros,
-        )
+        if result.changes:  # shapes that no config tells
+            save_slim(result, target)
+            if folder and loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(target)
+            signed = 0
+        else:
+            signed = save(
+                loaded.model,
+                target,
+                tokenizer=loaded.tokenizer if folder else None,
+                signed_zeros=options.signed_zeros,
+            ).signed_zero_bytes
         files = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
         summary["file_bytes"] = sum(
             f.stat().st_size for f in files if f.suffix not in (".json", ".txt", ".jinja")
         )
-        summary["signed_zero_bytes"] = info.signed_zero_bytes
+        summary["signed_zero_bytes"] = signed
         summary["checkpoint"] = str(out / target.name)
         write_json(made / "result.json", summary)
         write_json(made / "options.json", plain_options(options))

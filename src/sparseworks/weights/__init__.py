@@ -39,6 +39,7 @@ registry.register(
         "dsnot": f"{_ROOM}.oneshot.dsnot:DSnoT",
         "ecoflap": f"{_ROOM}.oneshot.ecoflap:ECoFLaP",
         "owl": f"{_ROOM}.oneshot.owl:OWL",
+        "stun": f"{_ROOM}.oneshot.stun:STUN",
         "wanda": f"{_ROOM}.oneshot.wanda:Wanda",
         "sparsegpt": f"{_ROOM}.oneshot.sparsegpt:SparseGPT",
     }

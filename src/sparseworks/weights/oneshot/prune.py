@@ -96,6 +96,14 @@ def prune(
     """
     began = time.perf_counter()
     chosen = registry.build(method, **options)
+    if callable(stages := getattr(chosen, "prune", None)):  # several stages, the last by this call
+        staged: PruneResult = stages(
+            model, prune, sparsity=sparsity, pattern=pattern, budget=budget, data=data, loss=loss,
+            include=include, exclude=exclude, skip_indivisible=skip_indivisible, rounds=rounds,
+            recovery=recovery, seed=seed, copy=copy, resume=resume, device=device, spill=spill,
+            progress=progress,
+        )  # fmt: skip
+        return staged
     if not isinstance(chosen, OneShot):
         kind = getattr(getattr(chosen, "info", None), "kind", type(chosen).__name__)
         raise InvalidArgument(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
+from sparseworks.core.types import PruneResult
 from sparseworks.io.atomic import replaced_folder
 from sparseworks.models.recurrence import relist
 from sparseworks.weights.structured.backup import Backup
@@ -34,8 +35,11 @@ _RECORD = "slim.json"
 _WEIGHTS = "model.safetensors"
 
 
-def save_slim(result: SlimResult, folder: str | Path) -> Path:
-    """Write a slimmed model to a folder (a temporary one first), with its shapes."""
+def save_slim(result: SlimResult | PruneResult, folder: str | Path) -> Path:
+    """Write a slimmed model to a folder (a temporary one first), with its shapes.
+
+    Of `prune` only results with `changes` need it: methods that cut shapes before weights.
+    """
     from sparseworks.io import save
 
     folder = Path(folder)
@@ -49,8 +53,10 @@ def save_slim(result: SlimResult, folder: str | Path) -> Path:
         "version": 1,
         "class": type(model).__name__,
         "shapes": {n: list(t.shape) for n, t in tensors.items()},
-        "plain": list(result.plain),
-        "blocks": [] if has_config(model) else list(result.blocks),  # a config tells its own depth
+        "plain": list(getattr(result, "plain", ())),
+        "blocks": []
+        if has_config(model)
+        else list(getattr(result, "blocks", ())),  # a config tells its own depth
         "sliced": sliced_layers(model),
         "attributes": [[c.module, c.attribute, _plain(c.after)] for c in result.changes],
     }

@@ -148,7 +148,6 @@ class Stream:
         self._turn(self.layers[layer].self_attn, 2 * layer, into, out)
 
     def rotate_mlp(self, layer: int, into: Tensor, out: Tensor) -> None:
-        """The same of the MLP."""
         self._turn(self.layers[layer].mlp, 2 * layer + 1, into, out)
 
     def rotate_ends(self, first: Tensor, last: Tensor) -> None:
