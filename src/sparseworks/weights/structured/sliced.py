@@ -43,7 +43,7 @@ def _class_for(layer: type) -> type:
 
 def slice_layer(layer: nn.Module, attention: Tensor, mlp: Tensor) -> None:
     """Make a decoder layer one with these shortcuts, in place."""
-    layer.__class__ = _class_for(type(layer))
+    layer.__class__ = _class_for(type(layer))  # type: ignore[arg-type]
     layer.attention_shortcut = nn.Parameter(attention)
     layer.mlp_shortcut = nn.Parameter(mlp)
 

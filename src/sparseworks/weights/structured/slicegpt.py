@@ -53,7 +53,8 @@ _DAMPING = 0.01
 def principal_basis(gram: Tensor) -> Tensor:
     """Eigenvectors `[d, d]` of gram + 0.01 mean(diag) I as columns, largest eigenvalue first."""
     damped = gram + _DAMPING * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-    return torch.linalg.eigh(damped).eigenvectors.flip(1)
+    basis: Tensor = torch.linalg.eigh(damped).eigenvectors.flip(1)
+    return basis
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ class SliceGPT:
             return principal_basis(gram)
         if self.order == "random":
             drawn = torch.randn(gram.shape, generator=generator_for(self.seed, place)).double()
-            return torch.linalg.qr(drawn.to(gram.device)).Q
+            basis: Tensor = torch.linalg.qr(drawn.to(gram.device)).Q
+            return basis
         strength = gram.diagonal() if self.order == "variance" else stream.magnitudes()
         return torch.eye(len(gram)).to(gram)[:, strength.argsort(descending=True, stable=True)]
 

@@ -48,15 +48,15 @@ class Stream:
         self, model: nn.Module, layers: Sequence[nn.Module], backup: Backup, shortcuts: bool
     ) -> None:
         self.model, self.layers, self.backup, self.shortcuts = model, layers, backup, shortcuts
-        core: Any = model.model
-        self.embedding: nn.Embedding = core.embed_tokens
-        self.head: Any = model.get_output_embeddings() if _has_head(model) else None
-        self.final: nn.Module = core.norm
+        whole: Any = model
+        self.embedding: nn.Embedding = whole.model.embed_tokens
+        self.head: Any = whole.get_output_embeddings() if _has_head(model) else None
+        self.final: nn.Module = whole.model.norm
         self.width = int(self.embedding.weight.shape[1])
         self.device = self.embedding.weight.device
         self.norms = [
             n for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm)
-        ] + [self.final]  # type: ignore[list-item]
+        ] + [self.final]
         self.plus = [gain_of(n, self.width)[1] for n in self.norms]
         self.banked = any(p.ndim == 3 for layer in layers for p in layer.parameters())
         self.changes: list[Change] = []
@@ -238,7 +238,7 @@ class Stream:
     def _scaled(self, width: int | None, used: Callable[[nn.Module], float]) -> float:
         """Entries of the layers' matrices, shortcuts and head at this width, each times `used`."""
         touching = sum(_of(o, a).numel() * used(o) for p in self._each() for o, a in p)
-        head = self.head.weight.numel()
+        head: int = self.head.weight.numel()
         if width is None:
             return touching + head
         share = width / self.width
