@@ -119,6 +119,14 @@ def call(name: str, model: nn.Module) -> Any:
         return sw.prune(model, name, sparsity=0.5, data=BATCHES, **options)
     if kind == "search":
         return sw.prune(model, name, data=BATCHES, **options)
+    if kind == "staged":
+        return sw.prune(model, name, sparsity=0.5, data=tiny_models.texts(), **options)
+    if kind == "whole-model":
+        texts = tiny_models.texts()
+        return sw.slim(model, texts[0], method=name, params=0.8, data=texts, **options)
+    if name == "cfsp":
+        texts = tiny_models.texts()
+        return sw.slim(model, texts[0], method=name, params=0.8, data=texts, **options)
     if kind == "activation":
         return sw.sparse_activations(model, name, sparsity=0.5, data=BATCHES, **options)
     if kind == "hooked":
@@ -223,7 +231,7 @@ def test_what_it_masks_is_exactly_zero(name: str) -> None:
         made.attach(optimizer)
         loop(model.train(), optimizer, lambda: None, made.penalty)
         made.finish()
-    if kind in ("structured", "train-and-cut"):
+    if kind in ("structured", "train-and-cut", "whole-model"):
         assert 0 < sum(p.numel() for p in model.parameters()) <= parameters
         assert made.method == name and json.dumps(made.to_dict(), default=str)
         assert kind == "train-and-cut" or made.shapes, "nothing was cut"

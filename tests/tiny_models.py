@@ -69,6 +69,31 @@ def gated() -> nn.Module:
     ).eval()
 
 
+def language_model(kind: str = "Llama", **more: int) -> nn.Module:
+    """A decoder of two blocks as transformers has it."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more)
+    model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
+    return model.eval()
+
+
+def mixture() -> nn.Module:
+    """With experts that a router chooses."""
+    return language_model("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+
+
+def texts() -> list[dict[str, Tensor]]:
+    """Batches of token ids."""
+    g = torch.Generator().manual_seed(2)
+    return [{"input_ids": torch.randint(3, 64, (3, 20), generator=g)} for _ in range(2)]
+
+
 sampler = DDIM(steps=2)
 
 
@@ -83,13 +108,16 @@ FACTORIES = {
     "bdwp": gated,
     "cast": gated,
     "cats": gated,
+    "cfsp": language_model,
     "chess": gated,
     "dass": supernet,
     "ecodiff": diffusion,
     "fast-sparse-convnets": pointwise,
     "maskllm": gated,
+    "slicegpt": language_model,
     "slorb": gated,
     "sparse-then-prune": vit,
     "sparsing-law": gated,
+    "stun": mixture,
 }
 """The methods that `net` has nothing for."""

@@ -25,6 +25,7 @@ QUICK = {
     "audit": "",
 }
 MORE = {"synflow": "--rounds 2", "ecodiff": "--include denoiser.blocks"}
+DATA = dict.fromkeys(("cfsp", "slicegpt", "stun"), f"{NET}:texts")
 OPTIONS = {
     "ecodiff": "epochs=1",
     "ownership": "size=4",
@@ -52,7 +53,7 @@ def words_of(name, work, out):
     """The printed command with the user's words filled in, and small enough for a test."""
     factory = tiny_models.FACTORIES.get(name, tiny_models.net).__name__
     filled = {
-        "MODEL": f"{NET}:{factory}", "DATA": "digits", "OUT": str(out),
+        "MODEL": f"{NET}:{factory}", "DATA": DATA.get(name, "digits"), "OUT": str(out),
         "OUT.json": f"{out}.json", "SPARSE": str(work / "static" / "model.safetensors"),
         "FILE.py:CHAINS": f"{NET}:chains", "sampler=FILE.py:SAMPLER": f"sampler={NET}:sampler",
         "owner=OWNER": "owner=somebody",

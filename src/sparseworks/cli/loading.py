@@ -122,7 +122,12 @@ def _from_huggingface(folder: str, name: str, dtype: torch.dtype | None) -> Load
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     from sparseworks.io import from_pretrained
 
-    model = from_pretrained(folder, dtype=dtype or torch.float32).eval()
+    if (Path(folder) / "slim.json").is_file():  # widths that no config tells
+        from sparseworks.weights.structured import load_slim
+
+        model = load_slim(folder).to(dtype or torch.float32)
+    else:
+        model = from_pretrained(folder, dtype=dtype or torch.float32).eval()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception:  # image models have none; text models fail later with a clear message

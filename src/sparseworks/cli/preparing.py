@@ -148,9 +148,12 @@ def calibration(loaded: Any, options: Any) -> list[Any] | None:
     """Calibration batches that fit the model; None where the method needs none."""
     from sparseworks.core import registry
     from sparseworks.data import load
+    from sparseworks.weights.oneshot.sensitivity import measured_budget
 
     needs = registry.resolve(options.method).info.needs
-    if not needs and getattr(options, "recovery", None) is None:
+    recovery = getattr(options, "recovery", None)
+    budget = measured_budget(getattr(options, "budget", None))
+    if not needs and recovery is None and not (budget and budget.needs):
         return None
     source = options.data
     if source is not None and ".py:" in source:

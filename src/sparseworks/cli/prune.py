@@ -33,7 +33,8 @@ class Options:
     pattern: str | None = None
     """unstructured, row, N:M, blockHxW, rows, columns; default: the method's own."""
     budget: str | None = None
-    """uniform, erk or global; default: the method's own."""
+    """uniform, erk, global; by sensitivity of blocks owl, alpha, ecoflap, cfsp (owl:spread=0.1 has
+    options); default: the method's own."""
     data: str | None = None
     """Calibration: docstrings, sources, digits, a text or parquet file, a folder, file.py:name."""
     samples: int = 128
@@ -57,7 +58,8 @@ class Options:
     rounds: int | None = None
     """Prune in this many steps; default: the method's own."""
     recovery: str | None = None
-    """refit: re-solve the kept weights of every row by least squares."""
+    """refit: re-solve the kept weights of every row by least squares; dsnot: swap pruned and kept
+    weights until the mean output error cancels (dsnot:cycles=20 has options)."""
     option: tuple[str, ...] = ()
     """Options of the method, name=value (JSON values)."""
     seed: int = 0
@@ -96,7 +98,7 @@ def run(options: Options) -> dict[str, Any]:
             "no model given; for example: sparseworks prune minilm --sparsity 0.5"
         )
     extra = parse_options(options.option)
-    method = registry.build(options.method, ("one-shot", "search"), **extra)
+    method = registry.build(options.method, ("one-shot", "search", "staged"), **extra)
     legal = parse_pattern(options.pattern or "unstructured")
     if options.sparsity is not None:
         check_sparsity(options.sparsity)
@@ -195,22 +197,29 @@ def write_output(options: Any, loaded: Any, result: Any, summary: dict[str, Any]
     from sparseworks.io import save
     from sparseworks.io.atomic import replaced_folder
     from sparseworks.report.page import write_report
+    from sparseworks.weights.structured import save_slim
 
     out: Path = options.out
     with replaced_folder(out) as made:
         folder = hasattr(loaded.model, "config") and hasattr(loaded.model, "save_pretrained")
         target = made / ("checkpoint" if folder else "model.safetensors")
-        info = save(
-            loaded.model,
-            target,
-            tokenizer=loaded.tokenizer if folder else None,
-            signed_zeros=options.signed_zeros,
-        )
+        if result.changes:  # shapes that no config tells
+            save_slim(result, target)
+            if folder and loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(target)
+            signed = 0
+        else:
+            signed = save(
+                loaded.model,
+                target,
+                tokenizer=loaded.tokenizer if folder else None,
+                signed_zeros=options.signed_zeros,
+            ).signed_zero_bytes
         files = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
         summary["file_bytes"] = sum(
             f.stat().st_size for f in files if f.suffix not in (".json", ".txt", ".jinja")
         )
-        summary["signed_zero_bytes"] = info.signed_zero_bytes
+        summary["signed_zero_bytes"] = signed
         summary["checkpoint"] = str(out / target.name)
         write_json(made / "result.json", summary)
         write_json(made / "options.json", plain_options(options))

@@ -100,7 +100,7 @@ def run(options: Options) -> dict[str, Any]:
     check_output(options.out, options.force)
     check_inputs(options)
     extra = parse_options(options.option)
-    method = registry.build(options.method, ("structured", "train-and-cut"), **extra)
+    method = registry.build(options.method, ("structured", "train-and-cut", "whole-model"), **extra)
     if method.info.kind == "train-and-cut" and (options.data is None or options.epochs is None):
         raise InvalidArgument(f"{options.method} trains before it cuts: give --data and --epochs")
     round_to = _multiples(options.round_to)

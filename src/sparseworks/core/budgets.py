@@ -144,7 +144,10 @@ def get_budget(budget: str | Mapping[str, float] | Budget) -> Budget:
     """
     if isinstance(budget, str):
         if budget not in _NAMED:
-            raise InvalidArgument(f"unknown budget {budget!r}; use one of {', '.join(_NAMED)}")
+            raise InvalidArgument(
+                f"unknown budget {budget!r}; use one of {', '.join(_NAMED)} (`prune` also measures "
+                "owl, alpha, ecoflap and cfsp)"
+            )
         return _NAMED[budget]
     if isinstance(budget, Mapping):
         return per_tensor(budget)

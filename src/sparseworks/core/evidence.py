@@ -105,6 +105,12 @@ class InputMoments(Collector):
     def variance(self) -> Tensor:
         return self._m2 / self.tokens.clamp_min(1)[:, None].to(self.device)
 
+    @property
+    def norm(self) -> Tensor:
+        """That of `InputNorm`: sqrt(sum x_j^2 / samples)."""
+        tokens = self.tokens[:, None].to(self.device)
+        return ((self._m2 + tokens * self.mean.square()) / max(1, self.samples)).sqrt()
+
 
 class Hessian(Collector):
     """H = (2 / samples) sum x x^T, `[groups, in, in]`: the Hessian of ||W x - W' x||^2."""

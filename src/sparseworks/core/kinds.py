@@ -12,7 +12,8 @@ __all__ = ["KINDS", "Contract", "Kind", "MethodInfo", "Need", "base_of", "call_o
            "command_of"]  # fmt: skip
 
 Kind = Literal[
-    "one-shot", "search", "hooked", "transform", "driver", "structured", "train-and-cut",
+    "one-shot", "search", "staged", "hooked", "transform", "driver", "structured", "train-and-cut",
+    "whole-model",
     "measurement", "activation",
 ]  # fmt: skip
 Need = Literal["data", "loss", "labels", "training"]
@@ -45,6 +46,11 @@ KINDS: dict[Kind, Contract] = {
         'sw.prune(model, "{name}", data=..., ...)',
         "sparseworks prune MODEL{data} --method {name} --out OUT",
     ),
+    "staged": Contract(
+        "sparseworks.weights.oneshot.base:Staged",
+        'sw.prune(model, "{name}", ...)',
+        "sparseworks prune MODEL{data} --method {name} --sparsity 0.5 --out OUT",
+    ),
     "hooked": Contract(
         "sparseworks.training.method:Hooked",
         'sw.sparsify(model, optimizer, "{name}", ...)',
@@ -69,6 +75,11 @@ KINDS: dict[Kind, Contract] = {
         "sparseworks.weights.structured.base:TrainAndCut",
         'sw.slim(model, example, method="{name}", data=..., epochs=...)',
         "sparseworks slim MODEL --data DATA --method {name} --epochs 10 --out OUT",
+    ),
+    "whole-model": Contract(
+        "sparseworks.weights.structured.base:WholeModel",
+        'sw.slim(model, example, method="{name}", data=..., ...)',
+        "sparseworks slim MODEL --data DATA --method {name} --params 0.8 --out OUT",
     ),
     "activation": Contract(
         "sparseworks.activations.method:ActivationMethod",

@@ -73,6 +73,8 @@ class PruneResult:
         shortfall: weights that the patterns could not keep although the sparsity allows them.
         seconds: in all.
         warnings: things the user should know (an expert that no token reached, ...).
+        changes: numbers in modules that followed where the method cut shapes too; such a model is
+            saved with `structured.save_slim`.
     """
 
     method: str
@@ -84,6 +86,7 @@ class PruneResult:
     shortfall: int = 0
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    changes: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
     def sparsity(self) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseworks.core.errors import MissingDependency
+from sparseworks.core.errors import DataError, MissingDependency
 from sparseworks.data import load, passages
 from sparseworks.data.images import ImageSet, digits, read_images
 from sparseworks.diagnostics.claims import Setting, data_root
@@ -26,6 +26,7 @@ __all__ = [
     "encoder_subject",
     "image_subject",
     "language_model_subject",
+    "language_model_windows",
     "loss_and_accuracy",
     "perceptron",
     "seeded_epochs",
@@ -102,6 +103,36 @@ def language_model_subject(seed: int, setting: Setting) -> tuple[nn.Module, list
         samples=None if setting == "full" else 200,
     )
     return model, calibration, perplexity(held)
+
+
+def language_model_windows(
+    seed: int, setting: Setting
+) -> tuple[nn.Module, list[Any], list[Any], Metric]:
+    """The same model; calibration and evaluation both drawn by the seed, for intervals over both.
+
+    Every seed has its own windows of 256 tokens of the held-out text, the same for all arms, so a
+    difference of arms is paired by window. The quick setting calibrates on 32 windows and evaluates
+    on 32, the full one on 128 and 128.
+
+    Returns:
+        (dense model, calibration batches, evaluation batches, perplexity on the latter)
+    """
+    root = data_root()
+    model, tokenizer = _novel_llama(root / "models" / "novel-llama-6m")
+    count = 128 if setting == "full" else 32
+    calibration = load(
+        root / "text" / "novels-train.txt", tokenizer=tokenizer, seed=seed, samples=count
+    )
+    held = load(
+        root / "text" / "novels-valid.txt",
+        tokenizer=tokenizer,
+        split="evaluation",
+        samples=count * (seed + 1),
+    )
+    if len(held) < count // 8 * (seed + 1):
+        raise DataError(f"seed {seed}: the held-out text has no windows for so many seeds")
+    held = held[-count // 8 :]
+    return model, calibration, held, perplexity(held)
 
 
 def _novel_llama(folder: Path) -> tuple[nn.Module, Any]:

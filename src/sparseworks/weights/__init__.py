@@ -44,6 +44,11 @@ registry.register(
         "grasp": f"{_ROOM}.oneshot.grasp:Grasp",
         "synflow": f"{_ROOM}.oneshot.synflow:SynFlow",
         "components": f"{_ROOM}.oneshot.components:Components",
+        "alpha-pruning": f"{_ROOM}.oneshot.alphapruning:AlphaPruning",
+        "dsnot": f"{_ROOM}.oneshot.dsnot:DSnoT",
+        "ecoflap": f"{_ROOM}.oneshot.ecoflap:ECoFLaP",
+        "owl": f"{_ROOM}.oneshot.owl:OWL",
+        "stun": f"{_ROOM}.oneshot.stun:STUN",
         "wanda": f"{_ROOM}.oneshot.wanda:Wanda",
         "sparsegpt": f"{_ROOM}.oneshot.sparsegpt:SparseGPT",
     }

@@ -15,11 +15,11 @@ from sparseworks.core.evidence import Collector
 from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
-from sparseworks.core.types import Progress
+from sparseworks.core.types import Progress, PruneResult
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
 
-__all__ = ["Found", "OneShot", "Search", "Solution", "Target", "Work"]
+__all__ = ["Found", "OneShot", "Search", "Solution", "Staged", "Target", "Work"]
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,20 @@ class Search(ABC):
         progress: Progress | None,
     ) -> Found:
         """Sparsities for a model, which stays as it is."""
+
+
+class Staged(ABC):
+    """Base of methods of several stages, the last of which is a call of `prune` of its own."""
+
+    info: ClassVar[MethodInfo]
+
+    @abstractmethod
+    def prune(
+        self, model: nn.Module, call: Callable[..., PruneResult], **given: Any
+    ) -> PruneResult:
+        """All stages, or nothing where one fails.
+
+        Args:
+            call: `sparseworks.prune`.
+            given: what that was called with.
+        """

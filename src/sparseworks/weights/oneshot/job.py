@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseworks.core.budgets import Budget, shortfall
+from sparseworks.core.budgets import Budget, shortfall, uniform
 from sparseworks.core.errors import InvalidArgument, SparseworksError
 from sparseworks.core.evidence import Collector, Hessian
 from sparseworks.core.masks import Masks, attach, masks
@@ -20,14 +19,13 @@ from sparseworks.models.calibration import Calibration, collect, stream
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.hooks import as_given, with_torch_masks
 from sparseworks.models.views import View
-from sparseworks.weights.oneshot.base import OneShot, Solution, Target
-from sparseworks.weights.oneshot.obs import prepare_hessian
-from sparseworks.weights.oneshot.refit import refit_rows
+from sparseworks.weights.oneshot.base import OneShot, Target
+from sparseworks.weights.oneshot.recovery import Recovery
+from sparseworks.weights.oneshot.sensitivity import Measured, Sensitivity
 
 __all__ = ["Job"]
 
 _ROLLBACK_BYTES = 1 << 30
-_REFIT_DAMPING = 0.01
 
 
 class _LazyScores(Mapping[str, Tensor]):
@@ -60,14 +58,16 @@ class Job:
         model: nn.Module,
         method: OneShot,
         pattern: Pattern,
-        budget: Budget,
+        budget: Budget | Sensitivity,
         batches: Sequence[Batch] | None,
         loss: Loss | None,
-        recovery: str | None,
+        recovery: Recovery | None,
         seed: int,
         resume: bool,
     ) -> None:
-        self.model, self.method, self.pattern, self.budget = model, method, pattern, budget
+        self.model, self.method, self.pattern = model, method, pattern
+        self.allot = budget
+        self.budget: Budget = uniform  # until it is measured
         self.batches, self.loss, self.recovery, self.seed = batches, loss, recovery, seed
         self.calibration: Calibration | None = None
         before = masks(model)
@@ -85,6 +85,7 @@ class Job:
         skipped: dict[str, str],
         progress: Progress | None,
     ) -> None:
+        self.budget = self._measured(views)
         undo = self.method.prepare(self, views, ladder[-1])
         total = sum(v.parameter.numel() for v in views)
         kept = sum(
@@ -97,6 +98,13 @@ class Job:
                 self._rounds(views, ladder, skipped, progress, undo)
             finally:
                 pruned.update(self.results)
+
+    def _measured(self, views: Sequence[View]) -> Budget:
+        """The budget, measured on the model as it is given where it asks for that."""
+        if not isinstance(self.allot, Sensitivity):
+            return self.allot
+        on = Measured(self.model, self.batches, self.loss, self.calibration, self.seed)
+        return self.allot.budget(on, views)
 
     def _rounds(
         self,
@@ -166,7 +174,7 @@ class Job:
                     progress(done + 1, len(open_), view.name)
             return
         assert self.calibration is not None
-        both = (self.method.collector, Hessian if self.recovery else None)
+        both = (self.method.collector, self.recovery.evidence if self.recovery else None)
         kinds: list[type[Collector]] = list(dict.fromkeys(k for k in both if k is not None))
         remaining = {v.name for v in open_}
 
@@ -231,10 +239,9 @@ class Job:
                 note = f"no calibration token reached groups {unseen}; pruned by magnitude"
                 self.warnings.append(f"{view.name}: {note}")
                 break
-        if self.recovery == "refit" and collectors:
-            solution = _refit(
-                view, dense, solution, next(c for c in collectors if isinstance(c, Hessian))
-            )
+        if self.recovery is not None and collectors:
+            seen = next(c for c in collectors if isinstance(c, self.recovery.evidence))
+            solution = self.recovery.recover(target, dense, solution, seen)
         error = solution.error
         if error is None and collectors:
             error = _diagonal_error(view, dense, solution.weight, collectors[0])
@@ -253,21 +260,6 @@ class Job:
             time.perf_counter() - began,
             note,
         )
-
-
-def _refit(view: View, dense: Tensor, solution: Solution, evidence: Hessian) -> Solution:
-    rows = dense.shape[0] // view.groups
-    parts = []
-    change = energy = 0.0
-    for group in range(view.groups):
-        part = slice(group * rows, (group + 1) * rows)
-        hessian, _ = prepare_hessian(evidence.hessian(group), _REFIT_DAMPING)
-        new = refit_rows(dense[part], solution.mask[part], hessian, start=solution.weight[part])
-        delta = new - dense[part]
-        change += float(((delta @ hessian) * delta).sum())
-        energy += float(((dense[part] @ hessian) * dense[part]).sum())
-        parts.append(new)
-    return replace(solution, weight=torch.cat(parts), error=change / energy if energy > 0 else 0.0)
 
 
 def _diagonal_error(view: View, dense: Tensor, new: Tensor, evidence: Collector) -> float | None:

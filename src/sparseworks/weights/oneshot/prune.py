@@ -22,8 +22,10 @@ from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.hooks import duplicate
 from sparseworks.models.seen import look_at
 from sparseworks.models.views import View, find_prunable
-from sparseworks.weights.oneshot.base import OneShot, Search
+from sparseworks.weights.oneshot.base import OneShot, Search, Staged
 from sparseworks.weights.oneshot.job import Job
+from sparseworks.weights.oneshot.recovery import Recovery, get_recovery, name_of
+from sparseworks.weights.oneshot.sensitivity import Sensitivity, measured_budget
 
 __all__ = ["prune"]
 
@@ -34,14 +36,14 @@ def prune(
     *,
     sparsity: float | None = None,
     pattern: str | Pattern | None = None,
-    budget: str | Mapping[str, float] | Budget | None = None,
+    budget: str | Mapping[str, float] | Budget | Sensitivity | None = None,
     data: Iterable[Batch] | None = None,
     loss: Loss | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     skip_indivisible: bool = False,
     rounds: int | None = None,
-    recovery: str | None = None,
+    recovery: str | Recovery | None = None,
     seed: int = 0,
     copy: bool = False,
     resume: bool = False,
@@ -63,8 +65,9 @@ def prune(
             is left out for methods that find sparsities themselves.
         pattern: the legal zeros ("unstructured", "row", "2:4", "block16x16", "rows", ...); None:
             the method's own.
-        budget: "uniform", "erk", "global", a mapping name -> sparsity, or a function; None: the
-            method's own.
+        budget: "uniform", "erk", "global", a mapping name -> sparsity, or a function; by
+            sensitivity of blocks: "owl", "alpha", "ecoflap", "cfsp" (options: "owl:spread=0.1") or
+            an object of one, under any method; None: the method's own.
         data: calibration batches (Tensor, mapping, or (inputs, target)), re-iterable.
         loss: `(model, batch) -> scalar` for gradient methods; cross-entropy when None.
         include: name patterns of the only weights to prune. With `data`, also of matrices that a
@@ -72,7 +75,9 @@ def prune(
         exclude: name patterns of weights to leave dense.
         skip_indivisible: leave tensors dense that cannot take the pattern, instead of an error.
         rounds: prune in this many steps of equal relative size; None: the method's own.
-        recovery: "refit" re-solves the kept weights of every row by least squares, or None.
+        recovery: "refit" re-solves the kept weights of every row by least squares, "dsnot" swaps
+            pruned and kept weights until the mean output error cancels ("dsnot:cycles=20" has
+            options), an object of one, or None.
         seed: for methods that draw at random.
         copy: prune a copy; the model given stays as it is.
         resume: go on after an interrupted call on a large model; tensors that already have a mask
@@ -92,7 +97,7 @@ def prune(
             was; of a larger one the finished tensors keep their masks and `resume=True` goes on.
     """
     began = time.perf_counter()
-    chosen = registry.build(method, ("one-shot", "search"), **options)
+    chosen = registry.build(method, ("one-shot", "search", "staged"), **options)
     if isinstance(chosen, Search):
         fixed = {
             "sparsity": sparsity, "budget": budget, "pattern": pattern, "rounds": rounds,
@@ -103,31 +108,38 @@ def prune(
                 f"{chosen.info.name} finds sparsities by itself, for the whole model: leave "
                 f"{', '.join(given)} out"
             )
-        batches = _batches(chosen, data, recovery)
+        batches = _batches(chosen, data, get_recovery(recovery), uniform)
         choice = chosen.find(model, batches, seed=seed, progress=progress)
         done = prune(
             model, choice.method, sparsity=max(choice.sparsity.values()), budget=choice.sparsity,
             include=list(choice.sparsity), data=batches, loss=loss, recovery=recovery, seed=seed,
             skip_indivisible=skip_indivisible, copy=copy, device=device, spill=spill,
         )  # fmt: skip
-        settings = {**registry.options_of(chosen), **choice.figures, "recovery": recovery}
+        repaired = name_of(get_recovery(recovery))
+        settings = {**registry.options_of(chosen), **choice.figures, "recovery": repaired}
         seconds = time.perf_counter() - began
         name, settings = chosen.info.name, {**settings, "seed": seed}
         return replace(done, method=name, options=settings, seconds=seconds)
+    if isinstance(chosen, Staged):
+        return chosen.prune(
+            model, prune, sparsity=sparsity, pattern=pattern, budget=budget, data=data, loss=loss,
+            include=include, exclude=exclude, skip_indivisible=skip_indivisible, rounds=rounds,
+            recovery=recovery, seed=seed, copy=copy, resume=resume, device=device, spill=spill,
+            progress=progress,
+        )  # fmt: skip
     legal = parse_pattern(chosen.pattern if pattern is None else pattern)
     wanted = resolve_sparsity(legal, sparsity)
-    if recovery not in (None, "refit"):
-        raise InvalidArgument(f"recovery={recovery!r}; 'refit' or None")
+    repair = get_recovery(recovery)
+    if repair is not None:
+        repair.check(legal)
     steps = chosen.rounds if rounds is None else rounds
     ladder = [wanted] if legal.fixed_density is not None else exponential_rounds(steps, wanted)
     if resume and len(ladder) > 1:
         raise InvalidArgument(
             "resume goes on after an interrupted call of one round, not of several"
         )
-    batches = _batches(chosen, data, recovery)
-    allot = get_budget(chosen.budget if budget is None else budget)
-    if legal.fixed_density is not None and budget is None:
-        allot = uniform
+    allot = _allotment(chosen, budget, legal, resume)
+    batches = _batches(chosen, data, repair, allot)
     look = None if batches is None else look_at(model, batches)
     found = find_prunable(model, include, exclude, torch_masked=True, look=look)
     views, skipped = _fitting(found.views, legal, skip_indivisible)
@@ -138,7 +150,7 @@ def prune(
     if copy:
         target = duplicate(model)
         views = [v.within(target) for v in views]
-    job = Job(target, chosen, legal, allot, batches, loss, recovery, seed, resume)
+    job = Job(target, chosen, legal, allot, batches, loss, repair, seed, resume)
     job.calibration = (
         None if batches is None else Calibration(batches, device, chosen.propagate, spill, progress)
     )
@@ -149,7 +161,7 @@ def prune(
         "pattern": str(legal),
         "budget": _budget_name(budget, chosen, legal),
         "rounds": steps,
-        "recovery": recovery,
+        "recovery": name_of(recovery),
         "seed": seed,
     }
     record = masks(target)
@@ -167,14 +179,41 @@ def prune(
     )
 
 
+def _allotment(method: OneShot, given: Any, pattern: Pattern, resume: bool) -> Budget | Sensitivity:
+    """Who pays; N:M has one density, so there the method's own budget does not count."""
+    if pattern.fixed_density is not None and given is None:
+        return uniform
+    chosen = method.budget if given is None else given
+    found = measured_budget(chosen)
+    if found is None:
+        return get_budget(chosen)
+    if pattern.fixed_density is not None:
+        raise InvalidArgument(
+            f"pattern {pattern} has one density; budget '{found}' cannot vary it (use 'uniform')"
+        )
+    if resume:
+        raise InvalidArgument(
+            f"budget '{found}' measures the whole model, of which a part is pruned already: resume "
+            "with the sparsities of the first call, budget={name: sparsity}"
+        )
+    return found
+
+
 def _batches(
-    method: OneShot | Search, data: Iterable[Batch] | None, recovery: str | None
+    method: OneShot | Search,
+    data: Iterable[Batch] | None,
+    recovery: Recovery | None,
+    budget: Budget | Sensitivity,
 ) -> Sequence[Batch] | None:
-    needed = "data" in method.info.needs or recovery is not None
     if data is None:
-        if needed:
-            what = method.info.name if "data" in method.info.needs else f"recovery={recovery!r}"
-            raise InvalidArgument(f"{what} needs calibration batches: give `data=`")
+        needs = {
+            method.info.name: "data" in method.info.needs,
+            f"recovery={name_of(recovery)!r}": recovery is not None,
+            f"budget='{budget}'": isinstance(budget, Sensitivity) and "data" in budget.needs,
+        }
+        for what, needed in needs.items():
+            if needed:
+                raise InvalidArgument(f"{what} needs calibration batches: give `data=`")
         return None
     if isinstance(data, (Tensor, Mapping)):
         data = [data]
@@ -213,4 +252,6 @@ def _check_finite(views: Sequence[View]) -> None:
 def _budget_name(given: Any, method: OneShot, pattern: Pattern) -> str:
     if given is None:
         given = "uniform" if pattern.fixed_density is not None else method.budget
-    return given if isinstance(given, str) else getattr(given, "__name__", "per tensor")
+    if isinstance(given, (str, Sensitivity)):
+        return str(given)
+    return getattr(given, "__name__", "per tensor")

@@ -7,10 +7,50 @@ of H as preconditioner: one product [out, in] x [in, in] an iteration, no factor
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["refit_rows"]
+from sparseworks.core.evidence import Hessian
+from sparseworks.core.patterns import Pattern
+from sparseworks.weights.oneshot.base import Solution, Target
+from sparseworks.weights.oneshot.obs import prepare_hessian
+
+__all__ = ["Refit", "refit_rows"]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """`recovery="refit"`.
+
+    Args:
+        damping: of the Hessian, relative to the mean of its diagonal.
+    """
+
+    damping: float = 0.01
+
+    evidence: ClassVar[type[Hessian]] = Hessian
+
+    def check(self, pattern: Pattern) -> None:
+        """Any mask will do."""
+
+    def recover(self, target: Target, dense: Tensor, solution: Solution, seen: Hessian) -> Solution:
+        groups = target.view.groups
+        rows = dense.shape[0] // groups
+        parts = []
+        change = energy = 0.0
+        for group in range(groups):
+            part = slice(group * rows, (group + 1) * rows)
+            hessian, _ = prepare_hessian(seen.hessian(group), self.damping)
+            new = refit_rows(dense[part], solution.mask[part], hessian, start=solution.weight[part])
+            delta = new - dense[part]
+            change += float(((delta @ hessian) * delta).sum())
+            energy += float(((dense[part] @ hessian) * dense[part]).sum())
+            parts.append(new)
+        error = change / energy if energy > 0 else 0.0
+        return replace(solution, weight=torch.cat(parts), error=error)
 
 
 @torch.no_grad()

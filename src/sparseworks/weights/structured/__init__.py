@@ -17,11 +17,13 @@ registry.register(
         "group-taylor": f"{_ROOM}.scores:Taylor",
         "group-fisher": f"{_ROOM}.scores:Fisher",
         "group-energy": f"{_ROOM}.scores:ActivationEnergy",
+        "cfsp": f"{_ROOM}.cfsp:CFSP",
         "ecodiff": f"{_ROOM}.ecodiff:EcoDiff",
         "ofb": f"{_ROOM}.ofb:OFB",
         "group-distillation": f"{_ROOM}.group_distillation:GroupDistillation",
         "mask-sparsity": f"{_ROOM}.mask_sparsity:MaskSparsity",
         "precrop": f"{_ROOM}.precrop:PreCrop",
+        "slicegpt": f"{_ROOM}.slicegpt:SliceGPT",
         "wgsef": f"{_ROOM}.wgsef:WGSEF",
     }
 )

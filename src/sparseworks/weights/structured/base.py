@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,9 +17,9 @@ from torch import nn
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.types import Progress
 from sparseworks.models.calls import Arguments, Batch, Loss, TaskLoss
-from sparseworks.models.coupling import Coupling
+from sparseworks.models.coupling import Coupling, Family
 
-__all__ = ["EpochBatches", "Fitted", "GroupScore", "Scores", "TrainAndCut"]
+__all__ = ["EpochBatches", "Fitted", "GroupScore", "Scores", "TrainAndCut", "WholeModel"]
 
 Scores = NDArray[np.float64]
 EpochBatches = Callable[[int], Iterable[Batch]]
@@ -33,11 +33,17 @@ class GroupScore(ABC):
         normalise: what scores are measured in when families compete: True, the mean of their
             family; False, the cost that a group takes; None, themselves.
         calibrates: `data` are batches of the model's own inputs.
+        uniform: every block keeps one width; None: where a config tells the width.
     """
 
     info: ClassVar[MethodInfo]
     normalise: ClassVar[bool | None] = True
     calibrates: ClassVar[bool] = True
+    uniform: ClassVar[bool | None] = None
+
+    def takes(self, coupling: Coupling, family: Family) -> bool:
+        """Is this a kind of width that the method cuts?"""
+        return True
 
     @abstractmethod
     def score(
@@ -93,4 +99,25 @@ class TrainAndCut(ABC):
             steps_per_epoch: batches of a pass.
             loss: `(model, batch, logits) -> scalar`; cross-entropy when None.
             progress: called with (done, total, what).
+        """
+
+
+class WholeModel(ABC):
+    """Base of methods that change the whole model by themselves; frozen dataclasses of options."""
+
+    info: ClassVar[MethodInfo]
+
+    @abstractmethod
+    def slim(
+        self,
+        model: nn.Module,
+        example: Arguments,
+        targets: Mapping[str, float | None],
+        batches: Sequence[Batch] | None,
+    ) -> Any:
+        """Change the model in place, or not at all where it fails; returns a `SlimResult`.
+
+        Args:
+            targets: "flops", "params" and "latency" as `slim` was given them.
+            batches: calibration data.
         """

@@ -49,6 +49,7 @@ def choose(
     what: str,
 ) -> Keep:
     families = _allowed(coupling, plan)
+    families = [f for f in families if plan.method.takes(coupling, f)]
     shared: dict[int, object] = {}
     if plan.uniform:
         shared = {f.index: kind(f) for f in families}

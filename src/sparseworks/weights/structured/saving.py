@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
+from sparseworks.core.types import PruneResult
 from sparseworks.io.atomic import replaced_folder
 from sparseworks.models.recurrence import relist
 from sparseworks.weights.structured.backup import Backup
@@ -26,6 +27,7 @@ from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.depth import drop
 from sparseworks.weights.structured.materialising import plain_layer, replace_layer
 from sparseworks.weights.structured.result import SlimResult
+from sparseworks.weights.structured.sliced import PARTS, slice_layer, sliced_layers
 
 __all__ = ["load_slim", "save_slim"]
 
@@ -33,8 +35,11 @@ _RECORD = "slim.json"
 _WEIGHTS = "model.safetensors"
 
 
-def save_slim(result: SlimResult, folder: str | Path) -> Path:
-    """Write a slimmed model to a folder (a temporary one first), with its shapes."""
+def save_slim(result: SlimResult | PruneResult, folder: str | Path) -> Path:
+    """Write a slimmed model to a folder (a temporary one first), with its shapes.
+
+    Of `prune` only results with `changes` need it: methods that cut shapes before weights.
+    """
     from sparseworks.io import save
 
     folder = Path(folder)
@@ -48,8 +53,11 @@ def save_slim(result: SlimResult, folder: str | Path) -> Path:
         "version": 1,
         "class": type(model).__name__,
         "shapes": {n: list(t.shape) for n, t in tensors.items()},
-        "plain": list(result.plain),
-        "blocks": [] if has_config(model) else list(result.blocks),  # a config tells its own depth
+        "plain": list(getattr(result, "plain", ())),
+        "blocks": []
+        if has_config(model)
+        else list(getattr(result, "blocks", ())),  # a config tells its own depth
+        "sliced": sliced_layers(model),
         "attributes": [[c.module, c.attribute, _plain(c.after)] for c in result.changes],
     }
     with replaced_folder(folder) as part:
@@ -84,6 +92,7 @@ def load_slim(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         attributes = [(str(m), str(a), v) for m, a, v in record["attributes"]]
         plain = [str(p) for p in record.get("plain", [])]
         gone = [str(b) for b in record.get("blocks", [])]
+        sliced = [str(b) for b in record.get("sliced", [])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no readable {_RECORD} ({error})") from error
     if model is None:
@@ -96,6 +105,8 @@ def load_slim(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             drop(model, container, int(index), Backup())
         except (InvalidArgument, ValueError) as error:
             raise CheckpointError(f"{folder} is of another model: no block {block}") from error
+    for layer in sliced:
+        _make_sliced(model, layer, shapes, folder)
     _resize(model, shapes, attributes, folder)
     load(folder / _WEIGHTS, model)
     return model.eval()
@@ -124,6 +135,21 @@ def _make_plain(model: nn.Module, path: str, folder: Path) -> None:
     if layer is None:
         raise CheckpointError(f"{folder} is of another model: no Linear or convolution {path}")
     replace_layer(model, path, layer, Backup())
+
+
+def _make_sliced(
+    model: nn.Module, path: str, shapes: dict[str, tuple[int, ...]], folder: Path
+) -> None:
+    try:
+        layer = model.get_submodule(path)
+        shortcuts = [
+            torch.empty(shapes[f"{path}.{n}"]) for n in ("attention_shortcut", "mlp_shortcut")
+        ]
+        if not all(hasattr(layer, part) for part in PARTS):
+            raise KeyError(path)
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(f"{folder} is of another model: no layer {path} to slice") from error
+    slice_layer(layer, *shortcuts)
 
 
 def _resize(

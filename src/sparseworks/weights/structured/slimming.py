@@ -18,7 +18,7 @@ from sparseworks.models.coupling import Coupling, trace
 from sparseworks.models.hooks import duplicate
 from sparseworks.weights.structured.applying import apply_cut
 from sparseworks.weights.structured.backup import Backup, Change, Snapshot
-from sparseworks.weights.structured.base import GroupScore, TrainAndCut
+from sparseworks.weights.structured.base import GroupScore, TrainAndCut, WholeModel
 from sparseworks.weights.structured.configs import has_config
 from sparseworks.weights.structured.depth import drop_least, renamed
 from sparseworks.weights.structured.materialising import materialise
@@ -77,7 +77,9 @@ def slim(
         params: share of the parameters to keep.
         latency: share of the time per call to keep, measured on this machine.
         method: registered name of a structured score ("group-norm", "group-taylor", ...), or of a
-            method that trains towards a cut ("wgsef", "mask-sparsity", ...), or an object of one.
+            method that trains towards a cut ("wgsef", "mask-sparsity", ...), or an object of one;
+            "slicegpt" and "stun" change the whole model by themselves, and of the other options
+            only the targets, `data` and `copy` count.
         data: calibration batches for scores that need them and for folding; for a method that
             trains, its training data: batches, or an object with `epoch(number)` and a length.
         epochs: passes over the data, of methods that train. These cut by their own options
@@ -92,7 +94,7 @@ def slim(
         floor: share of every width that stays at least.
         uniform: equal layers of all blocks keep equal widths, and only widths that a Hugging Face
             config can tell are cut, so that plain from_pretrained loads the result. None: for
-            Hugging Face models.
+            Hugging Face models, unless the method is one that gives blocks widths of their own.
         streams: also cut groups that a statistic runs over (a residual stream under layer norm),
             where cutting is not the same as zeroing.
         blocks: where widths at their floor leave more than the target, drop whole residual blocks,
@@ -120,7 +122,7 @@ def slim(
     targets = {"flops": flops, "params": params, "latency": latency}
     if epochs is not None and registry.has_option(method, "epochs"):
         options["epochs"], epochs = epochs, None  # a score that trains has its own
-    chosen = registry.build(method, ("structured", "train-and-cut"), **options)
+    chosen = registry.build(method, ("structured", "train-and-cut", "whole-model"), **options)
     if isinstance(chosen, TrainAndCut):
         given_too = {
             **targets, "include": _listed(include) or None, "exclude": _listed(exclude) or None,
@@ -135,9 +137,16 @@ def slim(
         )  # fmt: skip
     if epochs is not None:
         raise InvalidArgument(f"method {chosen.info.name!r} does not train: leave epochs= out")
+    batches = None if data is None else _calibration(data)
+    if isinstance(chosen, WholeModel):
+        given = Arguments.of(example).named(model)
+        treated = duplicate(model) if copy else model
+        result: SlimResult = chosen.slim(treated, given, targets, batches)
+        return result
     what, share = target(targets, floor, iterations, round_to)
     scorer: GroupScore = chosen
-    batches = None if data is None else _calibration(data)
+    if uniform is None:  # a method that gives every block its own width says so
+        uniform = has_config(model) if scorer.uniform is None else scorer.uniform
     plan = Plan(
         scorer,
         batches,
@@ -146,7 +155,7 @@ def slim(
         _listed(exclude),
         None if round_to == "auto" else round_to,
         floor,
-        has_config(model) if uniform is None else uniform,
+        uniform,
         streams,
         fold or ("mean" if batches is not None and scorer.calibrates else "none"),
         verify,

@@ -81,6 +81,7 @@ class _Once:
 
     def __init__(self, method: Any) -> None:
         self.method, self.normalise = method, method.normalise
+        self.takes = method.takes
         self.scores: Any = None
 
     def score(self, *given: Any) -> Any:
