@@ -73,8 +73,8 @@ def slim(
         params: share of the parameters to keep.
         latency: share of the time per call to keep, measured on this machine.
         method: registered name of a structured score ("group-norm", "group-taylor", ...), or an
-            object of one; "slicegpt" and "stun" change the whole model by themselves, and of the
-            other options only the targets, `data` and `copy` count.
+            object of one; "slicegpt" cuts no groups but the whole stream, and of the other options
+            only flops=, params=, `data` and `copy` count for it.
         data: calibration batches for scores that need them and for folding.
         loss: `(model, batch) -> scalar` for gradient scores; cross-entropy when None.
         include: name patterns; only groups that touch one of these parameters.
