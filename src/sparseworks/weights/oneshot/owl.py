@@ -9,6 +9,9 @@ and the density of the block is r_l - mean(r) + (1 - s), r_l = 2 lambda (D_l - m
 min D): densities span 2 lambda and their mean over the weights is that of the whole. The paper says
 [s - lambda, s + lambda]; its code spans 2 lambda round the mean, as here. Where a density would
 leave [0, 1] all the others move together.
+
+In our quick setting (claim 183: a 6M-parameter Llama at 68.75 %) fewer than 0.5 % of the scores
+are outliers, and the budget per block loses to uniform sparsity (0.13 nats, 0.10 to 0.16).
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@
 
 The sum of removed experts and zeros is S; removing experts by similarity leaves weights that are
 as prunable as before. Routers are not pruned.
+
+In our quick setting (claim 184: six upcycled experts in pairs of near copies) STUN beats Wanda
+alone at 60 % in all by 0.13 nats (0.08 to 0.17); which experts go matters little there.
 """
 
 from __future__ import annotations

@@ -26,7 +26,17 @@ EpochBatches = Callable[[int], Iterable[Batch]]
 """Epoch number -> the batches of that epoch."""
 
 
-class GroupScore(ABC):
+class _Calibrated(ABC):
+    """What looks at calibration data."""
+
+    info: ClassVar[MethodInfo]
+
+    def example(self, model: nn.Module, data: Iterable[Batch]) -> Arguments:
+        """What the model is called with, from the data of the method."""
+        return Arguments.of_batch(next(iter(data)))
+
+
+class GroupScore(_Calibrated):
     """Base of methods that score groups, higher = keep; frozen dataclasses of options.
 
     Attributes:
@@ -50,10 +60,6 @@ class GroupScore(ABC):
         self, model: nn.Module, coupling: Coupling, data: Iterable[Batch] | None, loss: Loss | None
     ) -> Scores:
         """Scores by group number, `[groups]`; the model stays as it is."""
-
-    def example(self, model: nn.Module, data: Iterable[Batch]) -> Arguments:
-        """What the model is called with, from the data of the method."""
-        return Arguments.of_batch(next(iter(data)))
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,8 @@ class TrainAndCut(ABC):
         """
 
 
-class WholeModel(ABC):
+class WholeModel(_Calibrated):
     """Base of methods that change the whole model by themselves; frozen dataclasses of options."""
-
-    info: ClassVar[MethodInfo]
 
     @abstractmethod
     def slim(

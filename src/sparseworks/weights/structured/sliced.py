@@ -48,6 +48,12 @@ def slice_layer(layer: nn.Module, attention: Tensor, mlp: Tensor) -> None:
     layer.mlp_shortcut = nn.Parameter(mlp)
 
 
+def forget_shortcuts(layer: nn.Module) -> None:
+    """What `slice_layer` added, where the class is that of before again."""
+    for name in ("attention_shortcut", "mlp_shortcut"):
+        layer._parameters.pop(name, None)
+
+
 def sliced_layers(model: nn.Module) -> list[str]:
     """Names of the layers that `slice_layer` made."""
     return [n for n, m in model.named_modules() if isinstance(m, SlicedLayer)]

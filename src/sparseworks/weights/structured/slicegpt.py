@@ -41,7 +41,7 @@ from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.base import WholeModel
 from sparseworks.weights.structured.planning import shapes_of
 from sparseworks.weights.structured.result import SlimResult, Width
-from sparseworks.weights.structured.sliced import decoder_layers
+from sparseworks.weights.structured.sliced import decoder_layers, forget_shortcuts
 from sparseworks.weights.structured.slicing import Stream
 
 __all__ = ["SliceGPT", "principal_basis"]
@@ -148,6 +148,8 @@ class SliceGPT(WholeModel):
             )
         except BaseException:
             backup.restore()
+            for layer in stream.layers:
+                forget_shortcuts(layer)
             raise
 
     def _width(self, stream: Stream, targets: Mapping[str, float | None]) -> int:

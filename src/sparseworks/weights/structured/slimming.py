@@ -78,8 +78,8 @@ def slim(
         latency: share of the time per call to keep, measured on this machine.
         method: registered name of a structured score ("group-norm", "group-taylor", ...), or of a
             method that trains towards a cut ("wgsef", "mask-sparsity", ...), or an object of one;
-            "slicegpt" and "stun" change the whole model by themselves, and of the other options
-            only the targets, `data` and `copy` count.
+            "slicegpt" cuts no groups but the whole stream, and of the other options only flops=,
+            params=, `data` and `copy` count for it.
         data: calibration batches for scores that need them and for folding; for a method that
             trains, its training data: batches, or an object with `epoch(number)` and a length.
         epochs: passes over the data, of methods that train. These cut by their own options
