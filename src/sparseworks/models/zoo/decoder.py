@@ -62,5 +62,5 @@ class _Block(nn.Module):
         q, k, v = parts.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        x = x + self.down(F.gelu(self.up(self.before_feedforward(x))))
-        return x
+        y: Tensor = x + self.down(F.gelu(self.up(self.before_feedforward(x))))
+        return y
