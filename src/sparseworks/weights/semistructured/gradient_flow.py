@@ -13,6 +13,10 @@ since the dense phase.
 
 In the released code a model is evaluated while D > 0, and its phases count steps in two ways; here
 `finish` leaves the binary mask, and one counter has all phases.
+
+In our quick setting (claim 017: a byte decoder of width 64 from scratch, feed-forward at 1:8, 120
+steps, six seeds) neither is certainly better than SR-STE: MdGf by 0.011 nats (-0.005 to 0.026),
+SdGf by -0.001 (-0.015 to 0.013).
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ lambda_t falls linearly to 0. Only P trains. In evaluation mode a layer computes
 The released code has m = 4 alone; other m are read from the paper. Its flags default to kappa 1e3
 to 1e4, alpha 0 and lambda 0; the defaults here are those of its LLaMA-2 script. The paper decays
 logits by 0.1 (`job.parameter_groups(weight_decay=0.1)`).
+
+In our quick setting (claim 018: a byte decoder of width 64, 150 steps of logits at lr 5e-3) the gap
+to the dense loss is less than half of the best one-shot mask's, the loss is 0.056 nats below
+SparseGPT's and 0.064 below that without a prior.
 """
 
 from __future__ import annotations
