@@ -12,9 +12,9 @@ the weights; straight through, ds = sign(s) dm. Steps alternate: odd ones train 
 the mask (scores frozen), even ones the scores (weights frozen) on the loop's next batch; then the
 mask is chosen again, by default over all tensors at once.
 
-In our quick setting (claim 191: ResNet-20 at 90 %, 84 steps of each kind) BiP is 8.3 points above
-iterative magnitude pruning and 3.7 above scores alone, but not certainly above one-shot magnitude
-with retraining (1.8 points, -0.3 to 3.9), and it takes 2.1 times its time.
+In our quick setting (claim 191: a ResNet-8 on digits at 95 %, 96 steps of each kind) the test loss
+is 0.047 nats below that of iterative magnitude pruning and 0.019 below scores alone, and level with
+one-shot magnitude and retraining (0.006, -0.004 to 0.015), at 3.4 times its time.
 """
 
 from __future__ import annotations
