@@ -34,8 +34,8 @@ __all__ = ["Instance", "build", "lone_product"]
 
 (
     _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS,
-    _GATHER, _UPSAMPLE, _RANGE, _QUADS,
-) = range(15)  # fmt: skip
+    _GATHER, _UPSAMPLE, _RANGE, _QUADS, _MOVE, _GROUP_NORM,
+) = range(17)  # fmt: skip
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
@@ -349,7 +349,7 @@ class _Builder:
                 fields[name] = tensor.float().contiguous()  # type: ignore[assignment]
         self._add(
             _NORM, op.out.channels * made.plane // 4, out=self._buffer(op.out), to=made,
-            channels=op.out.channels, number=op.epsilon, **fields,
+            channels=op.out.channels, number=op.epsilon, flag=int(not op.centred), **fields,
         )  # fmt: skip
 
     def _attention(self, op: Attention) -> None:
@@ -358,11 +358,13 @@ class _Builder:
         fields["other"], fields["extra"] = self._buffer(op.k.value), self._buffer(op.v.value)
         if op.mask is not None:
             fields["mask"] = self._tensor(op.mask, (0,))
+        if op.bias is not None:
+            fields["added"] = self._tensor(op.bias, (0,))
         self._add(
-            _ATTENTION, op.q.heads * op.q.size * queries.plane * keys.width // 8,
+            _ATTENTION, op.q.heads * op.q.size * queries.plane * keys.width // (8 * op.windows),
             out=self._buffer(op.out), heads=op.q.heads, groups=op.k.heads, window=op.q.size,
-            q=op.q.first, k=op.k.first, v=op.v.first, number=op.scale, keys=keys.width,
-            flag=int(op.causal), **fields,
+            q=op.q.first, k=op.k.first, v=op.v.first, number=op.scale,
+            keys=keys.width // op.windows, windows=op.windows, flag=int(op.causal), **fields,
         )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from sparseworks.kernels.native import available
 
 __all__ = ["read_plan", "save_plan", "unpacked"]
 
-_FORMAT = 3
+_FORMAT = 4
 _KINDS = (
     Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL,
     Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD,
@@ -200,7 +200,7 @@ class _Writer:
         ops = [[type(op).__name__, self._fields(op)] for op in part.ops]
         values = [[v.kind, v.channels] for v in self.values]
         return {"kind": part.kind, "ops": ops, "values": values, "inputs": part.inputs,
-                "masks": part.masks, "outputs": part.outputs}  # fmt: skip
+                "masks": part.masks, "biases": part.biases, "outputs": part.outputs}  # fmt: skip
 
     def _fields(self, thing: Any) -> dict[str, Any]:
         return {f.name: self._encoded(getattr(thing, f.name)) for f in fields(thing)}
@@ -256,4 +256,5 @@ def _read_part(held: dict[str, Any], tensors: dict[str, Tensor], threads: int) -
         if "precision" in given:
             given["precision"] = ir.Precision(given["precision"])
         ops.append(_OPS[name](**given))
-    return Part(held["kind"], ops, held["inputs"], held["masks"], held["outputs"], threads)
+    return Part(held["kind"], ops, held["inputs"], held["masks"], held["outputs"], threads,
+                held["biases"])  # fmt: skip

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from sparseworks.engine.ir import Gather, Mean, Pool, Product, Upsample, Value
 from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
-from sparseworks.engine.rules.views import take
+from sparseworks.engine.rules.views import joined, seen, take
 
 _aten = torch.ops.aten
 
@@ -161,6 +161,8 @@ def _upsample(state: Lowering, node: Node) -> bool:
 @rule(_aten.cat.default)
 def _cat(state: Lowering, node: Node) -> bool:
     nodes, axis = filled(node, (None, 0))
+    if all(seen(state, n) is not None for n in nodes):
+        return joined(state, node, nodes, axis)
     if axis % 4 != 1 or not all(len(shape_of(n) or ()) == 4 for n in nodes):
         return False
     found = state.inputs("image", *nodes) if any(n in state.native for n in nodes) else None
@@ -178,6 +180,9 @@ def _slice(state: Lowering, node: Node) -> bool:
     shape = shape_of(node)
     if x not in state.native or shape is None:
         return False
+    every = begin in (None, 0) and (end is None or (isinstance(end, int) and end > 1 << 40))
+    if every and step == 1:
+        return state.same(node, x)
     if state.native[x].piece.kind == "tokens" or axis % 4 == 1:
         size = (shape_of(x) or ())[axis]
         known = isinstance(size, int) and isinstance(begin or 0, int) and step == 1
