@@ -211,6 +211,56 @@ class Norm(Op):
 
 
 @dataclass(eq=False)
+class Moved:
+    """Where positions of a value go, and channels `first`, `first + step`, ...
+
+    Args:
+        sources: positions of `value` `[n]`, or several for each place `[n, taps]`.
+        places: positions of the result `[n]`.
+        weights: of the sources, `[n, taps]`; None: as they are.
+        count: of the channels, which become those of the result.
+    """
+
+    value: Value
+    sources: Tensor
+    places: Tensor
+    weights: Tensor | None
+    first: int
+    step: int
+    count: int
+
+
+@dataclass(eq=False)
+class Move(Op):
+    """An image of another size, whose pixels are pixels, or weighted sums of pixels, of others.
+
+    Args:
+        parts: where they come from; what none of them reaches is zero.
+        size: height and width.
+    """
+
+    parts: list[Moved]
+    size: tuple[int, int]
+
+    def inputs(self) -> list[Value]:
+        return [part.value for part in self.parts]
+
+
+@dataclass(eq=False)
+class GroupNorm(Op):
+    """Norm over all pixels of groups of channels."""
+
+    x: Value
+    groups: int
+    gamma: Tensor | None
+    beta: Tensor | None
+    epsilon: float
+
+    def inputs(self) -> list[Value]:
+        return [self.x]
+
+
+@dataclass(eq=False)
 class Heads:
     """Where heads lie in a tokens value: `heads` of `size` channels from `first` on."""
 

@@ -15,9 +15,9 @@ from torch.fx import Node
 
 from sparseworks.engine import rules as _rules  # fills the table
 from sparseworks.engine.patterns import gelu_in_parts, root_mean_square
-from sparseworks.engine.pieces import RULES, Lowering, Piece
+from sparseworks.engine.pieces import LAST, RULES, Lowering, Piece
 from sparseworks.engine.rules.scores import SCORES
-from sparseworks.engine.tidying import fixed_nodes, tidied
+from sparseworks.engine.tidying import fixed_nodes, folded, tidied
 
 __all__ = ["Piece", "lower"]
 
@@ -38,6 +38,7 @@ def lower(graph: torch.fx.Graph, constants: Mapping[str, Tensor]) -> list[Piece]
     spelt = {n: found for n in graph.nodes if (found := gelu_in_parts(n)) is not None}
     norms = {n: found for n in graph.nodes if (found := root_mean_square(n)) is not None}
     fixed = fixed_nodes(graph, constants)
+    constants = folded(graph, fixed, constants)
     while True:
         state = Lowering(constants, plain, inserted)
         for node, (x, between) in spelt.items():
@@ -67,6 +68,10 @@ def _taken(state: Lowering, node: Node) -> bool:
         state.levels[node] = state.level_of(node)
         return True
     rule = RULES.get(node.target)
+    known = (state.native.get(n) for n in node.all_input_nodes)
+    turned = any(k is not None and k.piece.kind == "image" and k.view is not None for k in known)
+    if turned and node.target not in LAST:
+        return False
     return rule is not None and rule(state, node)
 
 

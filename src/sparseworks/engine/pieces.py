@@ -12,9 +12,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from sparseworks.engine.ir import Activation, Attention, Load, Op, Product, Store, Value
-from sparseworks.engine.views import View, base_view, expression
+from sparseworks.engine.views import View, base_view, expression, image_view
 
 __all__ = [
+    "LAST",
     "RULES",
     "Lowering",
     "Native",
@@ -102,11 +103,14 @@ class Native:
 
 Rule = Callable[["Lowering", Node], bool]
 RULES: dict[Any, Rule] = {}
+LAST: set[Any] = set()  # operators whose rules take images with their channels last as well
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+def rule(*targets: Any, last: bool = False) -> Callable[[Rule], Rule]:
     def add(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, rule))
+        if last:
+            LAST.update(targets)
         return rule
 
     return add
@@ -220,8 +224,9 @@ class Lowering:
             self.pieces_of[value] = piece
             self.made[value] = piece.ops[-1]
             self.roots[value] = node
-            if piece.kind == "tokens":
-                self.bases[value] = base_view(shape)
+            base = base_view(shape) if piece.kind == "tokens" else image_view(shape)
+            if base is not None:
+                self.bases[value] = base
         return self.loaded[piece, node]
 
     def add(self, piece: Piece, node: Node, op: Op, view: View | None = None) -> bool:
@@ -229,12 +234,15 @@ class Lowering:
 
         Declined where others would have to read a view of it.
         """
-        base = None
+        inputs = (self.native.get(n) for n in node.all_input_nodes)
+        seen = next((k.view for k in inputs if k is not None and k.view is not None), None)
         if piece.kind == "tokens":
             base = self.bases[op.inputs()[0]].of(op.out.channels)
-            inputs = (self.native.get(n) for n in node.all_input_nodes)
-            seen = next((k.view for k in inputs if k is not None and k.view is not None), None)
-            view = view or (None if seen is None else seen.of(op.out.channels))
+        elif seen is None:
+            base = image_view(shape_of(node) or ())
+        else:  # an image with its channels last
+            base = self.bases[op.inputs()[0]].of(op.out.channels, 1)
+        view = view or (None if seen is None else seen.of(op.out.channels))
         if view is not None and node.name in self.plain:
             return False
         if view == base:
@@ -252,7 +260,8 @@ class Lowering:
         """An operation whose value no node of the graph is."""
         piece.ops.append(op)
         self.made[op.out], self.pieces_of[op.out] = op, piece
-        self.bases[op.out] = self.bases[op.inputs()[0]].of(op.out.channels)
+        if piece.kind == "tokens":
+            self.bases[op.out] = self.bases[op.inputs()[0]].of(op.out.channels)
 
     def see(self, node: Node, known: Native, view: View | None) -> bool:
         """The node is a view of a value."""

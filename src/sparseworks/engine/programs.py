@@ -15,8 +15,10 @@ from sparseworks.engine.ir import (
     Attention,
     Combine,
     Gather,
+    GroupNorm,
     Load,
     Mean,
+    Move,
     Norm,
     Op,
     Pool,
@@ -333,6 +335,32 @@ class _Builder:
             )  # fmt: skip
             done += count
 
+    def _move(self, op: Move) -> None:
+        made = self.layout.of(op.out)
+        for number, part in enumerate(op.parts):
+            given = self.layout.of(part.value)
+            fields: dict[str, Any] = {"in": self._buffer(part.value), "from": given, "to": made}
+            fields["sources"] = _offsets(part.sources, given)
+            fields["places"] = _offsets(part.places, made)
+            if part.weights is not None:
+                fields["weights"] = part.weights.float().flatten().contiguous()
+            self._add(
+                _MOVE, part.count * part.sources.numel() * made.lanes // 4, channels=part.count,
+                out=self._buffer(op.out), q=part.first, q_step=part.step, flag=int(number == 0),
+                **fields,
+            )  # fmt: skip
+
+    def _groupnorm(self, op: GroupNorm) -> None:
+        made = self.layout.of(op.out)
+        fields = {"in": self._buffer(op.x)}
+        for name, tensor in (("scale", op.gamma), ("bias", op.beta)):
+            if tensor is not None:
+                fields[name] = tensor.float().contiguous()  # type: ignore[assignment]
+        self._add(
+            _GROUP_NORM, op.out.channels * made.plane // 4, out=self._buffer(op.out), to=made,
+            channels=op.out.channels, groups=op.groups, number=op.epsilon, **fields,
+        )  # fmt: skip
+
     def _upsample(self, op: Upsample) -> None:
         made = self.layout.of(op.out)
         self._add(
@@ -366,6 +394,13 @@ class _Builder:
             q=op.q.first, k=op.k.first, v=op.v.first, number=op.scale,
             keys=keys.width // op.windows, windows=op.windows, flag=int(op.causal), **fields,
         )  # fmt: skip
+
+
+def _offsets(positions: Tensor, g: Geometry) -> Tensor:
+    """Of pixels, in floats from the beginning of their plane."""
+    flat = positions.flatten()
+    found = flat // g.width * g.pitch + g.origin + flat % g.width * g.lanes
+    return found.to(torch.int32).contiguous()
 
 
 def _layout(op: Load | Store) -> int:

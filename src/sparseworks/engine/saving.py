@@ -208,8 +208,8 @@ class _Writer:
     def _encoded(self, value: Any) -> Any:
         if isinstance(value, ir.Value):
             return {"value": self.values.setdefault(value, len(self.values))}
-        if isinstance(value, ir.Heads):
-            return {"heads": self._fields(value)}
+        if isinstance(value, ir.Heads | ir.Moved):
+            return {type(value).__name__.lower(): self._fields(value)}
         if isinstance(value, Tensor):
             return {"tensor": self.tensor(value)}
         if isinstance(value, (list, tuple)):
@@ -246,7 +246,8 @@ def _read_part(held: dict[str, Any], tensors: dict[str, Tensor], threads: int) -
             return values[content]
         if kind == "tensor":
             return tensors[content]
-        return ir.Heads(**{k: decoded(v) for k, v in content.items()})
+        made = ir.Heads if kind == "heads" else ir.Moved
+        return made(**{k: decoded(v) for k, v in content.items()})
 
     ops = []
     for name, content in held["ops"]:

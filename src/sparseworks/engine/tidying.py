@@ -12,9 +12,10 @@ from torch.fx.node import map_arg
 
 from sparseworks.engine.views import expression
 
-__all__ = ["fixed_nodes", "tidied"]
+__all__ = ["fixed_nodes", "folded", "tidied"]
 
 _aten = torch.ops.aten
+_SMALL = 1 << 16  # elements of a tensor that is computed beforehand
 _COPIES = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.type_as.default,
            _aten._to_copy.default, _aten.alias.default, _aten.detach.default)  # fmt: skip
 
@@ -75,4 +76,21 @@ def fixed_nodes(graph: torch.fx.Graph, constants: Mapping[str, Tensor]) -> set[N
         known = all(n in found or n.name in constants for n in node.all_input_nodes)
         if node.op == "call_function" and (sized or known):
             found.add(node)
+    return found
+
+
+@torch.no_grad()
+def folded(
+    graph: torch.fx.Graph, fixed: set[Node], constants: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Constants, and small tensors that follow from them, by the names of their nodes."""
+    found = dict(constants)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        known = node in fixed and isinstance(value, Tensor) and node.all_input_nodes
+        if not known or not all(n.name in found for n in node.all_input_nodes):
+            continue
+        if all(isinstance(n, int) for n in value.shape) and value.numel() <= _SMALL:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: found[n.name])
+            found[node.name] = node.target(*args, **kwargs)
     return found

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
-__all__ = ["Run", "View", "base_view", "expression", "merged"]
+__all__ = ["Run", "View", "base_view", "image_view", "expression", "merged"]
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ class View:
         others = [run.axis for dim in self.dims[:-1] for run in dim]
         return self.first == 0 and self == self.of(channels) and "c" not in others
 
-    def of(self, channels: int) -> View:
-        """The same with another number of channels in the last axis."""
-        last = () if channels == 1 else (Run("c", sympy.Integer(channels)),)
-        return replace(self, dims=(*self.dims[:-1], last))
+    def of(self, channels: int, axis: int = -1) -> View:
+        """The same with another number of channels in the last axis, or another one."""
+        at = axis % len(self.dims)
+        own = () if channels == 1 else (Run("c", sympy.Integer(channels)),)
+        return replace(self, dims=(*self.dims[:at], own, *self.dims[at + 1 :]))
 
 
 def base_view(shape: Sequence[Any]) -> View:
@@ -132,6 +133,15 @@ def base_view(shape: Sequence[Any]) -> View:
     axes = "bsc"[-len(shape) :]
     sizes = [expression(n) for n in shape]
     return View(tuple(() if n == 1 else (Run(a, n),) for a, n in zip(axes, sizes, strict=True)))
+
+
+def image_view(shape: Sequence[Any]) -> View | None:
+    """Of an image `[entries, channels, height, width]` itself, where its sizes are known."""
+    if len(shape) != 4 or not all(isinstance(n, int) for n in shape[1:]):
+        return None
+    entries, channels, height, width = (expression(n) for n in shape)
+    runs = [Run("b", entries), Run("c", channels), Run("s", height, int(width)), Run("s", width)]
+    return View(tuple(() if run.size == 1 else (run,) for run in runs))
 
 
 def expression(size: Any) -> sympy.Expr:

@@ -1,5 +1,13 @@
 """One rule per operator of torch, by what they work on."""
 
-from sparseworks.engine.rules import attention, images, pointwise, scores, tokens, views
+from sparseworks.engine.rules import (
+    attention,
+    images,
+    pointwise,
+    resampling,
+    scores,
+    tokens,
+    views,
+)
 
-__all__ = ["attention", "images", "pointwise", "scores", "tokens", "views"]
+__all__ = ["attention", "images", "pointwise", "resampling", "scores", "tokens", "views"]

@@ -32,11 +32,12 @@ _ACTIVATIONS: dict[Any, Activation] = {
     _aten.relu6.default: Activation.RELU6,
     _aten.relu6_.default: Activation.RELU6,
     _aten.gelu.default: Activation.GELU,
+    _aten.mish.default: Activation.MISH,
 }
 _NOT_ZERO_AT_ZERO = (Activation.HARDSIGMOID, Activation.SIGMOID)
 
 
-@rule(*_ACTIVATIONS)
+@rule(*_ACTIVATIONS, last=True)
 def _activation(state: Lowering, node: Node) -> bool:
     return _activate(state, node, _ACTIVATIONS[node.target])
 
@@ -51,6 +52,34 @@ def _hardtanh(state: Lowering, node: Node) -> bool:
 def _leaky_relu(state: Lowering, node: Node) -> bool:
     slope = filled(node, (None, 0.01))[1]
     return 0 <= slope <= 1 and _activate(state, node, Activation.LEAKY_RELU, slope=slope)
+
+
+@rule(_aten.elu.default)
+def _elu(state: Lowering, node: Node) -> bool:
+    _, alpha, scale, inner = filled(node, (None, 1.0, 1.0, 1.0))
+    plain = scale == inner == 1
+    return plain and _activate(state, node, Activation.ELU, slope=float(alpha))
+
+
+@rule(_aten.prelu.default)
+def _prelu(state: Lowering, node: Node) -> bool:
+    """a x + (1 - a) relu(x), for each channel."""
+    x, weight = node.args
+    known, a = state.native.get(x), state.constant(weight)  # type: ignore[arg-type]
+    if known is None or not known.whole or a is None:
+        return False
+    if a.numel() == 1 and 0 <= float(a) <= 1:
+        return _activate(state, node, Activation.LEAKY_RELU, slope=float(a))
+    if (shape_of(x) or (0, 0))[1] != known.value.channels:
+        return False  # torch means the second axis
+    kind, channels = known.value.kind, known.value.channels
+    a = a.float().expand(channels)[:, None, None, None]
+    positive, rest = Value(kind, channels), Value(kind, channels)
+    state.hidden(known.piece, Combine(positive, known.value, activation=Activation.RELU))
+    state.hidden(known.piece, Product(rest, positive, 1 - a, None, "", groups=channels))
+    out = Value(kind, channels)
+    op = Product(out, known.value, a.contiguous(), None, "", groups=channels, residual=rest)
+    return state.add(known.piece, node, op)
 
 
 def _activate(
@@ -124,7 +153,7 @@ def _negative(state: Lowering, node: Node) -> bool:
     return _times(state, node, node.args[0], -1.0)
 
 
-@rule(_aten.add.Tensor, _aten.mul.Tensor, _aten.sub.Tensor)
+@rule(_aten.add.Tensor, _aten.mul.Tensor, _aten.sub.Tensor, last=True)
 def _combine(state: Lowering, node: Node) -> bool:
     x, y = node.args[:2]
     multiply = node.target is _aten.mul.Tensor
@@ -143,7 +172,7 @@ def _combine(state: Lowering, node: Node) -> bool:
         if number is not None and multiply:
             return _times(state, node, one, number)
         held = torch.tensor(number) if number is not None else state.constant(other)
-        if held is not None and one in state.native and held.ndim < 4:
+        if held is not None and one in state.native and held.ndim <= 4:
             return _by_channel(state, node, one, held, multiply)
     return _of_two(state, node, x, y, multiply)
 
@@ -154,9 +183,9 @@ def _by_channel(state: Lowering, node: Node, x: Any, held: Tensor, multiply: boo
     shape = shape_of(x)
     if known is None or not known.whole or shape is None:
         return False
-    image = known.piece.kind == "image"
+    image = known.piece.kind == "image" and known.view is None and len(shape) == 4
     sizes = list(held.shape)
-    rest = sizes[-1:] if not image or len(shape) == 2 else sizes[-3:-2]
+    rest = sizes[-3:-2] if image else sizes[-1:]
     if math.prod(sizes) != math.prod(rest):
         return _of_two(state, node, *node.args[:2], multiply)
     own = held.float().reshape(-1).expand(known.value.channels).contiguous()
@@ -170,7 +199,7 @@ def _of_two(state: Lowering, node: Node, x: Any, y: Any, multiply: bool) -> bool
     shapes = (shape_of(x), shape_of(y))
     if one is None or None in shapes:
         return False
-    small = one.piece.kind == "image" and _is_scale(shapes[0], shapes[1])
+    small = one.piece.kind == "image" and one.view is None and _is_scale(shapes[0], shapes[1])
     alike = tuple(map(str, shapes[0] or ())) == tuple(map(str, shapes[1] or ()))
     both = [state.native.get(n) for n in (x, y)]
     if alike and _same_view(both) and node.name not in state.plain:
@@ -241,6 +270,9 @@ def _dropout(state: Lowering, node: Node) -> bool:
     return not filled(node, ())[2] and state.same(node, node.args[0])
 
 
-@rule(_aten.contiguous.default, _aten.clone.default, _aten.detach.default, _aten.alias.default)
+@rule(
+    _aten.contiguous.default, _aten.clone.default, _aten.detach.default, _aten.alias.default,
+    last=True,
+)  # fmt: skip
 def _same(state: Lowering, node: Node) -> bool:
     return state.same(node, node.args[0])

@@ -15,7 +15,7 @@ from sparseworks.engine.rules.attention import contracted
 _aten = torch.ops.aten
 
 
-@rule(_aten.linear.default)
+@rule(_aten.linear.default, last=True)
 def _linear(state: Lowering, node: Node) -> bool:
     x, weight, bias = filled(node, (None, None, None))
     return _linear_map(state, node, x, weight, bias)
@@ -47,7 +47,7 @@ def _linear_map(
     if bias is not None and (state.constant(bias) is None or state.constant(bias).ndim != 1):  # type: ignore[union-attr]
         return False
     w = w.t().contiguous() if turned else w
-    if kind == "image" and len(shape_of(x) or ()) != 2:
+    if kind == "image" and len(shape_of(x) or ()) != 2 and state.native[x].view is None:
         return False
     found = state.inputs(kind, x)
     if found is None:
@@ -57,18 +57,21 @@ def _linear_map(
     return state.add(piece, node, op)
 
 
-@rule(_aten.layer_norm.default)
+@rule(_aten.layer_norm.default, last=True)
 def _layer_norm(state: Lowering, node: Node) -> bool:
     x, shape, weight, bias, epsilon = filled(node, (None, None, None, None, 1e-5))[:5]
     if len(shape) != 1 or any(n is not None and state.constant(n) is None for n in (weight, bias)):
         return False
-    found = state.inputs("tokens", x)
-    if found is None or len(shape_of(x) or ()) != 3:
+    known = state.native.get(x)
+    image = known is not None and known.piece.kind == "image"
+    wanted = 3 if not image else 2 if known.view is None else 4  # type: ignore[union-attr]
+    found = state.inputs("image" if image else "tokens", x)
+    if found is None or len(shape_of(x) or ()) != wanted:
         return False
     piece, (value,) = found
     gamma, beta = state.constant(weight), state.constant(bias)
     return state.add(
-        piece, node, Norm(Value("tokens", value.channels), value, gamma, beta, epsilon)
+        piece, node, Norm(Value(value.kind, value.channels), value, gamma, beta, epsilon)
     )
 
 

@@ -116,6 +116,25 @@ def _repeated(view: View, node: Node) -> View | None:
     return View((*view.dims[:at], longer, *view.dims[at + 1 :]), view.first)
 
 
+def _as_image(state: Lowering, node: Node, known: Native) -> bool:
+    """Channels come last, or back to where they are; a single pixel becomes a vector."""
+    before, after = shape_of(node.args[0]) or (), shape_of(node) or ()
+    if known.view is None and VIEWS[node.target] is _regrouped:
+        vector = len(before) == 4 and len(after) == 2 and tuple(before[2:]) == (1, 1)
+        if vector or tuple(map(str, before)) == tuple(map(str, after)):
+            return state.same(node, node.args[0])
+    base = state.bases.get(known.value)
+    if base is None or len(before) != 4:
+        return False
+    view = VIEWS[node.target](known.view or base, node)
+    kept = view is not None and len(view.dims) == 4
+    return kept and state.see(node, known, view if view == base or view == _last(base) else None)
+
+
+def _last(base: View) -> View:
+    return base.permuted((0, 2, 3, 1))
+
+
 def seen(state: Lowering, node: Any) -> tuple[Native, View] | None:
     """A node of tokens as a view."""
     known = state.native.get(node)
@@ -124,7 +143,7 @@ def seen(state: Lowering, node: Any) -> tuple[Native, View] | None:
     return known, known.view or state.bases[known.value]
 
 
-@rule(*VIEWS)
+@rule(*VIEWS, last=True)
 def _view(state: Lowering, node: Node) -> bool:
     x: Any = node.args[0]
     found = seen(state, x)
@@ -132,12 +151,7 @@ def _view(state: Lowering, node: Node) -> bool:
         return state.see(node, found[0], VIEWS[node.target](found[1], node))
     if x not in state.native:
         return node.target in _ORDERS and _turned_input(state, node, x)
-    before, after = shape_of(x) or (), shape_of(node) or ()
-    if VIEWS[node.target] is _regrouped:  # a single pixel becomes a vector
-        vector = len(before) == 4 and len(after) == 2 and tuple(before[2:]) == (1, 1)
-        same = tuple(map(str, before)) == tuple(map(str, after))
-        return (vector or same) and state.same(node, x)
-    return False
+    return _as_image(state, node, state.native[x])
 
 
 def _turned_input(state: Lowering, node: Node, x: Any) -> bool:
