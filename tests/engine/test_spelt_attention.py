@@ -331,3 +331,61 @@ def test_encoders_of_transformers_spelt_out():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert len(plan.parts) == 1
     assert sum(isinstance(op, Attention) for op in plan.parts[0].ops) == 2
+
+
+class Windows(nn.Module):
+    """Attention in windows of an image, shifted, as Swin spells it out."""
+
+    def __init__(self, side, window, masked=True):
+        super().__init__()
+        self.side, self.window, self.masked = side, window, masked
+        self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        places, count = window**2, (side // window) ** 2
+        self.bias = nn.Parameter(torch.randn(H, places, places))
+        hidden = torch.rand(count, places, places) > 0.7
+        hidden &= ~torch.eye(places, dtype=torch.bool)
+        self.register_buffer("mask", torch.zeros(hidden.shape).masked_fill(hidden, -100.0))
+
+    def forward(self, x):
+        b, n, w = x.shape[0], self.side // self.window, self.window
+        y = torch.roll(x.view(b, self.side, self.side, C), (-1, -1), (1, 2))
+        y = y.view(b, n, w, n, w, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, w * w, C)
+        q, k, v = self.qkv(y).view(-1, w * w, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * D**-0.5) @ k.transpose(-2, -1) + self.bias[None]
+        if self.masked:
+            scores = scores.view(b, n * n, H, w * w, w * w) + self.mask[None, :, None]
+            scores = scores.view(-1, H, w * w, w * w)
+        y = self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, w * w, C))
+        y = y.view(b, n, n, w, w, C).permute(0, 1, 3, 2, 4, 5).reshape(b, self.side, self.side, C)
+        return x + torch.roll(y, (1, 1), (1, 2)).reshape(b, -1, C)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("side", "window"), [(12, 4), (14, 7)])
+def test_windows_of_images(side, window, masked):
+    torch.manual_seed(0)
+    model, x = Windows(side, window, masked).eval(), torch.randn(B, side**2, C)
+    plan = make_plan(capture(model, (x,), {}), 2)
+    with torch.no_grad():
+        for given in (x, x[:1]):
+            torch.testing.assert_close(plan(given), model(given), rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(op, Attention) for part in plan.parts for op in part.ops) == 1
+
+
+def test_what_each_window_adds_to_its_heads_stays_with_torch():
+    class Model(Windows):
+        def __init__(self):
+            super().__init__(8, 4)
+            self.mask = torch.randn(4, H, 16, 16)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x.view(-1, 16, C)).view(-1, 16, 3, H, D).permute(2, 0, 3, 1, 4)
+            scores = (q @ k.transpose(-2, -1)).view(-1, 4, H, 16, 16) + self.mask
+            y = scores.view(-1, H, 16, 16).softmax(-1) @ v
+            return self.out(y.transpose(1, 2).reshape(x.shape[0], 64, C))
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(B, 64, C)
+    plan = make_plan(capture(model, (x,), {}), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(plan(x), model(x), rtol=1e-4, atol=1e-5)

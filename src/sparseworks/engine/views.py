@@ -23,7 +23,7 @@ class Run:
     """A run through one axis of the value.
 
     Args:
-        axis: "b" of entries, "s" of tokens, "c" of channels; of scores "h" of heads, "i" and "j" of
+        axis: "b" of entries, and "w" within them where they are split, "s" of tokens, "c" of channels; of scores "h" of heads, "i" and "j" of
             positions.
         size: a number, or an expression of the sizes that may change.
         step: channels from one to the next.
@@ -107,6 +107,11 @@ class View:
                     dim.append(left.pop(0))
                     missing = share
                     continue
+                if run.axis == "b" and sympy.cancel(run.size / missing).is_Integer:
+                    dim.append(replace(run, size=missing))  # windows of an entry, say
+                    left[0] = Run("w", sympy.cancel(run.size / missing))
+                    missing = sympy.Integer(1)
+                    continue
                 if run.axis not in "ch" or not missing.is_Integer or int(run.size) % int(missing):
                     return None
                 inner = int(run.size) // int(missing)
@@ -156,6 +161,9 @@ def merged(dim: Sequence[Run]) -> tuple[Run, ...]:
     found: list[Run] = []
     for run in dim:
         before = found[-1] if found else Run("", run.size)
+        if (before.axis, run.axis) == ("b", "w"):
+            found[-1] = Run("b", before.size * run.size)
+            continue
         both = before.axis == run.axis and run.axis in "ch"
         if both and before.step == run.step * int(run.size):
             found[-1] = Run(run.axis, before.size * run.size, run.step)

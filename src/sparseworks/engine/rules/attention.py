@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from sparseworks.engine.ir import Attention, Heads, Value
 from sparseworks.engine.pieces import Lowering, Native, Scores, filled, rule
-from sparseworks.engine.rules.terms import summed
+from sparseworks.engine.rules.terms import repeats, summed
 from sparseworks.engine.views import Run, View, merged
 
 __all__ = ["attend", "contracted"]
@@ -60,6 +60,8 @@ def attend(
     if k.heads != v.heads or q.heads % k.heads or len({h.size for h in heads}) != 1:
         return False
     if any(state.levels.get(t, 0) > piece.level or t in state.native for t, _, _ in terms):
+        return False
+    if any(repeats(t, seen) for t, seen, _ in terms):
         return False
     mask, bias = summed(state, terms, q.heads)
     if node.name in state.plain:

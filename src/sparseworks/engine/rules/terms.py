@@ -11,7 +11,7 @@ from torch.fx import Node
 from sparseworks.engine.pieces import Lowering
 from sparseworks.engine.views import View, expression
 
-__all__ = ["LOWEST", "Term", "fits", "ordered", "summed"]
+__all__ = ["LOWEST", "Term", "fits", "ordered", "repeats", "summed"]
 
 _aten = torch.ops.aten
 LOWEST = torch.finfo(torch.float32).min
@@ -37,7 +37,7 @@ def summed(state: Lowering, terms: Sequence[Term], heads: int) -> tuple[Node | N
     shared: list[Node] = []
     apart: list[Node] = []
     for node, view, factor in _parted(terms):
-        x = ordered(state, node, view, "bhij")
+        x = _by_heads(state, node, view)
         sizes = x.meta["val"].shape
         if sizes[3] == 1:  # the same for all keys: a softmax does not see it
             continue
@@ -51,6 +51,24 @@ def summed(state: Lowering, terms: Sequence[Term], heads: int) -> tuple[Node | N
             bias = state.insert(_aten.expand.default, bias, [-1, -1, queries, -1])
         bias = state.insert(_aten.contiguous.default, _floating(state, bias))
     return _sum(state, shared), bias
+
+
+def _by_heads(state: Lowering, node: Node, view: View) -> Node:
+    """A term `[entries or those that repeat or 1, heads or 1, queries or 1, keys or 1]`."""
+    return state.insert(_aten.flatten.using_ints, ordered(state, node, view, "bwhij"), 0, 1)
+
+
+def repeats(node: Node, view: View) -> bool:
+    """Whether a term differs from window to window: the native code takes those of no heads."""
+    sizes = [1] * len(view.dims)
+    given = node.meta["val"].shape
+    sizes[len(sizes) - len(given) :] = given
+    by_axis = {
+        axis: any(n != 1 for n, dim in zip(sizes, view.dims, strict=True) for r in dim
+                  if r.axis == axis)
+        for axis in "bwh"
+    }  # fmt: skip
+    return by_axis["w"] and (by_axis["b"] or by_axis["h"])
 
 
 def _parted(terms: Sequence[Term]) -> Iterator[Term]:
