@@ -23,8 +23,8 @@ class Run:
     """A run through one axis of the value.
 
     Args:
-        axis: "b" of entries, and "w" within them where they are split, "s" of tokens, "c" of channels; of scores "h" of heads, "i" and "j" of
-            positions.
+        axis: "b" of entries, and "w" within them where they are split, "s" of tokens, "c" of
+            channels; of scores "h" of heads, "i" and "j" of positions.
         size: a number, or an expression of the sizes that may change.
         step: channels from one to the next.
     """
