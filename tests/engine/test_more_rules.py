@@ -197,6 +197,24 @@ class Rotary(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
+@pytest.mark.parametrize("norm", [Root, nn.RMSNorm, nn.LayerNorm])
+def test_norms_of_queries_and_keys(norm):
+    class Net(Rotary):
+        def __init__(self):
+            super().__init__()
+            self.q_norm, self.k_norm = norm(self.size), norm(self.size)
+
+        def forward(self, x):
+            b, s, c = x.shape
+            q, k, v = (f(x).view(b, s, -1, self.size) for f in (self.q, self.k, self.v))
+            q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k.transpose(1, 2))
+            y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), enable_gqa=True)
+            return self.out(y.transpose(1, 2).reshape(b, s, c))
+
+    torch.manual_seed(0)
+    planned(Net(), torch.randn(3, 19, 24))
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "base"])
 def test_rotary_embeddings(isa, force_isa):
     force_isa(isa)

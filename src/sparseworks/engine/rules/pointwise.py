@@ -182,7 +182,7 @@ def _by_channel(state: Lowering, node: Node, x: Any, held: Tensor, multiply: boo
     known = state.native.get(x)
     shape = shape_of(x)
     if known is None or not known.whole or shape is None:
-        return False
+        return _of_two(state, node, *node.args[:2], multiply)
     image = known.piece.kind == "image" and known.view is None and len(shape) == 4
     sizes = list(held.shape)
     rest = sizes[-3:-2] if image else sizes[-1:]

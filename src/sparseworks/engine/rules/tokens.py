@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparseworks.engine.ir import Norm, Product, Value
+from sparseworks.engine.ir import Gather, Norm, Product, Value
 from sparseworks.engine.pieces import Lowering, filled, kind_of, rule, shape_of
 from sparseworks.engine.rules.attention import contracted
+from sparseworks.engine.views import Run
 
 _aten = torch.ops.aten
 
@@ -62,6 +63,8 @@ def _layer_norm(state: Lowering, node: Node) -> bool:
     x, shape, weight, bias, epsilon = filled(node, (None, None, None, None, 1e-5))[:5]
     if len(shape) != 1 or any(n is not None and state.constant(n) is None for n in (weight, bias)):
         return False
+    if _by_heads(state, node, x, state.constant(weight), state.constant(bias), epsilon, True):
+        return True
     known = state.native.get(x)
     image = known is not None and known.piece.kind == "image"
     wanted = 3 if not image else 2 if known.view is None else 4  # type: ignore[union-attr]
@@ -88,9 +91,40 @@ def by_mean_square(
     state: Lowering, node: Node, x: Node, gamma: Tensor | None, epsilon: float
 ) -> bool:
     """x / sqrt(mean of x^2 + epsilon) gamma."""
+    if _by_heads(state, node, x, gamma, None, epsilon, False):
+        return True
     found = state.inputs("tokens", x)
     if found is None or len(shape_of(x) or ()) != 3:
         return False
     piece, (value,) = found
     out = Value("tokens", value.channels)
     return state.add(piece, node, Norm(out, value, gamma, None, epsilon, centred=False))
+
+
+def _by_heads(
+    state: Lowering, node: Node, x: Any, gamma: Tensor | None, beta: Tensor | None,
+    epsilon: float, centred: bool,
+) -> bool:  # fmt: skip
+    """A norm over the channels of each head, as of queries and keys: head by head."""
+    known = state.native.get(x)
+    if known is None or known.piece.kind != "tokens" or known.view is None or known.factor != 1:
+        return False
+    view, value = known.view, known.value
+    heads = [run for dim in view.dims[:-1] for run in dim if run.axis == "c"]
+    last = view.dims[-1]
+    if len(heads) != 1 or len(last) != 1 or node.name in state.plain:
+        return False
+    size = int(last[0].size)
+    if (
+        last != (Run("c", last[0].size),)
+        or heads[0].step != size
+        or not view.covers(value.channels)
+    ):
+        return False
+    made = []
+    for first in range(0, value.channels, size):
+        one, normed = Value("tokens", size), Value("tokens", size)
+        state.hidden(known.piece, Gather(one, [(value, first, size)]))
+        state.hidden(known.piece, Norm(normed, one, gamma, beta, epsilon, centred))
+        made.append((normed, 0, size))
+    return state.add(known.piece, node, Gather(Value("tokens", value.channels), made), view)
