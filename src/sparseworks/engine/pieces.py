@@ -236,6 +236,7 @@ class Lowering:
         """
         inputs = (self.native.get(n) for n in node.all_input_nodes)
         seen = next((k.view for k in inputs if k is not None and k.view is not None), None)
+        base: View | None
         if piece.kind == "tokens":
             base = self.bases[op.inputs()[0]].of(op.out.channels)
         elif seen is None:

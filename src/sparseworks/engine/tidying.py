@@ -35,7 +35,7 @@ def tidied(graph: torch.fx.Graph) -> None:
             node.target is _aten.dropout.default and not node.args[2]
         ):
             for user in [u for u in node.users if u.op != "output"]:
-                user.replace_input_with(node, node.args[0])  # type: ignore[arg-type]
+                user.replace_input_with(node, node.args[0])
             if not node.users:  # dropout is never taken for dead
                 graph.erase_node(node)
     _sizes_of_inputs(graph)
@@ -59,13 +59,19 @@ def _sizes_of_inputs(graph: torch.fx.Graph) -> None:
         elif node.target is _aten.sym_size.int:
             size = expression(value)
             if size.is_Integer:
-                for user in list(node.users):
-                    user.args, user.kwargs = map_arg(
-                        (user.args, user.kwargs),
-                        lambda n, own=node, to=int(size): to if n is own else n,
-                    )
+                _written_out(node, int(size))
             elif size in known:
                 node.args = known[size]
+
+
+def _written_out(node: Node, size: int) -> None:
+    """A number in the place of a node."""
+
+    def swapped(n: Node) -> Any:
+        return size if n is node else n
+
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), swapped)
 
 
 def fixed_nodes(graph: torch.fx.Graph, constants: Mapping[str, Tensor]) -> set[Node]:

@@ -71,9 +71,9 @@ def attend(
             piece.masks[term.name] = term
     if bias is not None:
         piece.biases.add(bias.name)
-    names = [None if t is None else t.name for t in (mask, bias)]
+    read, more = (None if t is None else t.name for t in (mask, bias))
     out = Value("tokens", q.heads * q.size)
-    return state.add(piece, node, Attention(out, q, k, v, scale, causal, *names), view)
+    return state.add(piece, node, Attention(out, q, k, v, scale, causal, read, more), view)
 
 
 def _one(axis: str, size: int, step: int = 1) -> Dim:
@@ -252,7 +252,8 @@ def _weighted(
     queries = "j" if scores.keys == "i" else "i"
     q, k = (scores.a, scores.b) if queries == "i" else (scores.b, scores.a)
     size = scores.size
-    made, seen = [], {}
+    made: list[list[Run]] = []
+    seen: dict[int, tuple[int, int]] = {}
     for letter in out:
         (first, p), (other, x) = (_parted(d.get(letter, ())) for d in dims)
         axes = {run.axis for run in p}
@@ -319,7 +320,8 @@ def _chain(state: Lowering, node: Node) -> set[Node]:
 
 @rule(_aten.bmm.default)
 def _products(state: Lowering, node: Node) -> bool:
-    return contracted(state, node, *node.args[:2])
+    x, y = node.args[:2]
+    return contracted(state, node, x, y)
 
 
 @rule(_aten.baddbmm.default)

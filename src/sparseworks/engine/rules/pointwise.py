@@ -182,12 +182,12 @@ def _by_channel(state: Lowering, node: Node, x: Any, held: Tensor, multiply: boo
     known = state.native.get(x)
     shape = shape_of(x)
     if known is None or not known.whole or shape is None:
-        return _of_two(state, node, *node.args[:2], multiply)
+        return _of_two(state, node, node.args[0], node.args[1], multiply)
     image = known.piece.kind == "image" and known.view is None and len(shape) == 4
     sizes = list(held.shape)
     rest = sizes[-3:-2] if image else sizes[-1:]
     if math.prod(sizes) != math.prod(rest):
-        return _of_two(state, node, *node.args[:2], multiply)
+        return _of_two(state, node, node.args[0], node.args[1], multiply)
     own = held.float().reshape(-1).expand(known.value.channels).contiguous()
     return affine(state, node, x, *((own, None) if multiply else (None, own)))
 

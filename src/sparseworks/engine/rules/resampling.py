@@ -99,7 +99,7 @@ def _transposed(state: Lowering, node: Node) -> bool:
 @rule(*_MODES)
 def _resized(state: Lowering, node: Node) -> bool:
     x, size, corners, factors = filled(node, (None, None, None, None))[:4]
-    mode = _MODES[node.target]
+    mode = _MODES[node.target]  # type: ignore[index]
 
     def resized(count: int, axis: int) -> Tensor:
         given: dict[str, Any] = {"align_corners": corners}

@@ -120,8 +120,8 @@ def ordered(state: Lowering, x: Node, view: View, axes: str) -> Node:
     for _ in range(sum(r is None for r in runs)):
         x = state.insert(_aten.squeeze.dim, x, 0)
     left = [runs[a] for a in order if runs[a] is not None]
-    for at, axis in enumerate(axes):
-        own = [r for r in left if r is not None and r.axis == axis]
+    for at, name in enumerate(axes):
+        own = [r for r in left if r is not None and r.axis == name]
         if not own:
             x = state.insert(_aten.unsqueeze.default, x, at)
             continue

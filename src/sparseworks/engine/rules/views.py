@@ -225,7 +225,9 @@ def joined(state: Lowering, node: Node, parts: Sequence[Any], axis: int) -> bool
         return False
     values = list(dict.fromkeys(k.value for k in found))
     firsts = dict(zip(values, accumulate((v.channels for v in values), initial=0), strict=False))
-    wide = torch.broadcast_shapes(*(_but(v.channels().shape, at) for v in views))
+    wide = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+        *(_but(v.channels().shape, at) for v in views)
+    )
     places = []
     for k, view in zip(found, views, strict=True):
         own = view.channels() + firsts[k.value]
