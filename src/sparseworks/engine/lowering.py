@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from sparseworks.core.errors import ModelError
 from sparseworks.engine import rules as _rules  # fills the table
 from sparseworks.engine.patterns import gelu_in_parts, root_mean_square
 from sparseworks.engine.pieces import LAST, RULES, Lowering, Piece
@@ -54,6 +55,8 @@ def lower(graph: torch.fx.Graph, constants: Mapping[str, Tensor]) -> list[Piece]
         pieces, viewed = state.finished(graph)
         if not viewed:
             return pieces
+        if viewed <= plain:
+            raise ModelError(f"views of {', '.join(sorted(viewed))} are read, which rules made")
         plain |= viewed
 
 
