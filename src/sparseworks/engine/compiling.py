@@ -114,12 +114,11 @@ def compile(
     times = _times(runs, args, kwargs)
     best = min(times, key=lambda way: times[way])
     shown = Attributes.of(quiet)
-    if isinstance(runs[best], Plan):
-        left = left_dense(model, "program", runs[best], ())
-        spent = outside(runs[best], args, kwargs)
-        return Compiled(
-            runs[best], "program", errors[best], times, notes, (), shown, origin, left, spent
-        )
+    run = runs[best]
+    if isinstance(run, Plan):
+        left = left_dense(model, "program", run, ())
+        spent = outside(run, args, kwargs)
+        return Compiled(run, "program", errors[best], times, notes, (), shown, origin, left, spent)
     twin, layers, found = by_layers(model, given, threads)
     if any(p.kernel != "dense" for p in layers):
         runs["layers"], errors["layers"] = Eager(twin), difference(expected, found)

@@ -37,7 +37,7 @@ def lower(graph: torch.fx.Graph, constants: Mapping[str, Tensor]) -> list[Piece]
     plain: set[str] = set()
     inserted: dict[Any, Node] = {}
     spelt = {n: found for n in graph.nodes if (found := gelu_in_parts(n)) is not None}
-    norms = {n: found for n in graph.nodes if (found := root_mean_square(n)) is not None}
+    norms = {n: root for n in graph.nodes if (root := root_mean_square(n)) is not None}
     fixed = fixed_nodes(graph, constants)
     constants = folded(graph, fixed, constants)
     while True:
