@@ -267,6 +267,97 @@ void upsample(const Op& op, const int64_t* where, float* arena, int part, int pa
   }
 }
 
+// Positions of some channels to positions of others; planes in one band.
+void move(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Moves& m = op.moves;
+  const int lanes = op.to.lanes;
+  const auto [begin, end] = share(op.channels, part, parts);
+  for (int c = begin; c < end; ++c) {
+    const float* in = arena + where[op.in] + (op.q + c * op.q_step) * op.from.plane;
+    float* out = arena + where[op.out] + (op.k + c * op.k_step) * op.to.plane;
+    if (op.flag) std::fill_n(out, op.to.plane, 0.0f);
+    if (m.weight != nullptr) {
+      for (int i = 0; i < m.count; ++i) {
+        const float* weight = m.weight + i * m.taps;
+        const int32_t* from = m.from + i * m.taps;
+        if (lanes == 1) {
+          float sum = 0.0f;
+          for (int t = 0; t < m.taps; ++t) sum += weight[t] * in[from[t]];
+          out[m.to[i]] = sum;
+        } else {
+          Vec sum{};
+          for (int t = 0; t < m.taps; ++t) sum += weight[t] * load(in + from[t]);
+          store(out + m.to[i], sum);
+        }
+      }
+    } else if (lanes == 1) {
+      for (int i = 0; i < m.count; ++i) out[m.to[i]] = in[m.from[i]];
+    } else {
+      for (int i = 0; i < m.count; ++i) store(out + m.to[i], load(in + m.from[i]));
+    }
+  }
+}
+
+// Calls f(row, n, live) for every vector of the pixels of a plane; n lanes of it are pixels.
+template <typename T, typename F>
+inline void each_vector(T* plane, const Geometry& g, const F& f) {
+  const int64_t width = static_cast<int64_t>(g.width) * g.lanes;
+  for (int y = 0; y < g.height; ++y) {
+    T* row = plane + g.origin + y * g.pitch;
+    int64_t x = 0;
+    for (; x + kLanes <= width; x += kLanes) f(row + x, x + (row - plane), kLanes);
+    if (x < width) f(row + x, x + (row - plane), static_cast<int>(width - x));
+  }
+}
+
+inline Vec first_lanes(Vec v, int n) { return n == kLanes ? v : kept(v, (1 << n) - 1); }
+
+inline void store_first(float* p, Vec v, int n) {
+  if (n == kLanes) return store(p, v);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+
+// y = (x - mean) / sqrt(variance + epsilon) * gamma + beta, mean and variance over the pixels of a
+// group of channels.
+void group_norm(const Op& op, const int64_t* where, float* arena, int part, int parts) {
+  const Geometry& g = op.to;
+  const int size = op.channels / op.groups;
+  const float count = static_cast<float>(size) * g.height * g.width;
+  const auto summed = [&](Vec v) {  // of images side by side each has its own
+    if (g.lanes > 1) return v;
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return all(total);
+  };
+  const auto [begin, end] = share(op.groups, part, parts);
+  for (int group = begin; group < end; ++group) {
+    const float* in = arena + where[op.in] + static_cast<int64_t>(group) * size * g.plane;
+    Vec mean{}, square{};
+    for (int c = 0; c < size; ++c)
+      each_vector(in + c * g.plane, g,
+                  [&](const float* x, int64_t, int n) { mean += first_lanes(load(x), n); });
+    mean = summed(mean) * (1.0f / count);
+    for (int c = 0; c < size; ++c)
+      each_vector(in + c * g.plane, g, [&](const float* x, int64_t, int n) {
+        const Vec d = first_lanes(load(x) - mean, n);
+        square += d * d;
+      });
+    Vec inverse = summed(square) * (1.0f / count) + op.number;
+    for (int i = 0; i < kLanes; ++i) inverse[i] = 1.0f / std::sqrt(inverse[i]);
+    for (int c = 0; c < size; ++c) {
+      const int channel = group * size + c;
+      const float gamma = op.scale ? op.scale[channel] : 1.0f;
+      const float beta = op.bias ? op.bias[channel] : 0.0f;
+      const Vec a = inverse * gamma, b = beta - mean * a;
+      float* out = arena + where[op.out] + channel * g.plane;
+      clear_padding(out, g, true);
+      each_vector(in + c * g.plane, g, [&](const float* x, int64_t at, int n) {
+        store_first(out + at, load(x) * a + b, n);
+      });
+    }
+  }
+}
+
 // Channels 2 c and 2 c + 1 side by side, rounded to bf16; a missing one is zero. A channel has
 // `window` planes (its phases), and there may be shifted copies of all words.
 void pairs(const Op& op, const int64_t* where, float* arena, int part, int parts) {

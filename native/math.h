@@ -42,7 +42,7 @@ inline Vec error_function(Vec x) {
 
 inline Vec logistic(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// `slope` is of a leaky ReLU, from 0 to 1.
+// `slope` is of a leaky ReLU, from 0 to 1; of an ELU, what it tends to.
 template <Activation A>
 inline Vec activate(Vec x, float slope = 0.0f) {
   if constexpr (A == Activation::kRelu) return maximum(Vec{}, x);
@@ -59,6 +59,13 @@ inline Vec activate(Vec x, float slope = 0.0f) {
   if constexpr (A == Activation::kSigmoid) return logistic(x);
   if constexpr (A == Activation::kTanh) return 2.0f * logistic(2.0f * x) - 1.0f;
   if constexpr (A == Activation::kLeakyRelu) return maximum(x, x * slope);
+  if constexpr (A == Activation::kQuickGelu) return x * logistic(1.702f * x);
+  if constexpr (A == Activation::kElu)
+    return x > 0.0f ? x : slope * (exponential(minimum(Vec{}, x)) - 1.0f);
+  if constexpr (A == Activation::kMish) {  // x tanh(log(1 + e^x)) = x (n - 1) / (n + 1), n = (1 + e^x)^2
+    const Vec e = exponential(minimum(all(20.0f), x)), n = e * (e + 2.0f);
+    return x * (n / (n + 2.0f));
+  }
   return x;
 }
 
@@ -79,6 +86,9 @@ inline void with_activation(Activation a, F&& f) {
     CASE(kSigmoid);
     CASE(kTanh);
     CASE(kLeakyRelu);
+    CASE(kQuickGelu);
+    CASE(kElu);
+    CASE(kMish);
 #undef CASE
   }
 }

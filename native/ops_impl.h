@@ -22,6 +22,8 @@ void RUN_OP(const Op& op, const int64_t* where, float* arena, const Call& call, 
     case Kind::kUpsample: return upsample(op, where, arena, part, parts);
     case Kind::kRange: return range(op, where, arena, part, parts);
     case Kind::kQuads: return quads(op, where, arena, part, parts);
+    case Kind::kMove: return move(op, where, arena, part, parts);
+    case Kind::kGroupNorm: return group_norm(op, where, arena, part, parts);
     case Kind::kAttention: return attention(op, where, arena, call, item, part, parts);
   }
 }

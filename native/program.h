@@ -18,7 +18,8 @@
 namespace sparseworks {
 
 enum class Activation : int {
-  kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kHardswish, kHardsigmoid, kSigmoid, kTanh, kLeakyRelu
+  kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kHardswish, kHardsigmoid, kSigmoid, kTanh, kLeakyRelu,
+  kQuickGelu, kElu, kMish
 };
 
 enum class Kind : int {
@@ -29,14 +30,16 @@ enum class Kind : int {
   kMean,       // average over all positions
   kCombine,    // sum or product of two buffers, or an activation alone
   kPhases,     // the input of a strided convolution, one plane per phase
-  kNorm,       // layer norm over channels
-  kAttention,  // softmax(q k^T scale + mask) v
+  kNorm,       // layer norm over channels, or by their root mean square alone
+  kAttention,  // softmax(q k^T scale + mask + bias) v, in windows of positions
   kShift,      // the shifted copies of what is in `out`
   kPairs,      // channels two by two, as pairs of bf16
   kGather,     // some channels of a buffer -> some channels of another one
   kUpsample,   // every pixel several times
   kRange,      // largest magnitudes, by which int8 is scaled
   kQuads,      // channels four by four, as int8 moved by 128
+  kMove,       // positions of a buffer -> positions of another one, or weighted sums of them
+  kGroupNorm,  // norm over the pixels of groups of channels
 };
 
 // All strides in floats. A band of a value is [copy][channel][plane], with its share of the rows and
@@ -63,6 +66,15 @@ struct Taps {
   const int32_t* zero = nullptr;    // int8: [rows], -128 times the sum of a row's weights
 };
 
+// Where positions come from: out[to[i]] = sum over t of weight[i][t] in[from[i][t]], in floats from the
+// beginning of a plane.
+struct Moves {
+  int count = 0, taps = 1;
+  const int32_t* to = nullptr;
+  const int32_t* from = nullptr;
+  const float* weight = nullptr;  // null: one tap, as it is
+};
+
 // Of a caller's tensor: images [items, channels, height, width], tokens [items, tokens, channels], or
 // one matrix [channels, positions], whose items are runs of positions.
 enum class Layout { kImages, kTokens, kColumns };
@@ -79,17 +91,23 @@ struct Op {
   int64_t apart = 0;           // floats from a band of any value to the next one
   int planes = 0, copies = 0;  // kProduct, of a band of `in`; copies are 0 where no other band is read
   Taps taps;
-  const float* bias = nullptr;      // kProduct: [rows]; kNorm: beta
-  const float* scale = nullptr;     // kNorm: gamma; kProduct in int8: [rows]
+  Moves moves;                      // kMove
+  const float* bias = nullptr;      // kProduct: [rows]; kNorm, kGroupNorm: beta
+  const float* scale = nullptr;     // kNorm, kGroupNorm: gamma; kProduct in int8: [rows]
   Activation activation = Activation::kNone;
   float number = 0.0f;  // epsilon, the scale of attention, the slope of a leaky ReLU
   int window = 0, padding = 0;      // kPool; kPhases: the padding of its convolution; kUpsample
-  bool flag = false;   // kPool: max; kCombine: product; kAttention: causal
+  // kPool: max; kCombine: product; kAttention: causal; kNorm: without mean; kMove: zeros elsewhere
+  bool flag = false;
   bool broadcast = false;           // kCombine: `other` has one position; kPool: count pads
-  int heads = 0, groups = 0;        // query heads, key heads
-  int q = 0, k = 0, v = 0;  // first channels in `in`, `other`, `extra`; kGather: in `in` and `out`
-  int mask = -1;  // kAttention: an input tensor, [items or 1, keys (, queries)]; empty: none
-  int keys = 0;
+  int heads = 0, groups = 0;        // query heads, key heads; kGroupNorm: groups
+  int q = 0, k = 0, v = 0;  // first channels in `in`, `other`, `extra`; kGather, kMove: `in`, `out`
+  int q_step = 1, k_step = 1;       // kMove: channels from one to the next in `in` and `out`
+  // kAttention: an input tensor, [items (windows) or 1, keys (, queries)]; empty: none
+  int mask = -1;
+  int added = -1;   // kAttention: an input tensor, [items or 1, heads, queries, keys]; empty: none
+  int windows = 1;  // kAttention: equal runs of positions that see themselves alone
+  int keys = 0;  // of a window
   int slots = 0;  // of an image's range, which is `extra` of its readers; 0: of tokens
   int64_t shift = 0;  // floats to the copy shifted right, twice as many to the one left; 0: none
   std::vector<uint16_t> live;       // per vector of a run: which lanes are not padding

@@ -80,7 +80,11 @@ Op parse(Held& held, const nb::dict& d) {
   op.q = number(d, "q", 0);
   op.k = number(d, "k", 0);
   op.v = number(d, "v", 0);
+  op.q_step = number(d, "q_step", 1);
+  op.k_step = number(d, "k_step", 1);
   op.mask = number(d, "mask", -1);
+  op.added = number(d, "added", -1);
+  op.windows = number(d, "windows", 1);
   op.keys = number(d, "keys", 0);
   op.parts = number(d, "parts", 1);
   op.slots = number(d, "slots", 0);
@@ -89,6 +93,19 @@ Op parse(Held& held, const nb::dict& d) {
   op.scale = pointer<float>(held, d, "scale");
   size_t live = 0;
   if (const uint16_t* p = pointer<uint16_t>(held, d, "live", &live)) op.live.assign(p, p + live);
+  if (op.kind == Kind::kMove) {
+    size_t to = 0, from = 0, weights = 0;
+    op.moves.to = pointer<int32_t>(held, d, "places", &to);
+    op.moves.from = pointer<int32_t>(held, d, "sources", &from);
+    op.moves.weight = pointer<float>(held, d, "weights", &weights);
+    op.moves.count = static_cast<int>(to);
+    op.moves.taps = to == 0 ? 1 : static_cast<int>(from / to);
+    if (from != to * op.moves.taps || (op.moves.weight == nullptr && op.moves.taps != 1) ||
+        (op.moves.weight != nullptr && weights != from))
+      throw std::invalid_argument("the positions of a move do not fit together");
+  }
+  if (op.kind == Kind::kAttention && (op.windows < 1 || op.from.width % op.windows != 0))
+    throw std::invalid_argument("windows of attention do not fill its positions");
   if (op.kind == Kind::kProduct) {
     op.taps.rows = op.channels;
     op.taps.group = number(d, "group", 1);

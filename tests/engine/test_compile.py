@@ -220,3 +220,22 @@ def test_a_language_model_compiles_without_its_cache():
     with torch.no_grad():
         wanted = model(ids).logits
     torch.testing.assert_close(compiled(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_last_line_tells_what_torch_runs(program_wins):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.b(torch.sin(self.a(x)))
+
+    torch.manual_seed(0)
+    compiled = sw.compile(Net(), torch.randn(2, 9, 32))
+    assert 0 < compiled.outside.share < 1
+    assert compiled.outside.operators.keys() == {"aten.sin.default"}
+    last = compiled.explain().splitlines()[-1]
+    assert "in torch" in last and "aten.sin.default" in last
+    whole = sw.compile(nn.Sequential(nn.Linear(32, 64), nn.ReLU()), torch.randn(2, 9, 32))
+    assert whole.outside.share == 0 and whole.explain().endswith("nothing")

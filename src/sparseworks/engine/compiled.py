@@ -16,6 +16,7 @@ from sparseworks.engine.attributes import Attributes
 from sparseworks.engine.explaining import layer_lines, program_lines
 from sparseworks.engine.layers import LayerPlan
 from sparseworks.engine.origin import Origin
+from sparseworks.engine.outside import Outside
 from sparseworks.engine.part import check_shape
 from sparseworks.engine.plan import Plan
 from sparseworks.engine.saving import read_plan, save_plan
@@ -44,6 +45,8 @@ class Compiled(nn.Module):
         layers: what was chosen for each linear layer, of kind "layers".
         skipped: name -> why its zeros are not skipped, of every parameter of two or more axes that
             no kernel here runs.
+        outside: share of the time that torch takes on the example, of kind "program"; None where
+            it was not measured.
     """
 
     forward: Callable[..., Any]
@@ -59,6 +62,7 @@ class Compiled(nn.Module):
         shown: Attributes | None = None,
         origin: Origin | None = None,
         skipped: dict[str, str] | None = None,
+        outside: Outside | None = None,
     ) -> None:
         super().__init__()
         self.training = False
@@ -66,6 +70,7 @@ class Compiled(nn.Module):
         self.kind, self.error, self.layers = kind, error, layers
         self.times, self.notes = times or {}, notes or []
         self.skipped = skipped or {}
+        self.outside = outside
         self.shown = Attributes() if shown is None else shown
         self.run.origin = origin
         self.forward = self.run
@@ -154,7 +159,10 @@ class Compiled(nn.Module):
         return f"{self.shown.name}, {self.kind}"
 
     def explain(self) -> str:
-        """What runs: a line per layer with its kernel, sparsity and time, and what dense takes."""
+        """What runs: a line per layer with its kernel, sparsity and time, and what dense takes.
+
+        The last line says what torch runs between programs, and what share of the time it takes.
+        """
         lines = [f"runs as {self.kind} on {instruction_set()}, {torch.get_num_threads()} threads"]
         lines += [f"  {way}: {ms:.3f} ms on the example" for way, ms in self.times.items()]
         lines += [f"  {note}" for note in self.notes]
@@ -164,6 +172,8 @@ class Compiled(nn.Module):
             lines += layer_lines(self.layers)
         lines += dense_lines(self.skipped)
         lines.append(f"relative error on the example {self.error:.1e}")
+        if self.outside is not None:
+            lines.append(self.outside.line())
         return "\n".join(lines)
 
     def save(self, path: Any) -> None:

@@ -26,6 +26,7 @@ from sparseworks.engine.ir import Precision
 from sparseworks.engine.layers import by_layers
 from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
 from sparseworks.engine.origin import Origin
+from sparseworks.engine.outside import outside
 from sparseworks.engine.plan import Plan, make_plan
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.models.calls import Arguments, Example, call
@@ -113,9 +114,11 @@ def compile(
     times = _times(runs, args, kwargs)
     best = min(times, key=lambda way: times[way])
     shown = Attributes.of(quiet)
-    if isinstance(runs[best], Plan):
-        left = left_dense(model, "program", runs[best], ())
-        return Compiled(runs[best], "program", errors[best], times, notes, (), shown, origin, left)
+    run = runs[best]
+    if isinstance(run, Plan):
+        left = left_dense(model, "program", run, ())
+        spent = outside(run, args, kwargs)
+        return Compiled(run, "program", errors[best], times, notes, (), shown, origin, left, spent)
     twin, layers, found = by_layers(model, given, threads)
     if any(p.kernel != "dense" for p in layers):
         runs["layers"], errors["layers"] = Eager(twin), difference(expected, found)

@@ -146,7 +146,7 @@ def _dense_ms(op: Product, size: tuple[int, ...], lanes: int) -> float:
             return median_ms(
                 lambda: F.conv2d(x, weight, op.bias, op.stride, padding, op.dilation, op.groups)
             )
-        count = lanes if len(size) == 2 else math.prod(size)
+        count = lanes * math.prod(size)
         x = torch.zeros(count, columns)
         return median_ms(lambda: F.linear(x, op.weight, op.bias))
 

@@ -29,6 +29,9 @@ class Activation(IntEnum):
     SIGMOID = 8
     TANH = 9
     LEAKY_RELU = 10
+    QUICK_GELU = 11
+    ELU = 12
+    MISH = 13
 
 
 class Precision(IntEnum):
@@ -195,9 +198,60 @@ class Upsample(Op):
 
 @dataclass(eq=False)
 class Norm(Op):
-    """Layer norm over channels."""
+    """Layer norm over channels; not `centred`: x / sqrt(mean of x^2 + epsilon) gamma + beta."""
 
     x: Value
+    gamma: Tensor | None
+    beta: Tensor | None
+    epsilon: float
+    centred: bool = True
+
+    def inputs(self) -> list[Value]:
+        return [self.x]
+
+
+@dataclass(eq=False)
+class Moved:
+    """Where positions of a value go, and channels `first`, `first + step`, ...
+
+    Args:
+        sources: positions of `value` `[n]`, or several for each place `[n, taps]`.
+        places: positions of the result `[n]`.
+        weights: of the sources, `[n, taps]`; None: as they are.
+        count: of the channels, which become those of the result.
+    """
+
+    value: Value
+    sources: Tensor
+    places: Tensor
+    weights: Tensor | None
+    first: int
+    step: int
+    count: int
+
+
+@dataclass(eq=False)
+class Move(Op):
+    """An image of another size, whose pixels are pixels, or weighted sums of pixels, of others.
+
+    Args:
+        parts: where they come from; what none of them reaches is zero.
+        size: height and width.
+    """
+
+    parts: list[Moved]
+    size: tuple[int, int]
+
+    def inputs(self) -> list[Value]:
+        return [part.value for part in self.parts]
+
+
+@dataclass(eq=False)
+class GroupNorm(Op):
+    """Norm over all pixels of groups of channels."""
+
+    x: Value
+    groups: int
     gamma: Tensor | None
     beta: Tensor | None
     epsilon: float
@@ -218,7 +272,14 @@ class Heads:
 
 @dataclass(eq=False)
 class Attention(Op):
-    """softmax(scale q k^T + mask) v, head by head."""
+    """softmax(scale q k^T + mask + bias) v, head by head.
+
+    Args:
+        mask: a tensor [entries or 1, 1, queries or 1, keys], by name.
+        bias: a tensor [entries or 1, heads, queries, keys], by name.
+        windows: equal runs of positions, that see themselves alone; sizes are of one then, and a
+            mask has an entry for each.
+    """
 
     q: Heads
     k: Heads
@@ -226,6 +287,8 @@ class Attention(Op):
     scale: float
     causal: bool = False
     mask: str | None = None
+    bias: str | None = None
+    windows: int = 1
 
     def inputs(self) -> list[Value]:
         return [self.q.value, self.k.value, self.v.value]

@@ -11,8 +11,10 @@ from sparseworks.engine.ir import (
     Attention,
     Combine,
     Gather,
+    GroupNorm,
     Load,
     Mean,
+    Move,
     Norm,
     Op,
     Pool,
@@ -55,6 +57,7 @@ class Layout:
         self._pads: dict[Size, int] = {}
         self._far: set[Size] = set()  # read beyond the pixels next to them
         self._uneven: set[Size] = set()  # from or to which a product changes
+        self._apart = not any(isinstance(op, Move | GroupNorm) for op in ops)
         for op in ops:
             self._size(op)
 
@@ -80,8 +83,10 @@ class Layout:
             shape[op.out] = shape[op.x]
             if op.y is not None and shape[op.y] not in (shape[op.x], (1, 1)):
                 raise ModelError(f"sizes {shape[op.x]} and {shape[op.y]} do not fit together")
-        elif isinstance(op, Norm):
+        elif isinstance(op, Norm | GroupNorm):
             shape[op.out] = shape[op.x]
+        elif isinstance(op, Move):
+            shape[op.out] = tuple(op.size)
         elif isinstance(op, Gather):
             shape[op.out] = shape[op.parts[0][0]]
             if any(shape[value] != shape[op.out] for value in op.inputs()):
@@ -160,7 +165,7 @@ class Layout:
     def _bands_of(self, shape: Size) -> int:
         """Into how many bands whole rows are cut: one for each thread, where that is even."""
         height, vectors = shape[0], shape[0] * -(-shape[1] // 16)
-        even = height % self.threads == 0 and shape not in self._uneven
+        even = self._apart and height % self.threads == 0 and shape not in self._uneven
         return self.threads if even and vectors >= _BAND * self.threads else 1
 
     def shift(self, value: Value) -> int:

@@ -32,6 +32,7 @@ class Part:
         ops: in order.
         inputs: names of what it reads.
         masks: names of attention masks among what it reads.
+        biases: those of them that differ from head to head.
         outputs: names of what it makes.
         threads: of the native code.
     """
@@ -42,13 +43,14 @@ class Part:
     masks: list[str]
     outputs: list[str]
     threads: int
+    biases: list[str] = field(default_factory=list)
     instances: dict[Any, Instance] = field(default_factory=dict)
     packed: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, piece: Piece, threads: int) -> Part:
         inputs, masks, outputs = map(list, (piece.inputs, piece.masks, piece.outputs))
-        return cls(piece.kind, piece.ops, inputs, masks, outputs, threads)
+        return cls(piece.kind, piece.ops, inputs, masks, outputs, threads, list(piece.biases))
 
     @property
     def attends(self) -> bool:
@@ -74,9 +76,11 @@ class Part:
         given = {n: t if t.is_contiguous() else t.contiguous() for n, t in given.items()}
         if self.kind == "image":
             return self._images(given, into)
-        if self.attends:
-            return self._tokens(given, {n: _mask(m) for n, m in masks.items()}, into)
-        shape = next(iter(given.values())).shape[:-1]
+        shapes = {t.shape[:-1] for t in given.values()}
+        if self.attends or len(shapes) > 1:
+            read = {n: _bias(m) if n in self.biases else _mask(m) for n, m in masks.items()}
+            return self._tokens(given, read, into)
+        (shape,) = shapes
         rows = {n: t.view(-1, t.shape[-1]) for n, t in given.items()}
         count = shape.numel()
         tiles = count // _TOKENS
@@ -100,7 +104,7 @@ class Part:
     ) -> dict[str, Tensor]:
         sizes = {name: (t.shape[1],) for name, t in given.items()}
         made = self.instance(sizes, 1)
-        entries = next(iter(given.values())).shape[0]
+        entries = max(t.shape[0] for t in given.values())  # some inputs are the same for all
         return self._call(made, given | masks, entries, into)
 
     def _images(self, given: dict[str, Tensor], into: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,6 +166,11 @@ def check_shape(out: Tensor, shape: torch.Size) -> None:
     """Refuse an `out=` of another shape."""
     if out.shape != shape:
         raise InvalidArgument(f"out= is {list(out.shape)}, the result {list(shape)}")
+
+
+def _bias(bias: Tensor) -> Tensor:
+    """What is added to scores [batch or 1, heads, queries, keys] as the native code reads it."""
+    return bias.float().contiguous()
 
 
 def _mask(mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-__all__ = ["gelu_in_parts"]
+__all__ = ["gelu_in_parts", "root_mean_square"]
 
 _aten = torch.ops.aten
 
@@ -43,3 +43,26 @@ def gelu_in_parts(node: Node) -> tuple[Node, set[Node]] | None:
         if operands(cube, power, 3.0) is x:
             return x, seen
     return None
+
+
+def root_mean_square(node: Node) -> tuple[Node, float, set[Node]] | None:
+    """x, epsilon, and what lies between, of x rsqrt(mean(x^2) + epsilon) over the last axis."""
+    if node.target is not _aten.mul.Tensor or len(node.args) != 2:
+        return None
+    for x, scale in (node.args, node.args[::-1]):
+        root = _operands(scale, _aten.rsqrt.default)
+        total = _operands(root[0], _aten.add.Tensor) if root else None
+        mean = _operands(total[0], _aten.mean.dim) if total else None
+        if not (root and total and mean) or not isinstance(total[1], float):
+            continue
+        if len(mean) < 3 or not mean[2] or list(mean[1]) != [-1]:
+            continue
+        squares = [_operands(mean[0], t) for t in (_aten.pow.Tensor_Scalar, _aten.mul.Tensor)]
+        if squares[0] == (x, 2) or squares[1] == (x, x):
+            return x, total[1], {scale, root[0], total[0], mean[0]}  # type: ignore[return-value,arg-type]
+    return None
+
+
+def _operands(node: Any, target: Any) -> tuple[Any, ...] | None:
+    plain = isinstance(node, Node) and node.target is target and not node.kwargs
+    return tuple(node.args) if plain else None

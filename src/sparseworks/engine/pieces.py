@@ -9,11 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from sparseworks.engine.ir import Activation, Attention, Load, Op, Product, Store, Value
-from sparseworks.engine.views import View, base_view
+from sparseworks.engine.views import View, base_view, expression, image_view
 
-__all__ = ["RULES", "Lowering", "Native", "Piece", "filled", "kind_of", "rule", "shape_of"]
+__all__ = [
+    "LAST",
+    "RULES",
+    "Lowering",
+    "Native",
+    "Piece",
+    "Scores",
+    "filled",
+    "kind_of",
+    "rule",
+    "shape_of",
+]
 
 
 @dataclass(eq=False)
@@ -27,6 +39,7 @@ class Piece:
         inputs: nodes of the graph that it reads.
         outputs: nodes of the graph that others read.
         masks: of attention, nodes of the graph.
+        biases: names of those masks that differ from head to head.
     """
 
     kind: str
@@ -35,6 +48,7 @@ class Piece:
     inputs: dict[str, Node] = field(default_factory=dict)
     outputs: dict[str, Node] = field(default_factory=dict)
     masks: dict[str, Node] = field(default_factory=dict)
+    biases: set[str] = field(default_factory=set)
 
     @property
     def attends(self) -> bool:
@@ -42,26 +56,61 @@ class Piece:
 
 
 @dataclass(eq=False)
+class Scores:
+    """q k^T on its way to attention.
+
+    Args:
+        a, b: what is multiplied, each `[entries, heads, positions, channels]` in some order.
+        view: how its axes run: "b" through entries, "h" through heads, "i" and "j" through the
+            positions of a and b.
+        runs: of heads, from the slowest one, with the channels from one to the next in a and b.
+        size: channels of a head.
+        factor: of the product.
+        terms: what is added, each seen as `view` at that time, and a factor.
+        keys: once it is a distribution, the axis that it is one over, "i" or "j".
+    """
+
+    a: Native
+    b: Native
+    view: View
+    runs: tuple[tuple[int, int, int], ...]
+    size: int
+    factor: float = 1.0
+    terms: tuple[tuple[Node, View, float], ...] = ()
+    keys: str = ""
+
+
+@dataclass(eq=False)
 class Native:
-    """What is known of a node that a program makes; `view` where it is not the value itself."""
+    """What is known of a node that a program makes.
+
+    Args:
+        view: where it is not the value itself.
+        factor: it is the value times this number.
+    """
 
     piece: Piece
     value: Value
     view: View | None = None
+    factor: float = 1.0
 
     @property
     def whole(self) -> bool:
         """Whether it has all channels in its last axis, whatever the order of the others."""
-        return self.view is None or self.view.whole(self.value.channels)
+        plain = self.view is None or self.view.whole(self.value.channels)
+        return plain and self.factor == 1
 
 
 Rule = Callable[["Lowering", Node], bool]
 RULES: dict[Any, Rule] = {}
+LAST: set[Any] = set()  # operators whose rules take images with their channels last as well
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+def rule(*targets: Any, last: bool = False) -> Callable[[Rule], Rule]:
     def add(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, rule))
+        if last:
+            LAST.update(targets)
         return rule
 
     return add
@@ -73,10 +122,13 @@ class Lowering:
     Args:
         constants: parameters and buffers by the name of their node.
         plain: names of nodes that may not be seen through views.
+        inserted: operators that were added to the graph, by what they compute.
     """
 
-    def __init__(self, constants: Mapping[str, Tensor], plain: Set[str]) -> None:
-        self.constants, self.plain = constants, plain
+    def __init__(
+        self, constants: Mapping[str, Tensor], plain: Set[str], inserted: dict[Any, Node]
+    ) -> None:
+        self.constants, self.plain, self.inserted = constants, plain, inserted
         self.native: dict[Node, Native] = {}
         self.levels: dict[Node, int] = {}
         self.pieces: dict[tuple[str, int, str], Piece] = {}
@@ -84,14 +136,24 @@ class Lowering:
         self.made: dict[Value, Op] = {}
         self.padded: dict[Node, tuple[Node, int, int]] = {}  # by a convolution that follows
         self.passed: set[Node] = set()  # that are part of what reads them
+        self.norms: dict[Node, tuple[Node, float]] = {}  # by the root mean square, spelt out
         self.gelus: dict[Node, Node] = {}  # that are spelt out, and of what
+        self.scores: dict[Node, Scores] = {}  # of attention
         self.roots: dict[Value, Node] = {}  # the node that is the value itself
         self.bases: dict[Value, View] = {}  # of tokens
+        self.pieces_of: dict[Value, Piece] = {}
 
     # what a rule needs
 
     def constant(self, node: Any) -> Tensor | None:
         return self.constants.get(node.name) if isinstance(node, Node) else None
+
+    def number(self, value: Any) -> float | None:
+        """A number, also as a constant tensor of one element."""
+        if isinstance(value, int | float):
+            return float(value)
+        held = self.constant(value)
+        return float(held) if held is not None and held.numel() == 1 else None
 
     def level_of(self, node: Node) -> int:
         """How many programs have to be complete before torch can make this node."""
@@ -103,6 +165,23 @@ class Lowering:
             default=0,
         )
 
+    def insert(self, target: Any, x: Node, *args: Any, **kwargs: Any) -> Node:
+        """An operator of torch on a node, behind it in the graph."""
+        key = (target, x, str(args), str(kwargs))
+        node = self.inserted.get(key)
+        if node is None:
+            read: list[Node] = []
+            map_arg((x, args), read.append)
+            after = max(read, key=_place)
+            with x.graph.inserting_after(after):
+                node = x.graph.call_function(target, (x, *args), kwargs)
+            given = map_arg(node.args, lambda n: n.meta["val"])
+            with x.meta["val"].fake_mode:
+                node.meta["val"] = target(*given, **kwargs)
+            self.inserted[key] = node
+        self.levels[node] = self.level_of(node)
+        return node
+
     def inputs(self, kind: str, *nodes: Any) -> tuple[Piece, list[Value]] | None:
         """These nodes as values of one program; None where they cannot be."""
         if not all(isinstance(n, Node) and shape_of(n) is not None for n in nodes):
@@ -110,7 +189,7 @@ class Lowering:
         known = [self.native.get(n) for n in nodes]
         if any(k is not None and k.piece.kind != kind for k in known):
             return None
-        if any(k is not None and k.view is not None for k in known):
+        if any(k is not None and (k.view is not None or k.factor != 1) for k in known):
             return self._seen_alike(known)
         batches = {_batch(n, kind) for n in nodes}
         if None in batches or len(batches) != 1:
@@ -120,7 +199,7 @@ class Lowering:
         )
         key = (kind, level, str(batches.pop()))
         piece = self.pieces.setdefault(key, Piece(kind, level))
-        return piece, [self._value(piece, n) for n in nodes]
+        return piece, [self.loaded_into(piece, n) for n in nodes]
 
     def _seen_alike(self, known: Sequence[Native | None]) -> tuple[Piece, list[Value]] | None:
         """Values of one program through the same view of all channels."""
@@ -129,7 +208,8 @@ class Lowering:
             return None
         return found[0].piece, [k.value for k in found]
 
-    def _value(self, piece: Piece, node: Node) -> Value:
+    def loaded_into(self, piece: Piece, node: Node) -> Value:
+        """A node as a value of a program."""
         known = self.native.get(node)
         if known is not None and known.piece is piece:
             return known.value
@@ -141,10 +221,12 @@ class Lowering:
             piece.ops.append(Load(value, node.name, vector=len(shape) == 2))
             piece.inputs[node.name] = node
             self.loaded[piece, node] = value
+            self.pieces_of[value] = piece
             self.made[value] = piece.ops[-1]
             self.roots[value] = node
-            if piece.kind == "tokens":
-                self.bases[value] = base_view(shape)
+            base = base_view(shape) if piece.kind == "tokens" else image_view(shape)
+            if base is not None:
+                self.bases[value] = base
         return self.loaded[piece, node]
 
     def add(self, piece: Piece, node: Node, op: Op, view: View | None = None) -> bool:
@@ -152,21 +234,35 @@ class Lowering:
 
         Declined where others would have to read a view of it.
         """
-        base = None
+        inputs = (self.native.get(n) for n in node.all_input_nodes)
+        seen = next((k.view for k in inputs if k is not None and k.view is not None), None)
+        base: View | None
         if piece.kind == "tokens":
             base = self.bases[op.inputs()[0]].of(op.out.channels)
-            inputs = (self.native.get(n) for n in node.all_input_nodes)
-            seen = next((k.view for k in inputs if k is not None and k.view is not None), None)
-            view = view or (None if seen is None else seen.of(op.out.channels))
+        elif seen is None:
+            base = image_view(shape_of(node) or ())
+        else:  # an image with its channels last
+            base = self.bases[op.inputs()[0]].of(op.out.channels, 1)
+        view = view or (None if seen is None else seen.of(op.out.channels))
         if view is not None and node.name in self.plain:
             return False
+        if view == base:
+            view = None
         piece.ops.append(op)
+        self.pieces_of[op.out] = piece
         self.made[op.out] = op
         self.roots[op.out] = node
         if base is not None:
             self.bases[op.out] = base
         self.native[node] = Native(piece, op.out, view)
         return True
+
+    def hidden(self, piece: Piece, op: Op) -> None:
+        """An operation whose value no node of the graph is."""
+        piece.ops.append(op)
+        self.made[op.out], self.pieces_of[op.out] = op, piece
+        if piece.kind == "tokens":
+            self.bases[op.out] = self.bases[op.inputs()[0]].of(op.out.channels)
 
     def see(self, node: Node, known: Native, view: View | None) -> bool:
         """The node is a view of a value."""
@@ -177,6 +273,13 @@ class Lowering:
         self.native[node] = replace(known, view=view)
         return True
 
+    def scaled(self, node: Node, known: Native, factor: float) -> bool:
+        """The node is a value, or what is seen of it, times a number."""
+        if self.roots[known.value].name in self.plain:
+            return False
+        self.native[node] = replace(known, factor=known.factor * factor)
+        return True
+
     def same(self, node: Node, source: Any) -> bool:
         """The node's value is its input's."""
         if source not in self.native:
@@ -184,12 +287,12 @@ class Lowering:
         self.native[node] = replace(self.native[source])
         return True
 
-    def product_alone(self, node: Any) -> Product | None:
-        """The product that makes this node, where nothing else reads it and it may be extended."""
+    def alone(self, node: Any) -> Op | None:
+        """What makes this node, where nothing else reads it."""
         known = self.native.get(node)
-        op = self.made.get(known.value) if known is not None and known.whole else None
-        if not isinstance(op, Product) or op.activation != Activation.NONE:
+        if known is None or not known.whole:
             return None
+        op = self.made[known.value]
         while True:  # through nodes that are the same value
             if len(node.users) != 1:
                 return None
@@ -199,6 +302,24 @@ class Lowering:
             if self.native[before].value is not op.out:
                 return op
             node = before
+
+    def product_alone(self, node: Any) -> Product | None:
+        """The product that makes this node, where nothing else reads it and it may be extended."""
+        op = self.alone(node)
+        extended = isinstance(op, Product) and op.activation == Activation.NONE
+        return op if extended else None  # type: ignore[return-value]
+
+    def size(self, graph: torch.fx.Graph, wanted: Any) -> Any:
+        """A size as an argument of an operator: a number, or a node that reads it off an input."""
+        if wanted.is_Integer:
+            return int(wanted)
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder" and isinstance(value, Tensor):
+                for axis, size in enumerate(value.shape):
+                    if expression(size) == wanted:
+                        return self.insert(torch.ops.aten.sym_size.int, node, axis)
+        return None
 
     # the end
 
@@ -216,7 +337,7 @@ class Lowering:
                 continue
             piece = known.piece
             outside = [u for u in self._readers(node) if self._piece(u) is not piece]
-            if outside and known.view is None:
+            if outside and known.view is None and known.factor == 1:
                 self._store(piece, node, known.value)
             elif outside:
                 viewed.add(self.roots[known.value].name)
@@ -239,6 +360,11 @@ class Lowering:
             shape = shape_of(node) or ()
             piece.ops.append(Store(value, node.name, vector=len(shape) == 2))
             piece.outputs[node.name] = node
+
+
+def _place(node: Node) -> int:
+    """Where a node stands in its graph."""
+    return next(i for i, n in enumerate(node.graph.nodes) if n is node)
 
 
 def shape_of(node: Any) -> tuple[Any, ...] | None:

@@ -44,9 +44,10 @@ class Plan:
     ) -> None:
         self.signature, self.steps, self.constants = signature, steps, constants
         calls = [s for s in steps if isinstance(s, Call)]
-        # torch's threads would spin beside ours for nothing
-        self.light = not any(any(h in c.target for h in _HEAVY) for c in calls)
         fixed = _of_sizes(calls, constants, signature)
+        # torch's threads would spin beside ours for nothing
+        often = [c.target for c in calls if c.name not in fixed]
+        self.light = not any(any(h in target for h in _HEAVY) for target in often)
         self.first = [c for c in calls if c.name in fixed]
         self.rest = [s for s in steps if not (isinstance(s, Call) and s.name in fixed)]
         self.frees = _frees(self.rest, signature)

@@ -15,8 +15,10 @@ from sparseworks.engine.ir import (
     Attention,
     Combine,
     Gather,
+    GroupNorm,
     Load,
     Mean,
+    Move,
     Norm,
     Op,
     Pool,
@@ -34,8 +36,8 @@ __all__ = ["Instance", "build", "lone_product"]
 
 (
     _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS,
-    _GATHER, _UPSAMPLE, _RANGE, _QUADS,
-) = range(15)  # fmt: skip
+    _GATHER, _UPSAMPLE, _RANGE, _QUADS, _MOVE, _GROUP_NORM,
+) = range(17)  # fmt: skip
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
@@ -333,6 +335,32 @@ class _Builder:
             )  # fmt: skip
             done += count
 
+    def _move(self, op: Move) -> None:
+        made = self.layout.of(op.out)
+        for number, part in enumerate(op.parts):
+            given = self.layout.of(part.value)
+            fields: dict[str, Any] = {"in": self._buffer(part.value), "from": given, "to": made}
+            fields["sources"] = _offsets(part.sources, given)
+            fields["places"] = _offsets(part.places, made)
+            if part.weights is not None:
+                fields["weights"] = part.weights.float().flatten().contiguous()
+            self._add(
+                _MOVE, part.count * part.sources.numel() * made.lanes // 4, channels=part.count,
+                out=self._buffer(op.out), q=part.first, q_step=part.step, flag=int(number == 0),
+                **fields,
+            )  # fmt: skip
+
+    def _groupnorm(self, op: GroupNorm) -> None:
+        made = self.layout.of(op.out)
+        fields = {"in": self._buffer(op.x)}
+        for name, tensor in (("scale", op.gamma), ("bias", op.beta)):
+            if tensor is not None:
+                fields[name] = tensor.float().contiguous()  # type: ignore[assignment]
+        self._add(
+            _GROUP_NORM, op.out.channels * made.plane // 4, out=self._buffer(op.out), to=made,
+            channels=op.out.channels, groups=op.groups, number=op.epsilon, **fields,
+        )  # fmt: skip
+
     def _upsample(self, op: Upsample) -> None:
         made = self.layout.of(op.out)
         self._add(
@@ -349,7 +377,7 @@ class _Builder:
                 fields[name] = tensor.float().contiguous()  # type: ignore[assignment]
         self._add(
             _NORM, op.out.channels * made.plane // 4, out=self._buffer(op.out), to=made,
-            channels=op.out.channels, number=op.epsilon, **fields,
+            channels=op.out.channels, number=op.epsilon, flag=int(not op.centred), **fields,
         )  # fmt: skip
 
     def _attention(self, op: Attention) -> None:
@@ -358,12 +386,21 @@ class _Builder:
         fields["other"], fields["extra"] = self._buffer(op.k.value), self._buffer(op.v.value)
         if op.mask is not None:
             fields["mask"] = self._tensor(op.mask, (0,))
+        if op.bias is not None:
+            fields["added"] = self._tensor(op.bias, (0,))
         self._add(
-            _ATTENTION, op.q.heads * op.q.size * queries.plane * keys.width // 8,
+            _ATTENTION, op.q.heads * op.q.size * queries.plane * keys.width // (8 * op.windows),
             out=self._buffer(op.out), heads=op.q.heads, groups=op.k.heads, window=op.q.size,
-            q=op.q.first, k=op.k.first, v=op.v.first, number=op.scale, keys=keys.width,
-            flag=int(op.causal), **fields,
+            q=op.q.first, k=op.k.first, v=op.v.first, number=op.scale,
+            keys=keys.width // op.windows, windows=op.windows, flag=int(op.causal), **fields,
         )  # fmt: skip
+
+
+def _offsets(positions: Tensor, g: Geometry) -> Tensor:
+    """Of pixels, in floats from the beginning of their plane."""
+    flat = positions.flatten()
+    found = flat // g.width * g.pitch + g.origin + flat % g.width * g.lanes
+    return found.to(torch.int32).contiguous()
 
 
 def _layout(op: Load | Store) -> int:

@@ -36,7 +36,7 @@ from sparseworks.kernels.native import available
 
 __all__ = ["read_plan", "save_plan", "unpacked"]
 
-_FORMAT = 3
+_FORMAT = 4
 _KINDS = (
     Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL,
     Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD,
@@ -200,7 +200,7 @@ class _Writer:
         ops = [[type(op).__name__, self._fields(op)] for op in part.ops]
         values = [[v.kind, v.channels] for v in self.values]
         return {"kind": part.kind, "ops": ops, "values": values, "inputs": part.inputs,
-                "masks": part.masks, "outputs": part.outputs}  # fmt: skip
+                "masks": part.masks, "biases": part.biases, "outputs": part.outputs}  # fmt: skip
 
     def _fields(self, thing: Any) -> dict[str, Any]:
         return {f.name: self._encoded(getattr(thing, f.name)) for f in fields(thing)}
@@ -208,8 +208,8 @@ class _Writer:
     def _encoded(self, value: Any) -> Any:
         if isinstance(value, ir.Value):
             return {"value": self.values.setdefault(value, len(self.values))}
-        if isinstance(value, ir.Heads):
-            return {"heads": self._fields(value)}
+        if isinstance(value, ir.Heads | ir.Moved):
+            return {type(value).__name__.lower(): self._fields(value)}
         if isinstance(value, Tensor):
             return {"tensor": self.tensor(value)}
         if isinstance(value, (list, tuple)):
@@ -246,7 +246,8 @@ def _read_part(held: dict[str, Any], tensors: dict[str, Tensor], threads: int) -
             return values[content]
         if kind == "tensor":
             return tensors[content]
-        return ir.Heads(**{k: decoded(v) for k, v in content.items()})
+        made = ir.Heads if kind == "heads" else ir.Moved
+        return made(**{k: decoded(v) for k, v in content.items()})
 
     ops = []
     for name, content in held["ops"]:
@@ -256,4 +257,5 @@ def _read_part(held: dict[str, Any], tensors: dict[str, Tensor], threads: int) -
         if "precision" in given:
             given["precision"] = ir.Precision(given["precision"])
         ops.append(_OPS[name](**given))
-    return Part(held["kind"], ops, held["inputs"], held["masks"], held["outputs"], threads)
+    return Part(held["kind"], ops, held["inputs"], held["masks"], held["outputs"], threads,
+                held["biases"])  # fmt: skip

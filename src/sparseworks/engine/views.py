@@ -6,14 +6,16 @@ operands in an order of its own, as attention does, looks at what they are views
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
+from torch import Tensor
 
-__all__ = ["Run", "View", "base_view"]
+__all__ = ["Run", "View", "base_view", "image_view", "expression", "merged"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Run:
     """A run through one axis of the value.
 
     Args:
-        axis: "b" of entries, "s" of tokens, "c" of channels.
+        axis: "b" of entries, and "w" within them where they are split, "s" of tokens, "c" of
+            channels; of scores "h" of heads, "i" and "j" of positions.
         size: a number, or an expression of the sizes that may change.
         step: channels from one to the next.
     """
@@ -42,6 +45,25 @@ class View:
 
     dims: tuple[tuple[Run, ...], ...]
     first: int = 0
+
+    def sizes(self) -> list[sympy.Expr]:
+        """Of the axes."""
+        return [math.prod((run.size for run in dim), start=sympy.Integer(1)) for dim in self.dims]
+
+    def channels(self) -> Tensor:
+        """The channel at each place of the axes that run through channels; others have size 1."""
+        found = torch.full((1,) * len(self.dims), self.first)
+        for axis, dim in enumerate(self.dims):
+            own = torch.zeros(1, dtype=torch.long)
+            for run in dim:
+                if run.axis == "c":
+                    own = (own[:, None] + torch.arange(int(run.size)) * run.step).flatten()
+            found = found + own.view(-1, *(1,) * (len(self.dims) - axis - 1))
+        return found
+
+    def covers(self, channels: int) -> bool:
+        """Whether all channels are seen, each once."""
+        return self.channels().flatten().sort().values.tolist() == list(range(channels))
 
     def permuted(self, order: Sequence[int]) -> View:
         return replace(self, dims=tuple(self.dims[a % len(self.dims)] for a in order))
@@ -85,13 +107,18 @@ class View:
                     dim.append(left.pop(0))
                     missing = share
                     continue
-                if run.axis != "c" or not missing.is_Integer or int(run.size) % int(missing):
+                if run.axis == "b" and sympy.cancel(run.size / missing).is_Integer:
+                    dim.append(replace(run, size=missing))  # windows of an entry, say
+                    left[0] = Run("w", sympy.cancel(run.size / missing))
+                    missing = sympy.Integer(1)
+                    continue
+                if run.axis not in "ch" or not missing.is_Integer or int(run.size) % int(missing):
                     return None
                 inner = int(run.size) // int(missing)
-                dim.append(Run("c", missing, run.step * inner))
-                left[0] = Run("c", sympy.Integer(inner), run.step)
+                dim.append(Run(run.axis, missing, run.step * inner))
+                left[0] = Run(run.axis, sympy.Integer(inner), run.step)
                 missing = sympy.Integer(1)
-            dims.append(_merged(dim))
+            dims.append(merged(dim))
         return None if left else replace(self, dims=tuple(dims))
 
     def whole(self, channels: int) -> bool:
@@ -99,10 +126,11 @@ class View:
         others = [run.axis for dim in self.dims[:-1] for run in dim]
         return self.first == 0 and self == self.of(channels) and "c" not in others
 
-    def of(self, channels: int) -> View:
-        """The same with another number of channels in the last axis."""
-        last = () if channels == 1 else (Run("c", sympy.Integer(channels)),)
-        return replace(self, dims=(*self.dims[:-1], last))
+    def of(self, channels: int, axis: int = -1) -> View:
+        """The same with another number of channels in the last axis, or another one."""
+        at = axis % len(self.dims)
+        own = () if channels == 1 else (Run("c", sympy.Integer(channels)),)
+        return replace(self, dims=(*self.dims[:at], own, *self.dims[at + 1 :]))
 
 
 def base_view(shape: Sequence[Any]) -> View:
@@ -112,6 +140,15 @@ def base_view(shape: Sequence[Any]) -> View:
     return View(tuple(() if n == 1 else (Run(a, n),) for a, n in zip(axes, sizes, strict=True)))
 
 
+def image_view(shape: Sequence[Any]) -> View | None:
+    """Of an image `[entries, channels, height, width]` itself, where its sizes are known."""
+    if len(shape) != 4 or not all(isinstance(n, int) for n in shape[1:]):
+        return None
+    entries, channels, height, width = (expression(n) for n in shape)
+    runs = [Run("b", entries), Run("c", channels), Run("s", height, int(width)), Run("s", width)]
+    return View(tuple(() if run.size == 1 else (run,) for run in runs))
+
+
 def expression(size: Any) -> sympy.Expr:
     """A number, or the expression of a size that may change."""
     if isinstance(size, torch.SymInt):
@@ -119,14 +156,17 @@ def expression(size: Any) -> sympy.Expr:
     return sympy.sympify(size)
 
 
-def _merged(dim: Sequence[Run]) -> tuple[Run, ...]:
+def merged(dim: Sequence[Run]) -> tuple[Run, ...]:
     """Runs that continue each other as one."""
     found: list[Run] = []
     for run in dim:
         before = found[-1] if found else Run("", run.size)
-        both = before.axis == run.axis == "c"
+        if (before.axis, run.axis) == ("b", "w"):
+            found[-1] = Run("b", before.size * run.size)
+            continue
+        both = before.axis == run.axis and run.axis in "ch"
         if both and before.step == run.step * int(run.size):
-            found[-1] = Run("c", before.size * run.size, run.step)
+            found[-1] = Run(run.axis, before.size * run.size, run.step)
         else:
             found.append(run)
     return tuple(found)

@@ -1,5 +1,13 @@
 """One rule per operator of torch, by what they work on."""
 
-from sparseworks.engine.rules import images, pointwise, tokens, views
+from sparseworks.engine.rules import (
+    attention,
+    images,
+    pointwise,
+    resampling,
+    scores,
+    tokens,
+    views,
+)
 
-__all__ = ["images", "pointwise", "tokens", "views"]
+__all__ = ["attention", "images", "pointwise", "resampling", "scores", "tokens", "views"]

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from sparseworks.engine.ir import Gather, Mean, Pool, Product, Upsample, Value
 from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
-from sparseworks.engine.rules.views import take
+from sparseworks.engine.rules.views import joined, seen, take
 
 _aten = torch.ops.aten
 
@@ -32,8 +32,8 @@ def _conv(state: Lowering, node: Node) -> bool:
         w = torch.nn.functional.pad(w, (border[1], border[1], border[0], border[0]))
     if x in state.padded and p == 0:
         x, p, more = state.padded[x]
-    if s > 2 and s == w.shape[2]:  # patches: a dense product of torch
-        return False
+    if s > 2 and s == w.shape[2]:
+        return (w.shape[3], p, d, groups) == (s, 0, 1, 1) and _patches(state, node, x, weight, bias)
     found = state.inputs("image", x)
     if found is None:
         return False
@@ -43,6 +43,23 @@ def _conv(state: Lowering, node: Node) -> bool:
         stride=s, padding=p, more=more, dilation=d, groups=groups, border=border,
     )  # fmt: skip
     return state.add(piece, node, op)
+
+
+def _patches(state: Lowering, node: Node, x: Any, weight: Any, bias: Any) -> bool:
+    """Patches that do not overlap: torch makes channels of their pixels, one tap each."""
+    shape, w = shape_of(x) or (), state.constant(weight)
+    assert w is not None
+    size = w.shape[2]
+    fixed = len(shape) == 4 and all(isinstance(n, int) and n % size == 0 for n in shape[2:])
+    if not fixed or x in state.native:
+        return False
+    found = state.inputs("image", state.insert(_aten.pixel_unshuffle.default, x, size))
+    if found is None:
+        return False
+    piece, (value,) = found
+    flat = w.reshape(w.shape[0], -1, 1, 1)
+    out = Value("image", w.shape[0])
+    return state.add(piece, node, Product(out, value, flat, state.constant(bias), weight.name))
 
 
 @rule(_aten.batch_norm.default)
@@ -123,20 +140,14 @@ def _pool(
     return known.piece.kind == "image" and state.add(known.piece, node, op)
 
 
-@rule(_aten.adaptive_avg_pool2d.default)
-def _adaptive(state: Lowering, node: Node) -> bool:
-    x, size = filled(node, ())
-    return set(size) == {1} and _mean_of(state, node, x)
-
-
 @rule(_aten.mean.dim)
 def _mean(state: Lowering, node: Node) -> bool:
     x, axes, _ = filled(node, (None, None, False))
     shape = shape_of(x) or ()
-    return {a % max(1, len(shape)) for a in axes} == {2, 3} and _mean_of(state, node, x)
+    return {a % max(1, len(shape)) for a in axes} == {2, 3} and mean_of(state, node, x)
 
 
-def _mean_of(state: Lowering, node: Node, x: Any) -> bool:
+def mean_of(state: Lowering, node: Node, x: Any) -> bool:
     known = state.native.get(x)
     if known is None or known.piece.kind != "image" or len(shape_of(x) or ()) != 4:
         return False
@@ -161,6 +172,8 @@ def _upsample(state: Lowering, node: Node) -> bool:
 @rule(_aten.cat.default)
 def _cat(state: Lowering, node: Node) -> bool:
     nodes, axis = filled(node, (None, 0))
+    if all(n in state.native and seen(state, n) is not None for n in nodes):
+        return joined(state, node, nodes, axis)
     if axis % 4 != 1 or not all(len(shape_of(n) or ()) == 4 for n in nodes):
         return False
     found = state.inputs("image", *nodes) if any(n in state.native for n in nodes) else None
@@ -178,6 +191,9 @@ def _slice(state: Lowering, node: Node) -> bool:
     shape = shape_of(node)
     if x not in state.native or shape is None:
         return False
+    every = begin in (None, 0) and (end is None or (isinstance(end, int) and end > 1 << 40))
+    if every and step == 1:
+        return state.same(node, x)
     if state.native[x].piece.kind == "tokens" or axis % 4 == 1:
         size = (shape_of(x) or ())[axis]
         known = isinstance(size, int) and isinstance(begin or 0, int) and step == 1

@@ -1,21 +1,22 @@
-"""Linear layers, layer norm, attention."""
+"""Linear layers and layer norm."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from sparseworks.engine.ir import Attention, Heads, Norm, Product, Value
-from sparseworks.engine.pieces import Lowering, Native, filled, kind_of, rule, shape_of
-from sparseworks.engine.views import Run, View
+from sparseworks.engine.ir import Gather, Norm, Product, Value
+from sparseworks.engine.pieces import Lowering, filled, kind_of, rule, shape_of
+from sparseworks.engine.rules.attention import contracted
+from sparseworks.engine.views import Run
 
 _aten = torch.ops.aten
 
 
-@rule(_aten.linear.default)
+@rule(_aten.linear.default, last=True)
 def _linear(state: Lowering, node: Node) -> bool:
     x, weight, bias = filled(node, (None, None, None))
     return _linear_map(state, node, x, weight, bias)
@@ -31,6 +32,8 @@ def _addmm(state: Lowering, node: Node) -> bool:
 @rule(_aten.mm.default, _aten.matmul.default)
 def _matmul(state: Lowering, node: Node) -> bool:
     x, weight = node.args[:2]
+    if contracted(state, node, x, weight):
+        return True
     return _linear_map(state, node, x, weight, None, turned=True)
 
 
@@ -45,7 +48,7 @@ def _linear_map(
     if bias is not None and (state.constant(bias) is None or state.constant(bias).ndim != 1):  # type: ignore[union-attr]
         return False
     w = w.t().contiguous() if turned else w
-    if kind == "image" and len(shape_of(x) or ()) != 2:
+    if kind == "image" and len(shape_of(x) or ()) != 2 and state.native[x].view is None:
         return False
     found = state.inputs(kind, x)
     if found is None:
@@ -55,73 +58,73 @@ def _linear_map(
     return state.add(piece, node, op)
 
 
-@rule(_aten.layer_norm.default)
+@rule(_aten.layer_norm.default, last=True)
 def _layer_norm(state: Lowering, node: Node) -> bool:
     x, shape, weight, bias, epsilon = filled(node, (None, None, None, None, 1e-5))[:5]
     if len(shape) != 1 or any(n is not None and state.constant(n) is None for n in (weight, bias)):
         return False
-    found = state.inputs("tokens", x)
-    if found is None or len(shape_of(x) or ()) != 3:
+    if _by_heads(state, node, x, state.constant(weight), state.constant(bias), epsilon, True):
+        return True
+    known = state.native.get(x)
+    image = known is not None and known.piece.kind == "image"
+    wanted = 3 if not image else 2 if known.view is None else 4  # type: ignore[union-attr]
+    found = state.inputs("image" if image else "tokens", x)
+    if found is None or len(shape_of(x) or ()) != wanted:
         return False
     piece, (value,) = found
     gamma, beta = state.constant(weight), state.constant(bias)
     return state.add(
-        piece, node, Norm(Value("tokens", value.channels), value, gamma, beta, epsilon)
+        piece, node, Norm(Value(value.kind, value.channels), value, gamma, beta, epsilon)
     )
 
 
-_SDPA = _aten.scaled_dot_product_attention.default
-
-
-@rule(_SDPA)
-def _attention(state: Lowering, node: Node) -> bool:
-    q, k, v, mask, dropout, causal = filled(node, (None, None, None, None, 0.0, False))
-    known = [state.native.get(n) for n in (q, k, v)]
-    heads = [_heads(state, n) for n in known if n is not None]
-    if len(heads) < 3 or None in heads or dropout or len({n.piece for n in known}) != 1:  # type: ignore[union-attr]
+@rule(_aten.rms_norm.default)
+def _rms_norm(state: Lowering, node: Node) -> bool:
+    x, shape, weight, epsilon = filled(node, (None, None, None, None))
+    if len(shape) != 1 or (weight is not None and state.constant(weight) is None):
         return False
-    one, two, three = (h for h in heads if h is not None)
-    piece = known[0].piece  # type: ignore[union-attr]
-    if two.heads != three.heads or len({h.size for h in (one, two, three)}) != 1:
+    smallest = torch.finfo(torch.float32).eps if epsilon is None else epsilon
+    return by_mean_square(state, node, x, state.constant(weight), smallest)
+
+
+def by_mean_square(
+    state: Lowering, node: Node, x: Node, gamma: Tensor | None, epsilon: float
+) -> bool:
+    """x / sqrt(mean of x^2 + epsilon) gamma."""
+    if _by_heads(state, node, x, gamma, None, epsilon, False):
+        return True
+    found = state.inputs("tokens", x)
+    if found is None or len(shape_of(x) or ()) != 3:
         return False
-    if one.heads != two.heads and not node.kwargs.get("enable_gqa"):
+    piece, (value,) = found
+    out = Value("tokens", value.channels)
+    return state.add(piece, node, Norm(out, value, gamma, None, epsilon, centred=False))
+
+
+def _by_heads(
+    state: Lowering, node: Node, x: Any, gamma: Tensor | None, beta: Tensor | None,
+    epsilon: float, centred: bool,
+) -> bool:  # fmt: skip
+    """A norm over the channels of each head, as of queries and keys: head by head."""
+    known = state.native.get(x)
+    if known is None or known.piece.kind != "tokens" or known.view is None or known.factor != 1:
         return False
-    name = None
-    if mask is not None:
-        shape = mask.meta["val"].shape
-        if (
-            mask in state.native
-            or state.levels.get(mask, 0) > piece.level
-            or len(shape) != 4
-            or shape[1] != 1
-        ):
-            return False
-        name = mask.name
-        piece.masks[name] = mask
-    scale = float(node.kwargs.get("scale") or one.size**-0.5)  # type: ignore[arg-type]
-    channels = one.heads * one.size
-    op = Attention(Value("tokens", channels), one, two, three, scale, bool(causal), name)
-    b, s, c = state.bases[one.value].of(channels).dims
-    parted = View((b, s, c)).regrouped([*(_size(d) for d in (b, s)), one.heads, one.size])
-    assert parted is not None
-    return state.add(piece, node, op, parted.permuted((0, 2, 1, 3)))
-
-
-def _size(dim: tuple[Run, ...]) -> Any:
-    return dim[0].size if dim else sympy.Integer(1)
-
-
-def _heads(state: Lowering, known: Native) -> Heads | None:
-    """A view [entries, heads, tokens, channels of a head] as heads that lie side by side."""
-    view, base = known.view, state.bases.get(known.value)
-    if view is None or base is None or len(view.dims) != 4 or len(base.dims) != 3:
-        return None
-    entries, heads, tokens, channels = view.dims
-    size, count = _size(channels), _size(heads)
-    if not (size.is_Integer and count.is_Integer):
-        return None
-    plain = channels in ((), (Run("c", size),))
-    beside = heads in ((), (Run("c", count, int(size)),))
-    if (entries, tokens) != base.dims[:2] or not plain or not beside:
-        return None
-    return Heads(known.value, int(count), int(size), view.first)
+    view, value = known.view, known.value
+    heads = [run for dim in view.dims[:-1] for run in dim if run.axis == "c"]
+    last = view.dims[-1]
+    if len(heads) != 1 or len(last) != 1 or node.name in state.plain:
+        return False
+    size = int(last[0].size)
+    if (
+        last != (Run("c", last[0].size),)
+        or heads[0].step != size
+        or not view.covers(value.channels)
+    ):
+        return False
+    made = []
+    for first in range(0, value.channels, size):
+        one, normed = Value("tokens", size), Value("tokens", size)
+        state.hidden(known.piece, Gather(one, [(value, first, size)]))
+        state.hidden(known.piece, Norm(normed, one, gamma, beta, epsilon, centred))
+        made.append((normed, 0, size))
+    return state.add(known.piece, node, Gather(Value("tokens", value.channels), made), view)
