@@ -1,4 +1,4 @@
-// The sparse product: out[row][p] = activation(sum over taps value * in[p + offset] + bias[row] +
+// The sparse product: out[row][p] = activation(sum over taps value * in[p + distance] + bias[row] +
 // residual[row][p]). A kept weight is one broadcast times a run of positions; the accumulators of a
 // block of rows and positions stay in registers.
 #pragma once
@@ -56,6 +56,7 @@ struct Target {
 struct Stage {
   const int64_t* start;
   const int32_t* order;  // the group at each place; null: as they are
+  const int32_t* distance;  // of each column
   bool first, last;
 
   int group(int place) const { return order == nullptr ? place : order[place]; }
@@ -124,10 +125,16 @@ inline void activate_stored(const Target& to, int row, int64_t at, int vectors) 
 
 // The taps of the rows that come next: as many as these rows have.
 inline void fetch_ahead(const Taps& w, int64_t begin, int64_t end) {
-  for (int64_t t = end; t < end + (end - begin); t += 16) {
-    __builtin_prefetch(w.offset + t);
+  for (int64_t t = end; t < end + (end - begin); t += 32) {
+    __builtin_prefetch(w.column + t);
     __builtin_prefetch(w.value + t);
+    __builtin_prefetch(w.value + t + 16);
   }
+}
+
+// Where the inputs of a row begin.
+inline const float* inputs_of(const Taps& w, int row, const float* in) {
+  return w.base == nullptr ? in : in + w.base[row];
 }
 
 // How a kept weight meets a vector of positions; what a sum starts with, and what completes it.
@@ -190,10 +197,10 @@ struct Quad {
 };
 
 template <typename K, int P, int S>
-inline void accumulate(const float* in, const int32_t* offset, const float* value, int64_t n,
-                       Vec (&acc)[P]) {
+inline void accumulate(const float* in, const int32_t* distance, const uint16_t* column,
+                       const float* value, int64_t n, Vec (&acc)[P]) {
   for (int64_t t = 0; t < n; ++t) {
-    const float* x = in + offset[t];
+    const float* x = in + distance[column[t]];
     const auto w = K::weight(value + t);
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) acc[v] = K::add(acc[v], w, load(x + v * S * kLanes));
@@ -210,7 +217,8 @@ void one_row(const Taps& w, const Stage& stage, int place, const float* in, int6
   begin<K>(to, stage, row, at, acc);
   const int64_t first = stage.start[place], last = stage.start[place + 1];
   fetch_ahead(w, first, last);
-  accumulate<K, P, S>(in, w.offset + first, w.value + first, last - first, acc);
+  accumulate<K, P, S>(inputs_of(w, row, in), stage.distance, w.column + first, w.value + first,
+                      last - first, acc);
   finish<K>(to, stage, row, at, index, acc);
 }
 
@@ -227,17 +235,19 @@ void two_rows(const Taps& w, const Stage& stage, int place, const float* in, int
   const int64_t i_end = j, j_end = stage.start[place + 2];
   const int64_t both = std::min(i_end - i, j_end - j);
   fetch_ahead(w, i, j_end);
+  const float *one = inputs_of(w, row, in), *two = inputs_of(w, next, in);
+  const int32_t* distance = stage.distance;
   for (int64_t n = 0; n < both; ++n, ++i, ++j) {
-    const float* x = in + w.offset[i];
-    const float* y = in + w.offset[j];
+    const float* x = one + distance[w.column[i]];
+    const float* y = two + distance[w.column[j]];
     const auto s = K::weight(w.value + i), t = K::weight(w.value + j);
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) a[v] = K::add(a[v], s, load(x + v * S * kLanes));
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) b[v] = K::add(b[v], t, load(y + v * S * kLanes));
   }
-  accumulate<K, P, S>(in, w.offset + i, w.value + i, i_end - i, a);
-  accumulate<K, P, S>(in, w.offset + j, w.value + j, j_end - j, b);
+  accumulate<K, P, S>(one, distance, w.column + i, w.value + i, i_end - i, a);
+  accumulate<K, P, S>(two, distance, w.column + j, w.value + j, j_end - j, b);
   finish<K>(to, stage, row, at, index, a);
   finish<K>(to, stage, next, at, index, b);
 }
@@ -253,8 +263,9 @@ void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, 
   for (int g = 0; g < G; ++g)
     if (first + g < w.rows) begin<K>(to, stage, first + g, at, acc[g]);
   const int64_t end = stage.start[place + 1];
+  const float* from = inputs_of(w, first, in);
   for (int64_t t = stage.start[place]; t < end; ++t) {
-    const float* x = in + w.offset[t];
+    const float* x = from + stage.distance[w.column[t]];
     const float* value = w.value + t * G;
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) {
@@ -277,8 +288,8 @@ void block(const Taps& w, int begin, int end, const float* in, int64_t at, int i
     const int until = std::min(end, from + Taps::kTogether);
     for (int b = 0; b < w.blocks; ++b) {
       const int64_t places = static_cast<int64_t>(b) * groups;
-      const Stage stage{w.start + places, w.order == nullptr ? nullptr : w.order + places, b == 0,
-                        b + 1 == w.blocks};
+      const Stage stage{w.start + places, w.order == nullptr ? nullptr : w.order + places,
+                        w.distance + b * w.width, b == 0, b + 1 == w.blocks};
       int g = from;
       if constexpr (G > 1) {
         for (; g < until; ++g) shared_taps<K, G, P, S>(w, stage, g, in, at, index, to);

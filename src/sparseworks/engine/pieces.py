@@ -252,8 +252,8 @@ def _batch(node: Node, kind: str) -> tuple[str, ...] | None:
     """What all values of a program have in common."""
     shape = shape_of(node) or ()
     if kind == "image":
-        fixed = all(isinstance(n, int) for n in shape[1:])
-        return (str(shape[0]),) if len(shape) in (2, 4) and fixed else None
+        known = len(shape) in (2, 4) and isinstance(shape[1], int)
+        return (str(shape[0]),) if known else None
     if len(shape) not in (2, 3) or not isinstance(shape[-1], int):
         return None
     return tuple(str(n) for n in shape[:-1])

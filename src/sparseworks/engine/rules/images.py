@@ -150,12 +150,19 @@ def _upsample(state: Lowering, node: Node) -> bool:
     known = state.native.get(x) if isinstance(x, Node) else None
     if known is None or known.piece.kind != "image" or before is None or after is None:
         return False
-    factors = {n / m for n, m in zip(after[2:], before[2:], strict=True)}
-    factor = factors.pop()
-    if factors or factor != int(factor):
+    sizes = list(zip(after[2:], before[2:], strict=True))
+    factor = _now(after[2]) // _now(before[2])
+    if any(_now(n) != factor * _now(m) for n, m in sizes):
+        return False
+    if any(n != factor * m for n, m in sizes):  # of sizes that may change: it is noted in the graph
         return False
     out = Value("image", known.value.channels)
-    return state.add(known.piece, node, Upsample(out, known.value, int(factor)))
+    return state.add(known.piece, node, Upsample(out, known.value, factor))
+
+
+def _now(size: Any) -> int:
+    """A size in the example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 @rule(_aten.cat.default)
