@@ -120,8 +120,7 @@ Program::Program(std::vector<int64_t> where, int64_t size, int lanes, Arena* are
 int64_t Program::bytes() const {
   size_t found = sizeof *this + where_.size() * sizeof where_[0];
   for (const Op& op : ops_)
-    found += sizeof op + op.live.size() * sizeof op.live[0] +
-             (op.distance.size() + op.base.size()) * sizeof op.base[0];
+    found += sizeof op + op.live.size() * sizeof op.live[0] + op.offset.size() * sizeof op.offset[0];
   return static_cast<int64_t>(found);
 }
 

@@ -50,7 +50,7 @@ struct Geometry {
 };
 
 // The rows of a linear map in groups that share their taps. The taps come in blocks of inputs that
-// are read together; in a block, groups of equally many taps follow each other. All but the distances
+// are read together; in a block, groups of equally many taps follow each other. All but the last three
 // is the same in programs of all sizes.
 struct Taps {
   static constexpr int kTogether = 1024;  // groups whose sums stay in the second cache; whole chunks
@@ -64,8 +64,10 @@ struct Taps {
   const int32_t* zero = nullptr;    // int8: [rows], -128 times the sum of a row's weights
   int64_t width = 0;                // columns of a block
   int64_t columns = 0;              // of all blocks, as far as there are taps
-  const int32_t* distance = nullptr;  // of each column from the position's own address, in floats
-  const int32_t* base = nullptr;    // [rows], where the inputs of a row begin; null: all at the first
+  // of each tap from the position's own address, in floats; null: where a column begins is `near`
+  // beyond the position and `step` beyond the column before
+  const int32_t* offset = nullptr;
+  int64_t near = 0, step = 0;
 };
 
 // Of a caller's tensor: images [items, channels, height, width], tokens [items, tokens, channels], or
@@ -98,7 +100,7 @@ struct Op {
   int slots = 0;  // of an image's range, which is `extra` of its readers; 0: of tokens
   int64_t shift = 0;  // floats to the copy shifted right, twice as many to the one left; 0: none
   std::vector<uint16_t> live;       // per vector of a run: which lanes are not padding
-  std::vector<int32_t> distance, base;  // of taps
+  std::vector<int32_t> offset;      // of taps
   int parts = 1;                    // pieces when threads share one item
 };
 

@@ -110,14 +110,25 @@ void lay_out_taps(Op& op, const nb::dict& d) {
   if (op.taps.rows != op.channels || op.taps.columns > static_cast<int64_t>(inputs * near.size()) ||
       parts < 1 || op.channels % parts != 0)
     throw std::invalid_argument("a product's taps do not fit its input");
+  Taps& taps = op.taps;
+  if (near.size() == 1 && op.stride == 1 && parts == 1) {
+    taps.near = near[0];
+    taps.step = step;
+    return;
+  }
+  std::vector<int64_t> distance;  // of each column
   for (int c = 0; c < inputs; ++c)
-    for (const int64_t k : near) op.distance.push_back(static_cast<int32_t>(c * step + k));
-  op.taps.distance = op.distance.data();
-  if (parts == 1) return;
-  const int each = op.channels / parts;
-  for (int row = 0; row < op.channels; ++row)
-    op.base.push_back(static_cast<int32_t>(row / each * inputs * step));
-  op.taps.base = op.base.data();
+    for (const int64_t k : near) distance.push_back(c * step + k);
+  const int groups = (taps.rows + taps.group - 1) / taps.group, each = op.channels / parts;
+  op.offset.resize(taps.start[static_cast<int64_t>(taps.blocks) * groups]);
+  for (int64_t place = 0; place < static_cast<int64_t>(taps.blocks) * groups; ++place) {
+    const int group = taps.order == nullptr ? static_cast<int>(place % groups) : taps.order[place];
+    const int64_t base = static_cast<int64_t>(group * taps.group / each) * inputs * step;
+    const int64_t* of = distance.data() + place / groups * taps.width;
+    for (int64_t t = taps.start[place]; t < taps.start[place + 1]; ++t)
+      op.offset[t] = static_cast<int32_t>(base + of[taps.column[t]]);
+  }
+  taps.offset = op.offset.data();
 }
 
 Op parse(Held& held, const nb::dict& d) {

@@ -154,7 +154,8 @@ def test_memory_stays_within_what_was_allowed():
     plan = compiled(model, *texts(1, 20), cache_bytes=40_000)
     for length in range(2, 120):
         plan(*texts(1, length))
-        assert 0 < plan.recent.bytes <= 40_000
+        assert 0 < plan.recent.bytes + plan.of_sizes.bytes <= 40_000
+        assert max(plan.recent.bytes, plan.of_sizes.bytes) <= 20_000
     kept = len(plan.recent)
     assert 1 < kept < 118
     plan(*texts(1, 2))
@@ -166,7 +167,7 @@ def test_memory_stays_within_what_was_allowed():
     assert arena.bytes == most  # one for all lengths
     loose = compiled(model, *texts(1, 20), cache_bytes=0)
     close(loose(*texts(2, 30)), model(*texts(2, 30)))
-    assert len(loose.recent) == 0
+    assert len(loose.recent) == len(loose.of_sizes) == 0
 
 
 @native
@@ -190,10 +191,10 @@ def test_a_loaded_plan_has_its_weights_packed(program_wins, tmp_path, monkeypatc
     model = Encoder()
     compiled(model, *texts(1, 20))
     made = sw.compile(model, texts(2, 20), cache_bytes=50_000)
-    assert made.plan.recent.limit == 50_000
+    assert made.plan.cache_bytes == 50_000
     made.save(tmp_path / "model.plan")
     loaded = sw.load_compiled(tmp_path / "model.plan", cache_bytes=70_000)
-    assert loaded.plan.recent.limit == 70_000
+    assert loaded.plan.cache_bytes == 70_000
     monkeypatch.setattr(shared, "pack", None)
     for size in TEXTS:
         assert torch.equal(loaded(*texts(*size)), made(*texts(*size)))

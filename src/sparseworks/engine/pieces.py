@@ -13,7 +13,8 @@ from torch.fx import Node
 from sparseworks.engine.ir import Activation, Attention, Load, Op, Product, Store, Value
 from sparseworks.engine.views import View, base_view
 
-__all__ = ["RULES", "Lowering", "Native", "Piece", "filled", "kind_of", "rule", "shape_of"]
+__all__ = ["RULES", "Lowering", "Native", "Piece", "filled", "kind_of", "rule", "same_sizes",
+           "shape_of", "size_now"]  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -246,6 +247,19 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
     if not isinstance(value, Tensor) or value.dtype != torch.float32:
         return None
     return tuple(value.shape)
+
+
+def size_now(size: Any) -> int:
+    """A size in the example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def same_sizes(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
+    """Whether operands of one operator have equal axes.
+
+    Sizes that are equal in the example are so in all: torch has noted it, as it would broadcast else.
+    """
+    return [size_now(n) for n in one] == [size_now(n) for n in two]
 
 
 def _batch(node: Node, kind: str) -> tuple[str, ...] | None:

@@ -58,7 +58,9 @@ class Plan:
         self.first = [c for c in calls if c.name in fixed]
         self.rest = [s for s in steps if not (isinstance(s, Call) and s.name in fixed)]
         self.frees = _frees(self.rest, signature)
-        self.recent = Recent(cache_bytes)
+        # half for programs; the rest is large sometimes, and quickly made
+        self.cache_bytes = cache_bytes
+        self.recent, self.of_sizes = Recent(cache_bytes // 2), Recent(cache_bytes // 2)
         for part in self.parts:
             part.recent, part.shared.arena = self.recent, self.parts[0].shared.arena
             part.shared.prepare(part.ops)
@@ -125,7 +127,7 @@ class Plan:
             return {n: v for n, v in values.items() if n not in given}, size
 
         shapes = tuple([t.shape for t in given.values() if isinstance(t, Tensor)])
-        return self.recent.get(shapes, make)  # type: ignore[no-any-return]
+        return self.of_sizes.get(shapes, make)  # type: ignore[no-any-return]
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def _packed(plan: Plan) -> tuple[dict[str, Any], bytes, int, int]:
     under the programs that read it.
     """
     about, tensors = _described(plan)
-    return about, save(tensors), plan.parts[0].threads, plan.recent.limit
+    return about, save(tensors), plan.parts[0].threads, plan.cache_bytes
 
 
 def unpacked(about: dict[str, Any], content: bytes, threads: int, cache_bytes: int) -> Plan:

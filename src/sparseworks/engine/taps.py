@@ -1,7 +1,8 @@
 """The kept weights of a product as the native code reads them.
 
 They are packed once. A tap is the number of its column in the weight; how far from a position in
-memory that column's input lies is all that a program of another size has of its own.
+memory that column's input lies is what a program of another size has of its own: one number where
+columns are inputs, else one for every tap.
 """
 
 from __future__ import annotations

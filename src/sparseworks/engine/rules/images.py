@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparseworks.engine.ir import Gather, Mean, Pool, Product, Upsample, Value
-from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
+from sparseworks.engine.pieces import Lowering, filled, rule, shape_of, size_now
 from sparseworks.engine.rules.views import take
 
 _aten = torch.ops.aten
@@ -151,18 +151,13 @@ def _upsample(state: Lowering, node: Node) -> bool:
     if known is None or known.piece.kind != "image" or before is None or after is None:
         return False
     sizes = list(zip(after[2:], before[2:], strict=True))
-    factor = _now(after[2]) // _now(before[2])
-    if any(_now(n) != factor * _now(m) for n, m in sizes):
+    factor = size_now(after[2]) // size_now(before[2])
+    if any(size_now(n) != factor * size_now(m) for n, m in sizes):
         return False
     if any(n != factor * m for n, m in sizes):  # of sizes that may change: it is noted in the graph
         return False
     out = Value("image", known.value.channels)
     return state.add(known.piece, node, Upsample(out, known.value, factor))
-
-
-def _now(size: Any) -> int:
-    """A size in the example."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 @rule(_aten.cat.default)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from sparseworks.engine.ir import Activation, Combine, Value
-from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
+from sparseworks.engine.pieces import Lowering, filled, rule, same_sizes, shape_of
 
 _aten = torch.ops.aten
 
@@ -80,7 +80,7 @@ def _combine(state: Lowering, node: Node) -> bool:
         return False
     multiply = node.target in (_aten.mul.Tensor, _aten.mul_.Tensor)
     small = one.piece.kind == "image" and _is_scale(shapes[0], shapes[1])
-    if not small and tuple(map(str, shapes[0] or ())) != tuple(map(str, shapes[1] or ())):
+    if not small and not same_sizes(shapes[0] or (), shapes[1] or ()):
         return False
     found = state.inputs(one.piece.kind, x, y)
     if found is None:
