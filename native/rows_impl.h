@@ -22,6 +22,9 @@ constexpr int kRun = 6, kPair = 3, kQuad = 1;
 constexpr int kRun = 2, kPair = 1, kQuad = 1;
 #endif
 
+// What holds the sums of a block: they stay in registers only where it is part of its caller.
+#define SPARSEWORKS_INLINE inline __attribute__((always_inline))
+
 constexpr int kWorth = 8;  // vectors a piece, below which reading a tap costs more than its products
 
 // What piece `part` of `parts` has of `count` things: [first, last).
@@ -75,7 +78,7 @@ inline T* again(T* p) {
 
 // The sums of a row begin.
 template <typename K, int P>
-inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec (&sum)[P]) {
+SPARSEWORKS_INLINE void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec (&sum)[P]) {
   if (stage.first) {
     const Vec start = K::start(to, row);
 #pragma GCC unroll 32
@@ -89,7 +92,7 @@ inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec
 
 // ... and end as results, or wait for the next block.
 template <typename K, int P>
-inline void finish(const Target& to, const Stage& stage, int row, int64_t at, int index,
+SPARSEWORKS_INLINE void finish(const Target& to, const Stage& stage, int row, int64_t at, int index,
                    Vec (&sum)[P]) {
   const int64_t first = row * to.plane + at;
   if (stage.last) {
@@ -124,7 +127,7 @@ inline void activate_stored(const Target& to, int row, int64_t at, int vectors) 
 
 // The taps of the rows that come next: as many as these rows have.
 template <typename N>
-inline void fetch_ahead(const N& taps, const float* value, int64_t begin, int64_t end) {
+SPARSEWORKS_INLINE void fetch_ahead(const N& taps, const float* value, int64_t begin, int64_t end) {
   for (int64_t t = end; t < end + (end - begin); t += 16) {
     taps.fetch(t);
     __builtin_prefetch(value + t);
@@ -211,10 +214,10 @@ struct Quad {
 };
 
 template <typename K, int P, int S, typename N>
-inline void accumulate(const float* in, const N& taps, const float* value, int64_t begin,
+SPARSEWORKS_INLINE void accumulate(const float* in, const N& taps, const float* value, int64_t begin,
                        int64_t end, Vec (&acc)[P]) {
   for (int64_t t = begin; t < end; ++t) {
-    const float* x = in + taps[t];
+    const float* x = again(in + taps[t]);
     const auto w = K::weight(value + t);
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) acc[v] = K::add(acc[v], w, load(x + v * S * kLanes));
@@ -251,8 +254,8 @@ void two_rows(const Taps& w, const N& near, const Stage& stage, int place, const
   const N taps = near;
   fetch_ahead(taps, w.value, i, j_end);
   for (int64_t n = 0; n < both; ++n, ++i, ++j) {
-    const float* x = in + taps[i];
-    const float* y = in + taps[j];
+    const float* x = again(in + taps[i]);
+    const float* y = again(in + taps[j]);
     const auto s = K::weight(w.value + i), t = K::weight(w.value + j);
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) a[v] = K::add(a[v], s, load(x + v * S * kLanes));
@@ -278,7 +281,7 @@ void shared_taps(const Taps& w, const N& near, const Stage& stage, int place, co
   const int64_t end = stage.start[place + 1];
   const N taps = near;
   for (int64_t t = stage.start[place]; t < end; ++t) {
-    const float* x = in + taps[t];
+    const float* x = again(in + taps[t]);
     const float* value = w.value + t * G;
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) {

@@ -25,7 +25,7 @@ _FULL = 0.72  # share of non-zeros in the taps of four rows from which on sharin
 _CACHE = 40 << 10  # bytes of the first cache for the inputs of a block of taps
 _TAPS = 20  # of a row in a block, at least
 _CHUNK = 64  # groups of rows within which they change places, at most
-_RUN = 8  # vectors of a channel that are multiplied at once; up to twice as many of tokens
+_RUN = 16  # vectors of a channel that are multiplied at once, at most
 _COLUMNS = 1 << 16  # of a block, that 16 bits can number
 
 
