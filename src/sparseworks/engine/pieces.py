@@ -257,7 +257,7 @@ def size_now(size: Any) -> int:
 def same_sizes(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
     """Whether operands of one operator have equal axes.
 
-    Sizes that are equal in the example are so in all: torch has noted it, as it would broadcast else.
+    Sizes that are equal in the example are so in all: torch, which would broadcast else, noted it.
     """
     return [size_now(n) for n in one] == [size_now(n) for n in two]
 
