@@ -50,8 +50,8 @@ struct Geometry {
 };
 
 // The rows of a linear map in groups that share their taps. The taps come in blocks of inputs that
-// are read together; in a block, groups of equally many taps follow each other. All but the last three
-// is the same in programs of all sizes.
+// are read together; in a block, groups of equally many taps follow each other. All but the last
+// three is the same in programs of all sizes.
 struct Taps {
   static constexpr int kTogether = 1024;  // groups whose sums stay in the second cache; whole chunks
   int rows = 0, group = 1, blocks = 1;

@@ -78,7 +78,8 @@ inline T* again(T* p) {
 
 // The sums of a row begin.
 template <typename K, int P>
-SPARSEWORKS_INLINE void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec (&sum)[P]) {
+SPARSEWORKS_INLINE void begin(const Target& to, const Stage& stage, int row, int64_t at,
+                              Vec (&sum)[P]) {
   if (stage.first) {
     const Vec start = K::start(to, row);
 #pragma GCC unroll 32
@@ -92,8 +93,8 @@ SPARSEWORKS_INLINE void begin(const Target& to, const Stage& stage, int row, int
 
 // ... and end as results, or wait for the next block.
 template <typename K, int P>
-SPARSEWORKS_INLINE void finish(const Target& to, const Stage& stage, int row, int64_t at, int index,
-                   Vec (&sum)[P]) {
+SPARSEWORKS_INLINE void finish(const Target& to, const Stage& stage, int row, int64_t at,
+                               int index, Vec (&sum)[P]) {
   const int64_t first = row * to.plane + at;
   if (stage.last) {
     K::complete(to, row, at, sum);
@@ -127,7 +128,8 @@ inline void activate_stored(const Target& to, int row, int64_t at, int vectors) 
 
 // The taps of the rows that come next: as many as these rows have.
 template <typename N>
-SPARSEWORKS_INLINE void fetch_ahead(const N& taps, const float* value, int64_t begin, int64_t end) {
+SPARSEWORKS_INLINE void fetch_ahead(const N& taps, const float* value, int64_t begin,
+                                    int64_t end) {
   for (int64_t t = end; t < end + (end - begin); t += 16) {
     taps.fetch(t);
     __builtin_prefetch(value + t);
@@ -214,8 +216,8 @@ struct Quad {
 };
 
 template <typename K, int P, int S, typename N>
-SPARSEWORKS_INLINE void accumulate(const float* in, const N& taps, const float* value, int64_t begin,
-                       int64_t end, Vec (&acc)[P]) {
+SPARSEWORKS_INLINE void accumulate(const float* in, const N& taps, const float* value,
+                                   int64_t begin, int64_t end, Vec (&acc)[P]) {
   for (int64_t t = begin; t < end; ++t) {
     const float* x = again(in + taps[t]);
     const auto w = K::weight(value + t);
