@@ -31,7 +31,7 @@ inline void shift_run(float* p, int64_t shift, int first, int last, int columns,
 }
 
 // Vectors [first, last) of a run, in blocks of nearly equal size.
-template <typename K, int G, int S>
+template <typename K, typename N, int G, int S>
 void run_of(const Taps& w, int begin, int end, const float* in, int first, int last, int64_t at,
             const Target& to) {
   constexpr int most = G == 1 ? kRun : kQuad;
@@ -39,7 +39,7 @@ void run_of(const Taps& w, int begin, int end, const float* in, int first, int l
   int shifted = first;
   for (int b = 0, done = first; b < blocks; ++b) {
     const int size = (last - done + blocks - b - 1) / (blocks - b);
-    block_of<K, G, most, S>(size, w, begin, end, in + static_cast<int64_t>(done) * S * kLanes,
+    block_of<K, N, G, most, S>(size, w, begin, end, in + static_cast<int64_t>(done) * S * kLanes,
                             at + done * kLanes, done, to);
     done += size;
     if (to.shift == 0) continue;
@@ -135,6 +135,11 @@ inline void clear_round(const Op& op, float* out, int begin, int end, int top, i
                     bottom);
 }
 
+template <typename T>
+struct Kind_of {
+  using type = T;
+};
+
 // `range`: of the magnitudes of inputs in int8.
 void multiply(const Op& op, const Piece& piece, const float* in, const float* residual,
               const float* range, float* out) {
@@ -157,8 +162,13 @@ void multiply(const Op& op, const Piece& piece, const float* in, const float* re
     const auto run = [&](auto kind) {
       using K = decltype(kind);
       const auto with = [&](auto g, auto stride) {
-        run_of<K, g(), stride()>(op.taps, piece.begin, piece.end, row, piece.first, piece.last, at,
-                                 target);
+        const auto over = [&](auto taps) {
+          run_of<K, typename decltype(taps)::type, g(), stride()>(
+              op.taps, piece.begin, piece.end, row, piece.first, piece.last, at, target);
+        };
+        if constexpr (stride() == 1)
+          if (op.taps.offset == nullptr) return over(Kind_of<Stepped>{});
+        over(Kind_of<Listed>{});
       };
       const std::integral_constant<int, 1> one{};
       const std::integral_constant<int, 2> two{};

@@ -1,9 +1,11 @@
 #include "program.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 
@@ -15,20 +17,25 @@
 namespace sparseworks {
 namespace {
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<float, Free>;
+constexpr size_t kHuge = 2 << 20;  // bytes of a huge page: fewer misses of the address cache
 
-Memory allocate(int64_t floats) {
-  constexpr size_t kHuge = 2 << 20;  // bytes of a huge page: fewer misses of the address cache
+// Bytes for so many floats: of few different sizes, so that what is given back fits again.
+size_t rounded(int64_t floats) {
   const size_t size = static_cast<size_t>(floats) * sizeof(float);
-  const size_t unit = size > kHuge / 4 ? kHuge : 4096, bytes = (size + unit - 1) / unit * unit;
-  void* p = std::aligned_alloc(unit, bytes);
+  size_t unit = size > kHuge / 4 ? kHuge : 4096;
+  while (size / unit > 7) unit *= 2;
+  return (size + unit - 1) / unit * unit;
+}
+
+float* allocate(size_t bytes) {
+  const bool huge = bytes >= kHuge;
+  void* p = std::aligned_alloc(huge ? kHuge : 4096, bytes);
   if (p == nullptr) throw std::bad_alloc();
-  if (unit == kHuge) madvise(p, bytes, MADV_HUGEPAGE);
-  std::fill_n(static_cast<float*>(p), bytes / sizeof(float), 0.0f);
-  return Memory(static_cast<float*>(p));
+  if (huge) madvise(p, bytes, MADV_HUGEPAGE);
+#if defined(SPARSEWORKS_POISON)  // every bit set is not a number
+  std::memset(p, 0xff, bytes);
+#endif
+  return static_cast<float*>(p);
 }
 
 inline void relax() {
@@ -39,32 +46,83 @@ inline void relax() {
 
 }  // namespace
 
-// Working memory of calls in flight; given back memory is used again.
-struct Program::Arenas {
+struct Arena::Blocks {
+  struct Block {
+    float* data;
+    size_t bytes;
+  };
   std::mutex mutex;
-  std::vector<Memory> idle;
+  std::vector<Block> idle;
+  size_t total = 0;
 
-  Memory take(int64_t floats) {
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      if (!idle.empty()) {
-        Memory memory = std::move(idle.back());
-        idle.pop_back();
-        return memory;
-      }
-    }
-    return allocate(floats);
+  ~Blocks() {
+    for (const Block& b : idle) std::free(b.data);
   }
-  void give(Memory memory) {
+  // The smallest that is large enough; else a new one in place of the largest.
+  Block take(size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex);
-    idle.push_back(std::move(memory));
+    auto best = idle.end(), largest = idle.end();
+    for (auto b = idle.begin(); b != idle.end(); ++b) {
+      if (b->bytes >= bytes && (best == idle.end() || b->bytes < best->bytes)) best = b;
+      if (largest == idle.end() || b->bytes > largest->bytes) largest = b;
+    }
+    const bool found = best != idle.end();
+    if (!found) best = largest;
+    Block taken{nullptr, 0};
+    if (best != idle.end()) {
+      taken = *best;
+      idle.erase(best);
+    }
+    if (found) return taken;
+    std::free(taken.data);
+    total -= taken.bytes;
+    taken = {allocate(bytes), bytes};
+    total += bytes;
+    return taken;
+  }
+  void give(Block block) {
+    std::lock_guard<std::mutex> lock(mutex);
+    idle.push_back(block);
   }
 };
 
-Program::Program(std::vector<int64_t> where, int64_t arena, int lanes)
-    : where_(std::move(where)), size_(arena), lanes_(lanes), arenas_(new Arenas) {}
+// Gives itself back.
+class Arena::Memory {
+ public:
+  Memory(Blocks& from, size_t bytes) : from_(from), block_(from.take(bytes)) {
+#if defined(SPARSEWORKS_POISON)
+    std::memset(block_.data, 0xff, block_.bytes);
+#endif
+  }
+  ~Memory() { from_.give(block_); }
+  Memory(const Memory&) = delete;
+  float* get() const { return block_.data; }
 
-Program::~Program() = default;
+ private:
+  Blocks& from_;
+  Blocks::Block block_;
+};
+
+Arena::Arena() : blocks_(new Blocks) {}
+
+Arena::~Arena() = default;
+
+Arena::Memory Arena::take(int64_t floats) { return Memory(*blocks_, rounded(floats)); }
+
+int64_t Arena::bytes() const {
+  std::lock_guard<std::mutex> lock(blocks_->mutex);
+  return static_cast<int64_t>(blocks_->total);
+}
+
+Program::Program(std::vector<int64_t> where, int64_t size, int lanes, Arena* arena)
+    : where_(std::move(where)), size_(size), lanes_(lanes), arena_(arena) {}
+
+int64_t Program::bytes() const {
+  size_t found = sizeof *this + where_.size() * sizeof where_[0];
+  for (const Op& op : ops_)
+    found += sizeof op + op.live.size() * sizeof op.live[0] + op.offset.size() * sizeof op.offset[0];
+  return static_cast<int64_t>(found);
+}
 
 void Program::add(Op op) { ops_.push_back(std::move(op)); }
 
@@ -76,15 +134,13 @@ void Program::run(const std::vector<Tensor>& tensors, int64_t entries, int threa
   // whole items side by side, no waiting in between ...
   if (alone > 0)
     parallel_for(static_cast<int>(alone), threads, [&](int item) {
-      Memory memory = arenas_->take(size_);
+      const Arena::Memory memory = arena_->take(size_);
       for (const Op& op : ops_) run(op, where_.data(), memory.get(), call, item, 0, 1);
-      arenas_->give(std::move(memory));
     });
   // ... and what is left over by all threads together
   for (int64_t item = alone; item < items; ++item) {
-    Memory memory = arenas_->take(size_);
+    const Arena::Memory memory = arena_->take(size_);
     together(call, item, memory.get(), run, threads);
-    arenas_->give(std::move(memory));
   }
 }
 
@@ -146,7 +202,7 @@ std::vector<double> Program::profile(const std::vector<Tensor>& tensors, int64_t
   using Clock = std::chrono::steady_clock;
   const RunOp run = run_op();
   const Call call{tensors.data(), entries, lanes_};
-  Memory memory = arenas_->take(size_);
+  const Arena::Memory memory = arena_->take(size_);
   std::vector<double> best(ops_.size(), 1e30);
   for (int r = 0; r < repeats; ++r)
     for (size_t i = 0; i < ops_.size(); ++i) {
@@ -155,7 +211,6 @@ std::vector<double> Program::profile(const std::vector<Tensor>& tensors, int64_t
       const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
       best[i] = std::min(best[i], seconds);
     }
-  arenas_->give(std::move(memory));
   return best;
 }
 

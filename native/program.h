@@ -53,7 +53,8 @@ struct Geometry {
 };
 
 // The rows of a linear map in groups that share their taps. The taps come in blocks of inputs that
-// are read together; in a block, groups of equally many taps follow each other.
+// are read together; in a block, groups of equally many taps follow each other. All but the last
+// three is the same in programs of all sizes.
 struct Taps {
   static constexpr int kTogether = 1024;  // groups whose sums stay in the second cache; whole chunks
   int rows = 0, group = 1, blocks = 1;
@@ -61,9 +62,15 @@ struct Taps {
   int chunk = 1;                    // groups within which `order` changes places
   const int64_t* start = nullptr;   // [blocks * groups + 1], in taps, by places
   const int32_t* order = nullptr;   // [blocks][groups], the group at each place; null: as they are
-  const int32_t* offset = nullptr;  // from the position's own address, in floats
+  const uint16_t* column = nullptr; // of each tap: place in the kernel + size of it * input of the block
   const float* value = nullptr;     // [tap][group]
   const int32_t* zero = nullptr;    // int8: [rows], -128 times the sum of a row's weights
+  int64_t width = 0;                // columns of a block
+  int64_t columns = 0;              // of all blocks, as far as there are taps
+  // of each tap from the position's own address, in floats; null: where a column begins is `near`
+  // beyond the position and `step` beyond the column before
+  const int32_t* offset = nullptr;
+  int64_t near = 0, step = 0;
 };
 
 // Where positions come from: out[to[i]] = sum over t of weight[i][t] in[from[i][t]], in floats from the
@@ -111,6 +118,7 @@ struct Op {
   int slots = 0;  // of an image's range, which is `extra` of its readers; 0: of tokens
   int64_t shift = 0;  // floats to the copy shifted right, twice as many to the one left; 0: none
   std::vector<uint16_t> live;       // per vector of a run: which lanes are not padding
+  std::vector<int32_t> offset;      // of taps
   int parts = 1;                    // pieces when threads share one item
 };
 
@@ -137,10 +145,24 @@ void run_op_vnni(const Op&, const int64_t*, float*, const Call&, int64_t, int, i
 void run_op_bf16(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 void run_op_avx512(const Op&, const int64_t*, float*, const Call&, int64_t, int, int);
 
+// Working memory, which programs of all sizes share. What is taken holds anything: whatever was left.
+class Arena {
+ public:
+  Arena();
+  ~Arena();
+  class Memory;
+  Memory take(int64_t floats);
+  int64_t bytes() const;  // that calls in flight have or that wait for the next
+
+ private:
+  struct Blocks;
+  std::unique_ptr<Blocks> blocks_;
+};
+
 class Program {
  public:
-  Program(std::vector<int64_t> where, int64_t arena, int lanes);
-  ~Program();
+  // `arena` outlives the program.
+  Program(std::vector<int64_t> where, int64_t size, int lanes, Arena* arena);
   void add(Op op);
   // Safe to call from several threads at once.
   void run(const std::vector<Tensor>& tensors, int64_t entries, int threads) const;
@@ -148,15 +170,15 @@ class Program {
   std::vector<double> profile(const std::vector<Tensor>& tensors, int64_t entries,
                               int repeats) const;
   const std::vector<Op>& ops() const { return ops_; }
+  int64_t bytes() const;  // of the program itself
 
  private:
-  struct Arenas;
   void together(const Call& call, int64_t item, float* arena, RunOp run, int threads) const;
   std::vector<int64_t> where_;
   int64_t size_;
   int lanes_;
   std::vector<Op> ops_;
-  std::unique_ptr<Arenas> arenas_;
+  Arena* arena_;
 };
 
 }  // namespace sparseworks

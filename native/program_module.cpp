@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 
@@ -20,6 +21,13 @@ using Dense = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 // Keeps alive what its operations point to.
 struct Held {
   Program program;
+  std::vector<nb::object> owners;
+};
+
+// What an operation reads in programs of all sizes.
+struct Weights {
+  Taps taps;
+  const float *bias = nullptr, *scale = nullptr;
   std::vector<nb::object> owners;
 };
 
@@ -43,13 +51,84 @@ Geometry geometry(const nb::dict& d, const char* key) {
   return g;
 }
 
-template <typename T>
-const T* pointer(Held& held, const nb::dict& d, const char* key, size_t* count = nullptr) {
+template <typename T, typename Owner>
+const T* pointer(Owner& held, const nb::dict& d, const char* key, size_t* count = nullptr) {
   if (!d.contains(key)) return nullptr;
   held.owners.push_back(d[key]);
   auto array = nb::cast<Array<const T>>(d[key]);
   if (count != nullptr) *count = array.shape(0);
   return array.data();
+}
+
+// Which lanes of each vector of a run are pixels.
+std::vector<uint16_t> live_lanes(const Geometry& g, bool flat) {
+  const int64_t length = flat ? (g.height - 1) * g.pitch + g.width : g.width;
+  std::vector<uint16_t> live((length + 15) / 16, 0);
+  for (int64_t p = 0; p < length; ++p)
+    if (p % g.pitch < g.width) live[p / 16] |= static_cast<uint16_t>(1u << p % 16);
+  return live;
+}
+
+Weights read_weights(const nb::dict& d) {
+  Weights held;
+  Taps& taps = held.taps;
+  held.bias = pointer<float>(held, d, "bias");
+  held.scale = pointer<float>(held, d, "scale");
+  if (!d.contains("start")) return held;
+  taps.rows = number(d, "rows", 0);
+  taps.group = number(d, "group", 1);
+  taps.blocks = number(d, "blocks", 1);
+  taps.channels = number(d, "word", 1);
+  taps.chunk = number(d, "chunk", 1);
+  taps.width = number(d, "width", 0);
+  size_t starts = 0, columns = 0, values = 0;
+  taps.start = pointer<int64_t>(held, d, "start", &starts);
+  taps.column = pointer<uint16_t>(held, d, "column", &columns);
+  taps.value = pointer<float>(held, d, "value", &values);
+  if (taps.blocks < 1 || (taps.group != 1 && taps.group != 4))
+    throw std::invalid_argument("a product's taps do not fit together");
+  const size_t in_block = (taps.rows + taps.group - 1) / taps.group;
+  const size_t groups = in_block * taps.blocks;
+  size_t places = groups, zeros = taps.rows;
+  taps.order = pointer<int32_t>(held, d, "order", &places);
+  taps.zero = pointer<int32_t>(held, d, "zero", &zeros);
+  if (starts != groups + 1 || columns != static_cast<size_t>(taps.start[groups]) ||
+      values != columns * taps.group || places != groups || taps.chunk < 1 ||
+      zeros != static_cast<size_t>(taps.rows) || Taps::kTogether % taps.chunk != 0)
+    throw std::invalid_argument("a product's taps do not fit together");
+  for (int b = 0; b < taps.blocks; ++b)
+    for (int64_t t = taps.start[b * in_block]; t < taps.start[(b + 1) * in_block]; ++t)
+      taps.columns = std::max(taps.columns, b * taps.width + taps.column[t] + 1);
+  return held;
+}
+
+// How far from a position its taps read: input c and place k of a kernel at c * step + near[k].
+void lay_out_taps(Op& op, const nb::dict& d) {
+  const auto near = nb::cast<std::vector<int64_t>>(d["near"]);
+  const int64_t step = nb::cast<int64_t>(d["step"]);
+  const int inputs = number(d, "inputs", 0), parts = number(d, "divided", 1);
+  if (op.taps.rows != op.channels || op.taps.columns > static_cast<int64_t>(inputs * near.size()) ||
+      parts < 1 || op.channels % parts != 0)
+    throw std::invalid_argument("a product's taps do not fit its input");
+  Taps& taps = op.taps;
+  if (near.size() == 1 && op.stride == 1 && parts == 1) {
+    taps.near = near[0];
+    taps.step = step;
+    return;
+  }
+  std::vector<int64_t> distance;  // of each column
+  for (int c = 0; c < inputs; ++c)
+    for (const int64_t k : near) distance.push_back(c * step + k);
+  const int groups = (taps.rows + taps.group - 1) / taps.group, each = op.channels / parts;
+  op.offset.resize(taps.start[static_cast<int64_t>(taps.blocks) * groups]);
+  for (int64_t place = 0; place < static_cast<int64_t>(taps.blocks) * groups; ++place) {
+    const int group = taps.order == nullptr ? static_cast<int>(place % groups) : taps.order[place];
+    const int64_t base = static_cast<int64_t>(group * taps.group / each) * inputs * step;
+    const int64_t* of = distance.data() + place / groups * taps.width;
+    for (int64_t t = taps.start[place]; t < taps.start[place + 1]; ++t)
+      op.offset[t] = static_cast<int32_t>(base + of[taps.column[t]]);
+  }
+  taps.offset = op.offset.data();
 }
 
 Op parse(Held& held, const nb::dict& d) {
@@ -91,13 +170,11 @@ Op parse(Held& held, const nb::dict& d) {
   op.shift = number(d, "shift", 0);
   op.bias = pointer<float>(held, d, "bias");
   op.scale = pointer<float>(held, d, "scale");
-  size_t live = 0;
-  if (const uint16_t* p = pointer<uint16_t>(held, d, "live", &live)) op.live.assign(p, p + live);
   if (op.kind == Kind::kMove) {
     size_t to = 0, from = 0, weights = 0;
     op.moves.to = pointer<int32_t>(held, d, "places", &to);
     op.moves.from = pointer<int32_t>(held, d, "sources", &from);
-    op.moves.weight = pointer<float>(held, d, "weights", &weights);
+    op.moves.weight = pointer<float>(held, d, "shares", &weights);
     op.moves.count = static_cast<int>(to);
     op.moves.taps = to == 0 ? 1 : static_cast<int>(from / to);
     if (from != to * op.moves.taps || (op.moves.weight == nullptr && op.moves.taps != 1) ||
@@ -106,28 +183,15 @@ Op parse(Held& held, const nb::dict& d) {
   }
   if (op.kind == Kind::kAttention && (op.windows < 1 || op.from.width % op.windows != 0))
     throw std::invalid_argument("windows of attention do not fill its positions");
-  if (op.kind == Kind::kProduct) {
-    op.taps.rows = op.channels;
-    op.taps.group = number(d, "group", 1);
-    op.taps.blocks = number(d, "blocks", 1);
-    op.taps.channels = number(d, "word", 1);
-    size_t starts = 0, offsets = 0, values = 0;
-    op.taps.start = pointer<int64_t>(held, d, "start", &starts);
-    op.taps.offset = pointer<int32_t>(held, d, "offset", &offsets);
-    op.taps.value = pointer<float>(held, d, "value", &values);
-    const size_t groups =
-        (op.taps.rows + op.taps.group - 1) / op.taps.group * static_cast<size_t>(op.taps.blocks);
-    size_t places = groups, zeros = op.taps.rows;
-    op.taps.chunk = number(d, "chunk", 1);
-    op.taps.order = pointer<int32_t>(held, d, "order", &places);
-    op.taps.zero = pointer<int32_t>(held, d, "zero", &zeros);
-    if (op.taps.blocks < 1 || (op.taps.group != 1 && op.taps.group != 4) || starts != groups + 1 ||
-        offsets != static_cast<size_t>(op.taps.start[groups]) ||
-        values != offsets * op.taps.group || places != groups || op.taps.chunk < 1 ||
-        zeros != static_cast<size_t>(op.taps.rows) ||
-        Taps::kTogether % op.taps.chunk != 0)
-      throw std::invalid_argument("a product's taps do not fit together");
+  if (number(d, "live", 0) != 0) op.live = live_lanes(op.to, op.flat);
+  if (d.contains("weights")) {
+    held.owners.push_back(d["weights"]);
+    const Weights& weights = nb::cast<const Weights&>(d["weights"]);
+    op.taps = weights.taps;
+    op.bias = weights.bias;
+    op.scale = weights.scale;
   }
+  if (op.kind == Kind::kProduct) lay_out_taps(op, d);
   return op;
 }
 
@@ -144,11 +208,16 @@ std::vector<Tensor> tensors(const std::vector<Dense>& arrays) {
 }  // namespace
 
 void define_program(nb::module_& m) {
+  nb::class_<Arena>(m, "Arena").def(nb::init<>()).def_prop_ro("bytes", &Arena::bytes);
+  nb::class_<Weights>(m, "Weights").def("__init__", [](Weights* self, const nb::dict& d) {
+    new (self) Weights(read_weights(d));
+  });
   nb::class_<Held>(m, "Program")
       .def("__init__",
-           [](Held* self, std::vector<int64_t> where, int64_t arena, int lanes,
+           [](Held* self, std::vector<int64_t> where, int64_t size, int lanes, nb::object arena,
               const std::vector<nb::dict>& ops) {
-             new (self) Held{Program(std::move(where), arena, lanes), {}};
+             Arena* memory = nb::cast<Arena*>(arena);
+             new (self) Held{Program(std::move(where), size, lanes, memory), {arena}};
              try {
                for (const nb::dict& d : ops) self->program.add(parse(*self, d));
              } catch (...) {
@@ -156,7 +225,8 @@ void define_program(nb::module_& m) {
                throw;
              }
            },
-           nb::arg("where"), nb::arg("arena"), nb::arg("lanes"), nb::arg("ops"))
+           nb::arg("where"), nb::arg("size"), nb::arg("lanes"), nb::arg("arena"), nb::arg("ops"))
+      .def_prop_ro("bytes", [](const Held& self) { return self.program.bytes(); })
       .def("run",
            [](const Held& self, const std::vector<Dense>& arrays, int64_t entries, int threads) {
              const std::vector<Tensor> given = tensors(arrays);

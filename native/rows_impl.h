@@ -22,6 +22,9 @@ constexpr int kRun = 6, kPair = 3, kQuad = 1;
 constexpr int kRun = 2, kPair = 1, kQuad = 1;
 #endif
 
+// What holds the sums of a block: they stay in registers only where it is part of its caller.
+#define SPARSEWORKS_INLINE inline __attribute__((always_inline))
+
 constexpr int kWorth = 8;  // vectors a piece, below which reading a tap costs more than its products
 
 // What piece `part` of `parts` has of `count` things: [first, last).
@@ -75,7 +78,8 @@ inline T* again(T* p) {
 
 // The sums of a row begin.
 template <typename K, int P>
-inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec (&sum)[P]) {
+SPARSEWORKS_INLINE void begin(const Target& to, const Stage& stage, int row, int64_t at,
+                              Vec (&sum)[P]) {
   if (stage.first) {
     const Vec start = K::start(to, row);
 #pragma GCC unroll 32
@@ -89,8 +93,8 @@ inline void begin(const Target& to, const Stage& stage, int row, int64_t at, Vec
 
 // ... and end as results, or wait for the next block.
 template <typename K, int P>
-inline void finish(const Target& to, const Stage& stage, int row, int64_t at, int index,
-                   Vec (&sum)[P]) {
+SPARSEWORKS_INLINE void finish(const Target& to, const Stage& stage, int row, int64_t at,
+                               int index, Vec (&sum)[P]) {
   const int64_t first = row * to.plane + at;
   if (stage.last) {
     K::complete(to, row, at, sum);
@@ -123,12 +127,34 @@ inline void activate_stored(const Target& to, int row, int64_t at, int vectors) 
 }
 
 // The taps of the rows that come next: as many as these rows have.
-inline void fetch_ahead(const Taps& w, int64_t begin, int64_t end) {
+template <typename N>
+SPARSEWORKS_INLINE void fetch_ahead(const N& taps, const float* value, int64_t begin,
+                                    int64_t end) {
   for (int64_t t = end; t < end + (end - begin); t += 16) {
-    __builtin_prefetch(w.offset + t);
-    __builtin_prefetch(w.value + t);
+    taps.fetch(t);
+    __builtin_prefetch(value + t);
   }
 }
+
+// What taps read: at any distance ...
+struct Listed {
+  const int32_t* offset;
+  Listed(const Taps& w, int) : offset(w.offset) {}
+  const float* begin(const float* in) const { return in; }
+  int64_t operator[](int64_t t) const { return offset[t]; }
+  void fetch(int64_t t) const { __builtin_prefetch(offset + t); }
+};
+
+// ... or one position of inputs that follow each other, of which these are the first of a block.
+struct Stepped {
+  const uint16_t* column;
+  int64_t step, first;
+  Stepped(const Taps& w, int block)
+      : column(w.column), step(w.step), first(w.near + block * w.width * w.step) {}
+  const float* begin(const float* in) const { return in + first; }
+  int64_t operator[](int64_t t) const { return column[t] * step; }
+  void fetch(int64_t t) const { __builtin_prefetch(column + t); }
+};
 
 // How a kept weight meets a vector of positions; what a sum starts with, and what completes it.
 struct Single {
@@ -189,11 +215,11 @@ struct Quad {
   }
 };
 
-template <typename K, int P, int S>
-inline void accumulate(const float* in, const int32_t* offset, const float* value, int64_t n,
-                       Vec (&acc)[P]) {
-  for (int64_t t = 0; t < n; ++t) {
-    const float* x = in + offset[t];
+template <typename K, int P, int S, typename N>
+SPARSEWORKS_INLINE void accumulate(const float* in, const N& taps, const float* value,
+                                   int64_t begin, int64_t end, Vec (&acc)[P]) {
+  for (int64_t t = begin; t < end; ++t) {
+    const float* x = again(in + taps[t]);
     const auto w = K::weight(value + t);
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) acc[v] = K::add(acc[v], w, load(x + v * S * kLanes));
@@ -201,23 +227,24 @@ inline void accumulate(const float* in, const int32_t* offset, const float* valu
 }
 
 // One row, P vectors.
-template <typename K, int P, int S>
-void one_row(const Taps& w, const Stage& stage, int place, const float* in, int64_t at, int index,
-             const Target& target) {
+template <typename K, typename N, int P, int S>
+void one_row(const Taps& w, const N& near, const Stage& stage, int place, const float* in,
+             int64_t at, int index, const Target& target) {
   const Target to = target;  // a copy, which stores cannot change
   const int row = stage.group(place);
   Vec acc[P];
   begin<K>(to, stage, row, at, acc);
   const int64_t first = stage.start[place], last = stage.start[place + 1];
-  fetch_ahead(w, first, last);
-  accumulate<K, P, S>(in, w.offset + first, w.value + first, last - first, acc);
+  const N taps = near;
+  fetch_ahead(taps, w.value, first, last);
+  accumulate<K, P, S>(in, taps, w.value, first, last, acc);
   finish<K>(to, stage, row, at, index, acc);
 }
 
 // Two rows at once, so that few positions still fill the pipeline.
-template <typename K, int P, int S>
-void two_rows(const Taps& w, const Stage& stage, int place, const float* in, int64_t at, int index,
-              const Target& target) {
+template <typename K, typename N, int P, int S>
+void two_rows(const Taps& w, const N& near, const Stage& stage, int place, const float* in,
+              int64_t at, int index, const Target& target) {
   const Target to = target;
   const int row = stage.group(place), next = stage.group(place + 1);
   Vec a[P], b[P];
@@ -226,26 +253,27 @@ void two_rows(const Taps& w, const Stage& stage, int place, const float* in, int
   int64_t i = stage.start[place], j = stage.start[place + 1];
   const int64_t i_end = j, j_end = stage.start[place + 2];
   const int64_t both = std::min(i_end - i, j_end - j);
-  fetch_ahead(w, i, j_end);
+  const N taps = near;
+  fetch_ahead(taps, w.value, i, j_end);
   for (int64_t n = 0; n < both; ++n, ++i, ++j) {
-    const float* x = in + w.offset[i];
-    const float* y = in + w.offset[j];
+    const float* x = again(in + taps[i]);
+    const float* y = again(in + taps[j]);
     const auto s = K::weight(w.value + i), t = K::weight(w.value + j);
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) a[v] = K::add(a[v], s, load(x + v * S * kLanes));
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) b[v] = K::add(b[v], t, load(y + v * S * kLanes));
   }
-  accumulate<K, P, S>(in, w.offset + i, w.value + i, i_end - i, a);
-  accumulate<K, P, S>(in, w.offset + j, w.value + j, j_end - j, b);
+  accumulate<K, P, S>(in, taps, w.value, i, i_end, a);
+  accumulate<K, P, S>(in, taps, w.value, j, j_end, b);
   finish<K>(to, stage, row, at, index, a);
   finish<K>(to, stage, next, at, index, b);
 }
 
 // G rows that share their taps: one load serves G products. For weights that are nearly dense.
-template <typename K, int G, int P, int S>
-void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, int64_t at,
-                 int index, const Target& target) {
+template <typename K, typename N, int G, int P, int S>
+void shared_taps(const Taps& w, const N& near, const Stage& stage, int place, const float* in,
+                 int64_t at, int index, const Target& target) {
   const Target to = target;
   Vec acc[G][P] = {};
   const int first = stage.group(place) * G;
@@ -253,8 +281,9 @@ void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, 
   for (int g = 0; g < G; ++g)
     if (first + g < w.rows) begin<K>(to, stage, first + g, at, acc[g]);
   const int64_t end = stage.start[place + 1];
+  const N taps = near;
   for (int64_t t = stage.start[place]; t < end; ++t) {
-    const float* x = in + w.offset[t];
+    const float* x = again(in + taps[t]);
     const float* value = w.value + t * G;
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) {
@@ -269,7 +298,7 @@ void shared_taps(const Taps& w, const Stage& stage, int place, const float* in, 
 }
 
 // All groups [begin, end) on one block of P vectors.
-template <typename K, int G, int P, int S>
+template <typename K, typename N, int G, int P, int S>
 void block(const Taps& w, int begin, int end, const float* in, int64_t at, int index,
            const Target& to) {
   const int groups = (w.rows + G - 1) / G;
@@ -279,13 +308,15 @@ void block(const Taps& w, int begin, int end, const float* in, int64_t at, int i
       const int64_t places = static_cast<int64_t>(b) * groups;
       const Stage stage{w.start + places, w.order == nullptr ? nullptr : w.order + places, b == 0,
                         b + 1 == w.blocks};
+      const N near(w, b);
+      const float* inputs = near.begin(in);
       int g = from;
       if constexpr (G > 1) {
-        for (; g < until; ++g) shared_taps<K, G, P, S>(w, stage, g, in, at, index, to);
+        for (; g < until; ++g) shared_taps<K, N, G, P, S>(w, near, stage, g, inputs, at, index, to);
       } else {
         if constexpr (P <= kPair)
-          for (; g + 2 <= until; g += 2) two_rows<K, P, S>(w, stage, g, in, at, index, to);
-        for (; g < until; ++g) one_row<K, P, S>(w, stage, g, in, at, index, to);
+          for (; g + 2 <= until; g += 2) two_rows<K, N, P, S>(w, near, stage, g, inputs, at, index, to);
+        for (; g < until; ++g) one_row<K, N, P, S>(w, near, stage, g, inputs, at, index, to);
       }
     }
   }
@@ -294,11 +325,11 @@ void block(const Taps& w, int begin, int end, const float* in, int64_t at, int i
       activate_stored(to, row, at, P);
 }
 
-template <typename K, int G, int P, int S>
+template <typename K, typename N, int G, int P, int S>
 void block_of(int vectors, const Taps& w, int begin, int end, const float* in, int64_t at,
               int index, const Target& to) {
-  if (vectors == P) return block<K, G, P, S>(w, begin, end, in, at, index, to);
-  if constexpr (P > 1) block_of<K, G, P - 1, S>(vectors, w, begin, end, in, at, index, to);
+  if (vectors == P) return block<K, N, G, P, S>(w, begin, end, in, at, index, to);
+  if constexpr (P > 1) block_of<K, N, G, P - 1, S>(vectors, w, begin, end, in, at, index, to);
 }
 
 }  // namespace

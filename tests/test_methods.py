@@ -31,8 +31,9 @@ from sparseworks.training.straight_through import StraightThrough
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = {  # classics that no method card describes; those to come have one
-    "cats", "fixed", "gradual", "grasp", "group-bn", "group-energy", "group-fisher", "group-norm",
-    "group-random", "group-taylor", "magnitude", "random", "snip", "synflow", "teal",
+    "alpha-pruning", "cats", "fixed", "gradual", "grasp", "group-bn", "group-energy",
+    "group-fisher", "group-norm", "group-random", "group-taylor", "magnitude",
+    "owl", "random", "snip", "synflow", "teal",
 }  # fmt: skip
 X = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 10

@@ -88,7 +88,7 @@ def test_the_printed_command_runs_the_method(name, work, tmp_path):
         return
     result = json.loads((out / "result.json").read_text())
     if words[0] in ("prune", "train", "tickets"):
-        [saved] = out.glob("*.safetensors")
+        [saved] = out.rglob("*.safetensors")
         assert any(t.sparsity for t in inspect(saved).tensors)
     elif words[0] == "slim":
         before, after = result["result"]["parameters"]

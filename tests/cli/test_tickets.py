@@ -61,8 +61,8 @@ def test_the_folder_holds_the_ticket_and_how_it_was_found(made):
     result = json.loads((out / "result.json").read_text())
     runs = result["experiment"]["runs"]
     assert list(runs) == [
-        "dense", "rewind point", "level 1", "level 2", "new values", "same masks, new values",
-        "random masks, same values",
+        "dense", "rewind point", "level 0", "level 1", "level 2", "new values",
+        "same masks, new values", "random masks, same values",
     ]  # fmt: skip
     assert {p.name for p in (out / "runs").iterdir() if p.is_dir()} == {
         r["run"] for r in runs.values()

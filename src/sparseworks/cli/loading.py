@@ -165,7 +165,7 @@ def _from_factory(name: str, dtype: torch.dtype | None) -> LoadedModel:
 
 def default_metrics(loaded: LoadedModel, eval_data: str | None) -> tuple[str, ...]:
     """The metrics that fit a model when none is named."""
-    if loaded.kind == "causal":
+    if loaded.kind == "causal" and loaded.tokenizer is not None:
         return ("perplexity",)
     if loaded.kind == "encoder" and loaded.tokenizer is not None:
         return ("fidelity", "retrieval")

@@ -48,7 +48,7 @@ def check_inputs(options: Any) -> None:
         ("activations", existing),
     ):
         given = getattr(options, field, None)
-        if given is not None and ".py:" not in given:
+        if given is not None and ".py:" not in str(given):
             check(given)
     named = getattr(options, "metric", None) or ()
     for name in (named,) if isinstance(named, str) else named:

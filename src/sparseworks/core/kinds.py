@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.patterns import parse_pattern
 
 __all__ = ["KINDS", "Contract", "Kind", "MethodInfo", "Need", "base_of", "call_of", "check_kind",
            "command_of"]  # fmt: skip
@@ -151,7 +153,11 @@ def command_of(cls: Any) -> str:
     """The command line that runs a method; words in capitals stand for what the user has."""
     info: MethodInfo = cls.info
     data = " --data DATA" if "data" in info.needs else ""
-    return info.command or KINDS[info.kind].command.format(name=info.name, data=data)
+    words = KINDS[info.kind].command.format(name=info.name, data=data)
+    pattern = getattr(cls(), "pattern", None)
+    if pattern is not None and parse_pattern(pattern).fixed_density is not None:
+        words = re.sub(r" --sparsity \S+", "", words)  # N:M tells it
+    return info.command or words
 
 
 def check_kind(cls: Any, kinds: tuple[Kind, ...]) -> None:

@@ -19,6 +19,7 @@ from sparseworks.engine.origin import Origin
 from sparseworks.engine.outside import Outside
 from sparseworks.engine.part import check_shape
 from sparseworks.engine.plan import Plan
+from sparseworks.engine.recent import LIMIT
 from sparseworks.engine.saving import read_plan, save_plan
 from sparseworks.kernels.native import instruction_set
 from sparseworks.models.calls import signature_of
@@ -236,15 +237,18 @@ class Eager:
         return Eager, (self.model, self.bf16, self.origin)
 
 
-def load_compiled(path: str | os.PathLike[str], *, threads: int | None = None) -> Compiled:
+def load_compiled(
+    path: str | os.PathLike[str], *, threads: int | None = None, cache_bytes: int = LIMIT
+) -> Compiled:
     """Load what `Compiled.save` wrote; nothing is measured or traced again.
 
     Args:
         path: of the file.
         threads: of the native kernels; None: as many as torch uses.
+        cache_bytes: as of `compile`.
 
     Raises:
         CheckpointError: not a plan, of another version, or no native kernels to run it.
     """
-    plan, error, times, shown = read_plan(path, threads)
+    plan, error, times, shown = read_plan(path, threads, cache_bytes)
     return Compiled(plan, "program", error, times, shown=shown)

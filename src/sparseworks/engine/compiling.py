@@ -28,6 +28,7 @@ from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
 from sparseworks.engine.origin import Origin
 from sparseworks.engine.outside import outside
 from sparseworks.engine.plan import Plan, make_plan
+from sparseworks.engine.recent import LIMIT
 from sparseworks.kernels.native import available, instruction_set
 from sparseworks.models.calls import Arguments, Example, call
 from sparseworks.models.hooks import folded
@@ -48,6 +49,7 @@ def compile(
     *,
     dtype: torch.dtype | None = None,
     threads: int | None = None,
+    cache_bytes: int = LIMIT,
 ) -> Compiled:
     """Make a sparse model skip its zeros, in the way that is measured to be fastest.
 
@@ -55,14 +57,16 @@ def compile(
         model: fp32 on the CPU; left as it is. Language models of transformers return no cache of
             keys and values then; `compile_decoder` is for generating.
         example: what the model is called with: a tensor, a tuple or list of positional arguments,
-            or a mapping of keywords; candidates are measured on it. Other batch sizes, and other
-            lengths of sequences, run too.
+            or a mapping of keywords; candidates are measured on it. Other batch sizes, lengths of
+            sequences and heights and widths of images run too, where the model takes them.
         dtype: fp32, or bf16: products may round weights and inputs to bf16 where that is faster
             (sums, norms, activations, residuals, inputs and outputs of the model stay fp32). Or
             int8: w = s q with whole q in [-127, 127] and a scale s = max|w| / 127 for every row of
             a weight (output channel), x likewise for every token or image, found in each call; sums
             are exact, all else fp32. None is fp32.
         threads: of the native kernels; None: as many as torch uses.
+        cache_bytes: of what is kept for sizes that were met, 16 MiB; the least recently used go
+            first. To lay a new size out takes milliseconds; weights are packed once for all sizes.
 
     Returns:
         A module with `explain()`, `save(path)` and `error`, to be called as the model is, with the
@@ -108,7 +112,9 @@ def compile(
     if captured is not None:
         for precision in precisions:
             way = _way("program, {}", precision)
-            plan, error = _program(captured, args, kwargs, threads, precision, expected, notes)
+            plan, error = _program(
+                captured, args, kwargs, threads, precision, cache_bytes, expected, notes
+            )
             if plan is not None:
                 runs[way], errors[way] = plan, error
     times = _times(runs, args, kwargs)
@@ -183,13 +189,14 @@ def _program(
     kwargs: dict[str, Any],
     threads: int,
     precision: Precision,
+    cache_bytes: int,
     expected: list[Tensor],
     notes: list[str],
 ) -> tuple[Plan | None, float]:
     """The graph as a program, where that computes the same."""
     name = _way("program in {}", precision)
     try:
-        plan = make_plan(captured, threads, precision)
+        plan = make_plan(captured, threads, precision, cache_bytes)
     except Exception as error:  # whatever the rules meet in a graph that they were not made for
         notes.append(_refusal(name, error))
         return None, 0.0

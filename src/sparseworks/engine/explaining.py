@@ -57,9 +57,9 @@ class Row:
 
 def rows(part: Part) -> list[Row]:
     """The products of a part, in the size that was met last."""
-    if not part.instances:
+    made = part.last
+    if made is None:
         return []
-    made = list(part.instances.values())[-1]
     tensors = [torch.zeros(shape) for shape in made.tensor_shapes]
     seconds = made.native.profile(tensors, made.lanes, _REPEATS)
     return [Row(part, made, i, seconds[i]) for i in made.products if made.products[i][0].name]
@@ -70,8 +70,8 @@ def program_lines(plan: Plan) -> list[str]:
     lines = ["of limit: of the same kernel with everything in the first cache"]
     for number, part in enumerate(plan.parts):
         table = rows(part)
-        made = list(part.instances.values())[-1:] if part.instances else []
-        item = f"{made[0].lanes} images" if made and made[0].lanes > 1 else "one " + {
+        made = part.last
+        item = f"{made.lanes} images" if made is not None and made.lanes > 1 else "one " + {
             "image": "image", "tokens": "sequence"
         }[part.kind]  # fmt: skip
         lines.append(f"program {number + 1}: {len(part.ops)} operations; times of {item}, 1 thread")

@@ -17,6 +17,7 @@ is made where it is needed.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -98,20 +99,16 @@ def arrange(sizes: Sequence[int], lives: Iterable[tuple[int, int]]) -> tuple[lis
     """
     spans = list(lives)
     places = [0] * len(sizes)
-    placed: list[int] = []
+    alive: list[tuple[int, int, int]] = []  # place, end and last operation, by place
     end = 0
     for i in sorted(range(len(sizes)), key=lambda i: (spans[i][0], -sizes[i])):
-        busy = sorted(
-            (places[j], places[j] + sizes[j])
-            for j in placed
-            if spans[j][1] >= spans[i][0] and spans[i][1] >= spans[j][0]
-        )
+        alive = [value for value in alive if value[2] >= spans[i][0]]
         at = _SLACK
-        for start, stop in busy:
+        for start, stop, _ in alive:
             if at + sizes[i] <= start:
                 break
             at = max(at, stop)
         places[i] = at
-        placed.append(i)
+        insort(alive, (at, at + sizes[i], spans[i][1]))
         end = max(end, at + sizes[i])
     return places, end + _SLACK

@@ -1,4 +1,4 @@
-"""A model as a graph of operators that any batch size runs through, by torch.export."""
+"""A model as a graph of operators that inputs of many sizes run through, by torch.export."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from torch.utils import _pytree as pytree
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.binding import Binding
+from sparseworks.engine.guards import guards_of, holds, written
 from sparseworks.engine.steps import Ref
 from sparseworks.models.calls import Arguments, signature_of
 
 __all__ = ["Captured", "Signature", "capture"]
 
 _CHECKED = 64  # sets of sizes that need not be checked again
+_FIXING = {
+    "conv_transpose2d", "group_norm", "instance_norm", "native_group_norm", "permute",
+    "pixel_shuffle", "pixel_unshuffle", "roll", "upsample_bicubic2d", "upsample_bilinear2d",
+}  # fmt: skip
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Signature:
         out_spec: how the outputs are.
         accepts: of each input, its dtype and axes (a number, or the name of what may change), or
             the value itself where it is not a tensor.
+        guards: conditions on the axes that may change.
         checked: shapes and dtypes of calls that fitted.
     """
 
@@ -45,6 +51,7 @@ class Signature:
     in_spec: Any
     out_spec: Any
     accepts: list[Any]
+    guards: list[Any] = field(default_factory=list)
     checked: set[Any] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +80,7 @@ class Signature:
             sizes: dict[str, int] = {}
             for name, value, accepted in zip(self.inputs, values, self.accepts, strict=True):
                 self._check(name, value, accepted, sizes)
+            self._check_guards(sizes)
             if kinds is not None and len(self.checked) < _CHECKED:
                 self.checked.add(kinds)
         return values
@@ -95,6 +103,22 @@ class Signature:
             raise InvalidArgument(
                 f"{name} has shape {list(value.shape)}, the model was compiled for [{shape}]"
             )
+
+    def _check_guards(self, sizes: dict[str, int]) -> None:
+        broken = next((g for g in self.guards if not holds(g, sizes)), None)
+        if broken is None:
+            return
+        names = {
+            axis: f"{name}.shape[{i}]"
+            for name, accepted in zip(self.inputs, self.accepts, strict=True)
+            if isinstance(accepted, dict)
+            for i, axis in enumerate(accepted["axes"])
+            if isinstance(axis, str)
+        }
+        raise InvalidArgument(
+            f"the model was compiled for sizes with {written(broken, names)}, unlike these: for "
+            "others it may compute something else; compile it with an example of such a size"
+        )
 
     def nested(self, values: Mapping[str, Any]) -> Any:
         """Outputs as the model returns them."""
@@ -129,14 +153,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     """
     binding, given = Binding.of(model, Arguments(args, kwargs))
     args, kwargs = pytree.tree_map(_doubled(given), (given.args, given.kwargs))
-    shapes = pytree.tree_map(_dynamic, (args, kwargs))
-    with warnings.catch_warnings(), torch.no_grad(), _keywords_named(model, kwargs):
-        warnings.simplefilter("ignore")
-        program = torch.export.export(
-            model, args, kwargs, dynamic_shapes=_named(model, *shapes), strict=False
-        )
-        if any(_overwrites(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})  # in place becomes out of place
+    images = any(_is_image(x) for x in pytree.tree_leaves((args, kwargs)))
+    try:
+        program = _exported(model, args, dict(kwargs), pixels=images)
+        if images and any(_fixes_pixels(node) for node in program.graph.nodes):
+            program = _exported(model, args, dict(kwargs), pixels=False)
+    except Exception:  # torch.export raises whatever the model makes it raise
+        if not images:
+            raise
+        program = _exported(model, args, dict(kwargs), pixels=False)
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,
@@ -163,6 +188,42 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         ),
         names,
     )  # fmt: skip
+
+
+def _fixes_pixels(node: torch.fx.Node) -> bool:
+    """Whether a program takes the operator in only where it knows heights and widths."""
+    schema = getattr(node.target, "_schema", None)
+    name = "" if schema is None else schema.name.partition("::")[2].rstrip("_")
+    if name == "conv2d" and len(node.args) > 3:  # patches that do not overlap
+        kernel = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+        return kernel[0] > 1 and list(kernel) == list(node.args[3])  # type: ignore[arg-type]
+    if name == "adaptive_avg_pool2d":
+        return list(node.args[1]) != [1, 1]  # type: ignore[arg-type]
+    return name in _FIXING
+
+
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pixels: bool
+) -> torch.export.ExportedProgram:
+    """
+    Args:
+        pixels: heights and widths of images may change.
+    """
+
+    def axes(x: Any) -> Any:
+        return _dynamic(x, pixels)
+
+    shapes = pytree.tree_map(axes, (args, kwargs))
+    with warnings.catch_warnings(), torch.no_grad(), _keywords_named(model, kwargs):
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=_named(model, *shapes), strict=False
+        )
+        if any(_overwrites(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # in place becomes out of place
+    if pixels:
+        guards_of(program.graph)  # raises where the conditions on them cannot be kept
+    return program
 
 
 def _overwrites(node: torch.fx.Node) -> bool:
@@ -204,12 +265,18 @@ def _doubled(given: Arguments) -> Any:
     return twice
 
 
-def _dynamic(x: Any) -> Any:
-    """Batch and tokens may change; pixels and channels are what the weights expect."""
+def _is_image(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4
+
+
+def _dynamic(x: Any, pixels: bool) -> Any:
+    """Batch, tokens and pixels may change; channels are what the weights expect."""
     if not isinstance(x, Tensor):
         return None
     if x.dtype == torch.bool:  # a mask
         return dict.fromkeys(range(x.ndim), Dim.AUTO)
+    if pixels and _is_image(x):
+        return dict.fromkeys((0, 2, 3), Dim.AUTO)
     tokens = x.ndim == 3 if x.is_floating_point() else x.ndim == 2
     return dict.fromkeys(range(min(x.ndim, 2 if tokens else 1)), Dim.AUTO)
 

@@ -112,10 +112,10 @@ class Layout:
         if op.residual is not None and self.shape[op.residual] != made:
             raise ModelError(f"{op.name}: sizes {made} and {self.shape[op.residual]} are added")
         read, phased = self.read_size(op), self.phased(op)
-        x = distances(op) // (op.stride if phased else 1)
-        if bool((x != 0).any()):
+        x = [n // (op.stride if phased else 1) for n in distances(op)]
+        if any(x):
             self._beside.add((op.precision, self.read(op)))
-        if int(x.abs().max()) > 1 or made[1] > read[1]:
+        if max(map(abs, x)) > 1 or made[1] > read[1]:
             self._far.add(read)
         if made != read:
             self._uneven.update((made, read))

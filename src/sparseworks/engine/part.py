@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +13,13 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.ir import Attention, Op
 from sparseworks.engine.lowering import Piece
 from sparseworks.engine.programs import Instance, build
+from sparseworks.engine.recent import Recent
+from sparseworks.engine.shared import Shared
 
 __all__ = ["Part", "check_shape"]
 
 _LANES = 16
 _ALONE = 500_000  # multiply-adds below which waking a second thread takes longer than the work
-_KEPT = 64  # sizes whose programs are kept
 _TOKENS = 128  # rows of a program whose rows do not depend on each other
 
 
@@ -35,6 +35,9 @@ class Part:
         biases: those of them that differ from head to head.
         outputs: names of what it makes.
         threads: of the native code.
+        shared: what the programs of all sizes have in common.
+        recent: the programs, which other parts of a model may keep theirs in.
+        last: the program that ran last.
     """
 
     kind: str
@@ -44,8 +47,9 @@ class Part:
     outputs: list[str]
     threads: int
     biases: list[str] = field(default_factory=list)
-    instances: dict[Any, Instance] = field(default_factory=dict)
-    packed: dict[Any, Any] = field(default_factory=dict)
+    shared: Shared = field(default_factory=Shared)
+    recent: Recent = field(default_factory=Recent)
+    last: Instance | None = None
 
     @classmethod
     def of(cls, piece: Piece, threads: int) -> Part:
@@ -57,14 +61,12 @@ class Part:
         return any(isinstance(op, Attention) for op in self.ops)
 
     def instance(self, sizes: Mapping[str, tuple[int, ...]], lanes: int) -> Instance:
-        key = (lanes, *sizes.values())
-        found = self.instances.get(key)
-        if found is None:
-            if len(self.instances) >= _KEPT:  # of many sizes: start anew
-                self.instances, self.packed = {}, {}
-            found = build(self.ops, sizes, lanes, self.threads, self.packed)
-            self.instances = {**self.instances, key: found}  # other calls may be reading
-        return found
+        def make() -> tuple[Instance, int]:
+            made = build(self.ops, sizes, lanes, self.threads, self.shared)
+            return made, made.bytes
+
+        self.last = found = self.recent.get((id(self), lanes, *sizes.values()), make)
+        return found  # type: ignore[no-any-return]
 
     def run(
         self,

@@ -24,7 +24,9 @@ __all__ = [
     "filled",
     "kind_of",
     "rule",
+    "same_sizes",
     "shape_of",
+    "size_now",
 ]
 
 
@@ -374,12 +376,25 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
     return tuple(value.shape)
 
 
+def size_now(size: Any) -> int:
+    """A size in the example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def same_sizes(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
+    """Whether operands of one operator have equal axes.
+
+    Sizes that are equal in the example are so in all: torch, which would broadcast else, noted it.
+    """
+    return [size_now(n) for n in one] == [size_now(n) for n in two]
+
+
 def _batch(node: Node, kind: str) -> tuple[str, ...] | None:
     """What all values of a program have in common."""
     shape = shape_of(node) or ()
     if kind == "image":
-        fixed = all(isinstance(n, int) for n in shape[1:])
-        return (str(shape[0]),) if len(shape) in (2, 4) and fixed else None
+        known = len(shape) in (2, 4) and isinstance(shape[1], int)
+        return (str(shape[0]),) if known else None
     if len(shape) not in (2, 3) or not isinstance(shape[-1], int):
         return None
     return tuple(str(n) for n in shape[:-1])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,35 +13,42 @@ from torch.fx import Node
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.graph import Captured, Signature
+from sparseworks.engine.guards import guards_of
 from sparseworks.engine.ir import Precision, Product
 from sparseworks.engine.lowering import Piece, lower
 from sparseworks.engine.measuring import one_thread
 from sparseworks.engine.origin import Origin
 from sparseworks.engine.part import Part, check_shape
+from sparseworks.engine.recent import LIMIT, Recent
 from sparseworks.engine.steps import Call, Ref, of_node
 
 __all__ = ["Plan", "make_plan"]
 
 # operators that are worth more than one thread of torch
 _HEAVY = ("conv", "linear", "mm", "matmul", "einsum", "attention", "sort")
-_CACHED = 8  # sets of sizes whose results are kept
+_HELD = 100  # bytes of Python's about a value
 _INT8_COLUMNS = (2**31 - 1) // (255 * 127)  # whose sum cannot overflow
 
 
 class Plan:
     """Runs a model: native programs, and torch for what lies between.
 
-    What depends on the sizes of the inputs alone (positions, masks of ones) is computed once for
-    each set of sizes.
+    What depends on the sizes of the inputs alone (programs, positions, masks of ones) is made once
+    for each set of sizes. Weights are packed once and working memory is had once for all of them.
 
     Args:
         signature: what the caller gives and gets.
         steps: in order.
         constants: tensors that torch's operators read, by name.
+        cache_bytes: of what is kept for sizes that were met; least recently used ones go first.
     """
 
     def __init__(
-        self, signature: Signature, steps: list[Call | Part], constants: dict[str, Tensor]
+        self,
+        signature: Signature,
+        steps: list[Call | Part],
+        constants: dict[str, Tensor],
+        cache_bytes: int = LIMIT,
     ) -> None:
         self.signature, self.steps, self.constants = signature, steps, constants
         calls = [s for s in steps if isinstance(s, Call)]
@@ -51,8 +59,12 @@ class Plan:
         self.first = [c for c in calls if c.name in fixed]
         self.rest = [s for s in steps if not (isinstance(s, Call) and s.name in fixed)]
         self.frees = _frees(self.rest, signature)
-        self.of_sizes: dict[Any, dict[str, Any]] = {}
-
+        # half for programs; the rest is large sometimes, and quickly made
+        self.cache_bytes = cache_bytes
+        self.recent, self.of_sizes = Recent(cache_bytes // 2), Recent(cache_bytes // 2)
+        for part in self.parts:
+            part.recent, part.shared.arena = self.recent, self.parts[0].shared.arena
+            part.shared.prepare(part.ops)
         self.__signature__ = signature.binding.signature
         self.own_out = "out" in self.__signature__.parameters
         self.origin: Origin | None = None  # warns where the model's weights have changed
@@ -105,15 +117,24 @@ class Plan:
 
     def _sized(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Constants, and what depends on sizes alone."""
-        key = tuple(t.shape for t in given.values() if isinstance(t, Tensor))
-        if key not in self.of_sizes:
+
+        def make() -> tuple[dict[str, Any], int]:
             values = {**self.constants, **given}
+            held = {_memory(t) for t in values.values() if isinstance(t, Tensor)}
             for step in self.first:
                 values[step.name] = step(values)
-            if len(self.of_sizes) >= _CACHED:
-                self.of_sizes.pop(next(iter(self.of_sizes)))
-            self.of_sizes[key] = {n: v for n, v in values.items() if n not in given}
-        return self.of_sizes[key]
+            made = {_memory(t) for t in values.values() if isinstance(t, Tensor)} - held
+            size = _HELD * len(values) + sum(count for _, count in made)
+            return {n: v for n, v in values.items() if n not in given}, size
+
+        shapes = tuple([t.shape for t in given.values() if isinstance(t, Tensor)])
+        return self.of_sizes.get(shapes, make)  # type: ignore[no-any-return]
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's memory begins, and its bytes."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 def _of_sizes(
@@ -152,12 +173,16 @@ def _frees(steps: Sequence[Call | Part], signature: Signature) -> list[list[str]
 
 
 def make_plan(
-    captured: Captured, threads: int, precision: Precision = Precision.FP32
+    captured: Captured,
+    threads: int,
+    precision: Precision = Precision.FP32,
+    cache_bytes: int = LIMIT,
 ) -> Plan | None:
     """A plan of a captured model, or None where there is nothing that a program could take.
 
     Args:
         precision: of products, where they can have it; all else is fp32.
+        cache_bytes: of what is kept for sizes that were met.
     """
     pieces = lower(captured.graph, captured.constants)
     if not pieces:
@@ -170,12 +195,19 @@ def make_plan(
         part = Part.of(piece, threads)
         made.update(dict.fromkeys(piece.outputs, (piece, part)))
     steps = _ordered(captured.outputs, made)
-    signature = captured.signature
+    # what the rules took for granted counts as well
+    signature = replace(captured.signature, guards=_guards(captured.graph), checked=set())
     needed = {r.name for s in steps if isinstance(s, Call) for r in s.reads()}
     needed |= {n for s in steps if isinstance(s, Part) for n in (*s.inputs, *s.masks)}
     needed |= {o.name for o in signature.outputs if isinstance(o, Ref)}
     constants = {n: t for n, t in captured.constants.items() if n in needed}
-    return Plan(signature, steps, constants)
+    return Plan(signature, steps, constants, cache_bytes)
+
+
+def _guards(graph: torch.fx.Graph) -> list[Any]:
+    with suppress(NotImplementedError):  # of sizes of sequences: the operators will tell
+        return guards_of(graph)
+    return []
 
 
 def _fits(op: Product, precision: Precision) -> bool:

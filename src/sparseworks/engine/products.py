@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.ir import Load, Product, Store, Value
 from sparseworks.engine.part import Part
+from sparseworks.engine.shared import Shared
 
 __all__ = ["SparseLinear"]
 
@@ -42,12 +43,12 @@ class SparseLinear(nn.Module):
         bias = None if bias is None else bias.detach()
         product = Product(y, x, weight.detach().contiguous(), bias, "weight")
         count = torch.get_num_threads() if threads is None else threads
-        packed: dict[Any, Any] = {}  # of both
+        shared = Shared()  # by both
         self.rows, self.positions = (
             Part(
                 "tokens",
                 [Load(x, "x", columns=c), product, Store(y, "y", columns=c)],
-                ["x"], [], ["y"], count, packed=packed,
+                ["x"], [], ["y"], count, shared=shared,
             )
             for c in (False, True)
         )  # fmt: skip

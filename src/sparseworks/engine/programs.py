@@ -29,7 +29,8 @@ from sparseworks.engine.ir import (
     Value,
 )
 from sparseworks.engine.layout import Layout
-from sparseworks.engine.taps import run_vectors, taps_of
+from sparseworks.engine.shared import Shared
+from sparseworks.engine.taps import places
 from sparseworks.kernels.native import module
 
 __all__ = ["Instance", "build", "lone_product"]
@@ -38,6 +39,7 @@ __all__ = ["Instance", "build", "lone_product"]
     _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS,
     _GATHER, _UPSAMPLE, _RANGE, _QUADS, _MOVE, _GROUP_NORM,
 ) = range(17)  # fmt: skip
+_HELD = 300  # bytes of Python's about a product or tensor
 _SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
@@ -54,6 +56,7 @@ class Instance:
         groups: rows that share taps, by the same index.
         sizes: of the inputs of products, by the same index.
         shapes: of each output without the batch.
+        bytes: that it takes, about.
     """
 
     native: Any
@@ -64,6 +67,10 @@ class Instance:
     groups: dict[int, int]
     sizes: dict[int, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def bytes(self) -> int:
+        return int(self.native.bytes) + _HELD * (len(self.products) + len(self.tensors) + 1)
 
     @cached_property
     def work(self) -> int:
@@ -76,7 +83,7 @@ def build(
     sizes: Mapping[str, tuple[int, ...]],
     lanes: int,
     threads: int,
-    packed: dict[Any, dict[str, Any]] | None = None,
+    shared: Shared | None = None,
 ) -> Instance:
     """Lay a program out.
 
@@ -85,12 +92,12 @@ def build(
         sizes: height and width, or the number of tokens, of each `Load` by its source.
         lanes: 1, or 16 images side by side.
         threads: among which an operation on one item may be divided.
-        packed: kept weights of programs of other sizes, which may be used again, and are added to.
+        shared: what programs of other sizes of these operations have in common.
 
     Raises:
         ModelError: sizes that do not fit the operations.
     """
-    return _Builder(ops, sizes, lanes, threads, {} if packed is None else packed).instance()
+    return _Builder(ops, sizes, lanes, threads, Shared() if shared is None else shared).instance()
 
 
 def lone_product(
@@ -109,7 +116,7 @@ class _Builder:
     sizes: Mapping[str, tuple[int, ...]]
     lanes: int
     threads: int
-    packed: dict[Any, dict[str, Any]]
+    shared: Shared
     layout: Layout = field(init=False)
     buffers: dict[Any, int] = field(default_factory=dict)
     floats: list[int] = field(default_factory=list)
@@ -132,7 +139,8 @@ class _Builder:
         where, arena = arrange(self.floats, [(a, b) for a, b in self.lives])
         for fields in self.native:
             fields["apart"] = arena
-        program = module().Program(where, arena * self.layout.bands, self.lanes, self.native)  # type: ignore[union-attr]
+        size = arena * self.layout.bands
+        program = module().Program(where, size, self.lanes, self.shared.arena, self.native)  # type: ignore[union-attr]
         return Instance(
             program, self.lanes, self.tensors, self.tensor_shapes, self.products, self.groups,
             self.inputs, self.outputs,
@@ -206,8 +214,12 @@ class _Builder:
         whole = self.layout.whole((given.height, given.width)) if op.x.kind == "image" else False
         if op.precision != Precision.FP32:
             source = self._words(op, source, given)
-        taps = self._packed(op, given, stride if not self.layout.phased(op) else 0, whole)
-        fields: dict[str, Any] = {"in": source, "from": given}
+        taps = self.shared.product(op)
+        step, near = places(op, taps.inputs, given, self.layout.phased(op), whole)
+        fields: dict[str, Any] = {
+            "in": source, "from": given, "weights": taps.native, "step": step, "near": near,
+            "inputs": taps.inputs, "divided": op.groups,
+        }  # fmt: skip
         if given.bands > 1:
             inner = self.layout.phases(op)
             fields["planes"] = -(-op.x.channels // op.precision) * inner
@@ -217,34 +229,26 @@ class _Builder:
             fields |= self._range(op.x)
         if op.residual is not None:
             fields["other"] = self._buffer(op.residual)
-        if op.bias is not None:
-            fields["bias"] = op.bias.float().contiguous()
         flat = made.lanes == 1 and made.pitch == given.pitch and stride == 1
         if made.lanes == 1 and len(self.layout.shape[op.out]) == 2 and made.pitch != made.width:
-            fields["live"] = _live(made, flat)
-        other = None if op.residual is op.x or taps["blocks"] > 1 else op.residual
+            fields["live"] = 1
+        other = None if op.residual is op.x or taps.numbers["blocks"] > 1 else op.residual
         if other is not None and self.last[other] is op:
             at = self.buffers[other]  # each sum is read before it is made
             self.buffers[op.out] = at
             size = op.out.channels * made.plane + 2 * self.layout.shift(op.out)
             self.floats[at] = max(self.floats[at], size)
         vectors = made.height * -(-made.width * made.lanes // 16)
-        work = taps["value"].numel() * vectors
+        work = taps.values * vectors
         positions = made.height * made.width * made.lanes
-        self.products[len(self.native)] = (op, taps["value"].numel() * positions * op.precision)
-        self.groups[len(self.native)] = taps["group"]
+        self.products[len(self.native)] = (op, taps.values * positions * op.precision)
+        self.groups[len(self.native)] = taps.group
         self.inputs[len(self.native)] = self.layout.shape[op.x]
         self._add(
             _PRODUCT, work, out=self._buffer(op.out), to=made, channels=op.out.channels,
             stride=stride, flat=int(flat), activation=int(op.activation), number=op.slope,
-            shift=self.layout.shift(op.out), **taps, **fields,
+            shift=self.layout.shift(op.out), **fields,
         )  # fmt: skip
-
-    def _packed(self, op: Product, given: Geometry, stride: int, whole: bool) -> dict[str, Any]:
-        key = (id(op), given.plane, given.pitch, given.lanes, run_vectors(given), stride, whole)
-        if key not in self.packed:
-            self.packed[key] = taps_of(op, given, stride, whole)
-        return self.packed[key]
 
     def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
         g = self.layout.geometry(self.layout.read_size(op))
@@ -343,7 +347,7 @@ class _Builder:
             fields["sources"] = _offsets(part.sources, given)
             fields["places"] = _offsets(part.places, made)
             if part.weights is not None:
-                fields["weights"] = part.weights.float().flatten().contiguous()
+                fields["shares"] = part.weights.float().flatten().contiguous()
             self._add(
                 _MOVE, part.count * part.sources.numel() * made.lanes // 4, channels=part.count,
                 out=self._buffer(op.out), q=part.first, q_step=part.step, flag=int(number == 0),
@@ -371,10 +375,7 @@ class _Builder:
 
     def _norm(self, op: Norm) -> None:
         made = self.layout.of(op.out)
-        fields = {"in": self._buffer(op.x)}
-        for name, tensor in (("scale", op.gamma), ("bias", op.beta)):
-            if tensor is not None:
-                fields[name] = tensor.float().contiguous()  # type: ignore[assignment]
+        fields = {"in": self._buffer(op.x), "weights": self.shared.norm(op)}
         self._add(
             _NORM, op.out.channels * made.plane // 4, out=self._buffer(op.out), to=made,
             channels=op.out.channels, number=op.epsilon, flag=int(not op.centred), **fields,
@@ -406,13 +407,3 @@ def _offsets(positions: Tensor, g: Geometry) -> Tensor:
 def _layout(op: Load | Store) -> int:
     """Of the caller's tensor, as the native code numbers them."""
     return 2 if op.columns else int(op.out.kind == "tokens")
-
-
-def _live(g: Geometry, flat: bool) -> Tensor:
-    """Which lanes of each vector of a run are pixels, 16 bits a vector."""
-    length = (g.height - 1) * g.pitch + g.width if flat else g.width
-    vectors = -(-length // 16)
-    position = torch.arange(vectors * 16)
-    inside = (position % g.pitch < g.width) & (position < length)
-    bits = (inside.view(vectors, 16).long() << torch.arange(16)).sum(1)
-    return bits.to(torch.int32).to(torch.uint16)

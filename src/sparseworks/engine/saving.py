@@ -30,13 +30,14 @@ from sparseworks.engine.attributes import Attributes
 from sparseworks.engine.binding import UNKNOWN, Binding
 from sparseworks.engine.part import Part
 from sparseworks.engine.plan import Plan
+from sparseworks.engine.recent import LIMIT
 from sparseworks.engine.steps import Call, decode, encode
 from sparseworks.io.atomic import atomic_file
 from sparseworks.kernels.native import available
 
 __all__ = ["read_plan", "save_plan", "unpacked"]
 
-_FORMAT = 4
+_FORMAT = 5
 _KINDS = (
     Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL,
     Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD,
@@ -65,19 +66,19 @@ def save_plan(
         save_file(tensors, file, {"sparseworks_plan": json.dumps(about)})
 
 
-def _packed(plan: Plan) -> tuple[dict[str, Any], bytes, int]:
+def _packed(plan: Plan) -> tuple[dict[str, Any], bytes, int, int]:
     """A plan as pickle holds it.
 
     Tensors are bytes: pickled as tensors, their memory would move to where processes share it, from
     under the programs that read it.
     """
     about, tensors = _described(plan)
-    return about, save(tensors), plan.parts[0].threads
+    return about, save(tensors), plan.parts[0].threads, plan.cache_bytes
 
 
-def unpacked(about: dict[str, Any], content: bytes, threads: int) -> Plan:
+def unpacked(about: dict[str, Any], content: bytes, threads: int, cache_bytes: int) -> Plan:
     """The inverse of `_packed`, named by pickles."""
-    return _read(about, load(content), threads)
+    return _read(about, load(content), threads, cache_bytes)
 
 
 copyreg.pickle(Plan, lambda plan: (unpacked, _packed(plan)))
@@ -91,6 +92,7 @@ def _described(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "inputs": s.inputs,
         "outputs": encode(s.outputs),
         "accepts": encode(s.accepts),
+        "guards": s.guards,
         "specs": [_of_spec(s.in_spec), _of_spec(s.out_spec)],
         "constants": {n: writer.tensor(t) for n, t in plan.constants.items()},
         "steps": [
@@ -124,13 +126,14 @@ def _read_binding(held: dict[str, Any]) -> Binding:
 
 
 def read_plan(
-    path: str | os.PathLike[str], threads: int | None = None
+    path: str | os.PathLike[str], threads: int | None = None, cache_bytes: int = LIMIT
 ) -> tuple[Plan, float, dict[str, float], Attributes]:
     """What `save_plan` was given: the plan, its error and its times, and what is shown.
 
     Args:
         path: of the file.
         threads: of the native kernels; None: as many as torch uses.
+        cache_bytes: of what is kept for sizes that were met.
 
     Raises:
         CheckpointError: not a plan, of another version, or no native kernels to run it.
@@ -153,7 +156,7 @@ def read_plan(
                 "compile the model again"
             )
         count = torch.get_num_threads() if threads is None else threads
-        plan = _read(about, tensors, count)
+        plan = _read(about, tensors, count, cache_bytes)
         return plan, about["error"], about["times"], Attributes.from_json(about["shown"])
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path}: a damaged plan ({type(error).__name__}: {error})") from None
@@ -217,11 +220,13 @@ class _Writer:
         return int(value) if isinstance(value, IntEnum) else value
 
 
-def _read(about: dict[str, Any], tensors: dict[str, Tensor], threads: int) -> Plan:
+def _read(
+    about: dict[str, Any], tensors: dict[str, Tensor], threads: int, cache_bytes: int
+) -> Plan:
     in_spec, out_spec = map(_spec, about["specs"])
     signature = graph.Signature(
         _read_binding(about["binding"]), about["inputs"], decode(about["outputs"]),
-        in_spec, out_spec, decode(about["accepts"]),
+        in_spec, out_spec, decode(about["accepts"]), about["guards"],
     )  # fmt: skip
     steps: list[Call | Part] = []
     for step in about["steps"]:
@@ -230,7 +235,8 @@ def _read(about: dict[str, Any], tensors: dict[str, Tensor], threads: int) -> Pl
             steps.append(Call(name, target, decode(args), decode(kwargs)))
         else:
             steps.append(_read_part(step["part"], tensors, threads))
-    return Plan(signature, steps, {n: tensors[k] for n, k in about["constants"].items()})
+    constants = {n: tensors[k] for n, k in about["constants"].items()}
+    return Plan(signature, steps, constants, cache_bytes)
 
 
 def _read_part(held: dict[str, Any], tensors: dict[str, Tensor], threads: int) -> Part:

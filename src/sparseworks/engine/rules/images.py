@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparseworks.engine.ir import Gather, Mean, Pool, Product, Upsample, Value
-from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
+from sparseworks.engine.pieces import Lowering, filled, rule, shape_of, size_now
 from sparseworks.engine.rules.views import joined, seen, take
 
 _aten = torch.ops.aten
@@ -161,12 +161,14 @@ def _upsample(state: Lowering, node: Node) -> bool:
     known = state.native.get(x) if isinstance(x, Node) else None
     if known is None or known.piece.kind != "image" or before is None or after is None:
         return False
-    factors = {n / m for n, m in zip(after[2:], before[2:], strict=True)}
-    factor = factors.pop()
-    if factors or factor != int(factor):
+    sizes = list(zip(after[2:], before[2:], strict=True))
+    factor = size_now(after[2]) // size_now(before[2])
+    if any(size_now(n) != factor * size_now(m) for n, m in sizes):
+        return False
+    if any(n != factor * m for n, m in sizes):  # of sizes that may change: it is noted in the graph
         return False
     out = Value("image", known.value.channels)
-    return state.add(known.piece, node, Upsample(out, known.value, int(factor)))
+    return state.add(known.piece, node, Upsample(out, known.value, factor))
 
 
 @rule(_aten.cat.default)

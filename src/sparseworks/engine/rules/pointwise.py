@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparseworks.engine.ir import Activation, Combine, Norm, Product, Value
-from sparseworks.engine.pieces import Lowering, Native, filled, rule, shape_of
+from sparseworks.engine.pieces import Lowering, Native, filled, rule, same_sizes, shape_of
 from sparseworks.engine.rules.terms import fits, ordered
 from sparseworks.engine.rules.tokens import by_mean_square
 
@@ -200,7 +200,7 @@ def _of_two(state: Lowering, node: Node, x: Any, y: Any, multiply: bool) -> bool
     if one is None or None in shapes:
         return False
     small = one.piece.kind == "image" and one.view is None and _is_scale(shapes[0], shapes[1])
-    alike = tuple(map(str, shapes[0] or ())) == tuple(map(str, shapes[1] or ()))
+    alike = same_sizes(shapes[0] or (), shapes[1] or ())
     both = [state.native.get(n) for n in (x, y)]
     if alike and _same_view(both) and node.name not in state.plain:
         a, b = (n.value for n in both if n is not None)

@@ -45,4 +45,5 @@ class SquareHead(Fixed):
         budget="that of the record",
         cost="a mask per step; a forward of the teacher",
         summary="fine-tune with fixed masks; every block learns from its dense self",
+        command="sparseworks train MODEL --data DATA --method squarehead --start SPARSE --out OUT",
     )
