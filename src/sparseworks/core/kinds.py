@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sparseworks.core.errors import InvalidArgument
-from sparseworks.core.patterns import parse_pattern
 
 __all__ = ["KINDS", "Contract", "Kind", "MethodInfo", "Need", "base_of", "call_of", "check_kind",
            "command_of"]  # fmt: skip
@@ -151,6 +150,8 @@ def call_of(cls: Any) -> str:
 
 def command_of(cls: Any) -> str:
     """The command line that runs a method; words in capitals stand for what the user has."""
+    from sparseworks.core.patterns import parse_pattern  # not before it is asked for: imports torch
+
     info: MethodInfo = cls.info
     data = " --data DATA" if "data" in info.needs else ""
     words = KINDS[info.kind].command.format(name=info.name, data=data)

@@ -113,7 +113,7 @@ class Sparse:
             InvalidArgument: the method was given a longer `every`.
         """
         every = getattr(self.chosen, "every", None)
-        if isinstance(every, int) and every > steps and "every" in self.settings:
+        if isinstance(every, int) and every > steps:
             raise InvalidArgument(
                 f"the masks would change every {every} steps, but the training has {steps}: leave "
                 f"`every` out or set it to {interval(steps)}, say"

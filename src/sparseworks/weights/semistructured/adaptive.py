@@ -67,6 +67,7 @@ class AST(StraightThrough):
         year=2024,
         card="043",
         room="weights",
+        command="sparseworks train MODEL --data DATA --method ast --optimizer adamw --out OUT",
         kind="hooked",
         needs=("training",),
         pattern="2:4 (any N:M; others by budget)",

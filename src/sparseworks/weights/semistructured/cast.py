@@ -141,6 +141,7 @@ class CAST(Transform):
         year=2025,
         card="077",
         room="weights",
+        command="sparseworks train MODEL --data DATA --method cast --optimizer adamw --out OUT",
         kind="transform",
         needs=("training",),
         pattern="2:4 (any N:M; others by budget)",

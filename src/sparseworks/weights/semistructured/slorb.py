@@ -82,6 +82,7 @@ class SLoRB(Transform):
         year=2024,
         card="043",
         room="weights",
+        command="sparseworks train MODEL --data DATA --method slorb --optimizer adamw --out OUT",
         kind="transform",
         needs=("training",),
         pattern="2:4 (any N:M; others by budget)",
