@@ -149,7 +149,9 @@ template <bool Largest>
 void pool_of(const Op& op, const int64_t* where, float* arena, int part, int parts) {
   const Geometry &from = op.from, &to = op.to;
   const int lanes = from.lanes, wide = from.width * lanes;
-  const auto f = [](Vec a, Vec b) { return Largest ? maximum(a, b) : a + b; };
+  const auto f = [](Vec a, Vec b) {  // the largest, or what is not a number
+    return Largest ? ((a > b) | (a != a) ? a : b) : a + b;
+  };
   const float none = Largest ? -std::numeric_limits<float>::infinity() : 0.0f;
   // one row of windows, already folded in the other direction, between what lies beyond the edges
   thread_local std::vector<float> memory;

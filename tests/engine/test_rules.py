@@ -194,3 +194,19 @@ def test_what_is_not_a_number_stays_so(activation, isa, force_isa):
     x = torch.randn(4, 8)
     x[1, 3] = float("nan")
     assert plan is not None and plan(x).isnan().any(1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("options", [(2, 2), (3, 1, 1), (3, 2, 1)])
+def test_the_largest_of_what_is_not_a_number_is_none(options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1, groups=8), nn.MaxPool2d(*options), nn.Conv2d(8, 8, 1))
+    model.eval()
+    x = torch.randn(2, 8, 12, 12)
+    plan = make_plan(capture(model, (x,), {}), 1)
+    assert plan is not None
+    for place in ((0, 0), (1, 1), (5, 6), (11, 11)):
+        given = x.clone()
+        given[0, 3, place[0], place[1]] = float("nan")
+        with torch.no_grad():
+            wanted = model(given)
+        assert torch.equal(plan(given).isnan(), wanted.isnan()), place
