@@ -25,6 +25,7 @@ DTYPES = {
     "int4": (Format.INT4, Format.MASKED_INT4, Format.GROUP_INT4),
 }
 _GATHERED = {"int8": Format.COLUMN_INT8, "int4": Format.COLUMN_INT4}
+_SKIPPING = 0.7  # speed of the memory where columns are left out, which it fetches in part
 _CLOSE = 1.05  # ratio of times below which the smaller format is taken
 _ROWS = 16
 _SAMPLE = 1 << 19  # weights that a format is tried on
@@ -238,4 +239,5 @@ def _seconds(panels: Panels, threads: int, report: Report, share: float) -> floa
     assert code is not None  # `read_bandwidth` has asked
     warm: float = code.decoder.time(panels.native, _REPEATS) / threads
     read = _read_share(panels.format, share)
-    return max(warm * read, panels.nbytes * read / report.bandwidth)
+    speed = report.bandwidth * (_SKIPPING if read < 1 else 1)
+    return max(warm * read, panels.nbytes * read / speed)
