@@ -69,16 +69,18 @@ def gated() -> nn.Module:
     ).eval()
 
 
+DECODER_SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48,
+}  # fmt: skip
+
+
 def language_model(kind: str = "Llama", **more: int) -> nn.Module:
     """A decoder of two blocks as transformers has it."""
     import transformers
 
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 48,
-    }  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**sizes, **more)
+    config = getattr(transformers, f"{kind}Config")(**DECODER_SIZES, **more)
     model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
     return model.eval()
 

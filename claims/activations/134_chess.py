@@ -24,8 +24,7 @@ def _outputs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[tor
     return seen
 
 
-def _errors(model, run, batch, inputs, wanted) -> list[float]:  # type: ignore[no-untyped-def]
-    mlps = [m for n, m in model.named_modules() if n.endswith(".mlp")]
+def _errors(mlps, inputs, wanted) -> list[float]:  # type: ignore[no-untyped-def]
     with torch.no_grad():
         return [
             float((m(x) - y).norm() / y.norm())
@@ -55,7 +54,7 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
             gap[name] = metric(model) - dense
             found[f"{name} gap {percent}"] = gap[name]
             found[f"{name} share {percent}"] = sum(x.share for x in run.layers()) / len(mlps)
-            errors[name] = _errors(model, run, batch, inputs, wanted)
+            errors[name] = _errors(mlps, inputs, wanted)
             run.remove()
         found[f"gap {percent}"] = 0.85 - gap["chess"] / gap["cats"]
         found[f"error of every layer {percent}"] = min(

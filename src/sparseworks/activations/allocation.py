@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparseworks.activations.calibrating import Family, Job
 from sparseworks.activations.method import InputMethod
 from sparseworks.core.errors import ModelError
-from sparseworks.models.active import Gate
+from sparseworks.models.active import Gate, attached
 from sparseworks.models.blocks import Stack, find_stages, first_tensor
 
 __all__ = ["greedy"]
@@ -80,16 +80,10 @@ def _block(job: Job, block: nn.Module, calls: list[tuple[Any, Any]],
     levels = dict.fromkeys(families, 0.0)
 
     def error(raised: Names, level: float) -> float:
-        handles = []
-        for ns, family in families.items():
-            s = level if ns == raised else levels[ns]
-            if s > 0:
-                handles += [h for m in modules[ns] for h in family(s).attach(m)]
-        try:
+        at = {ns: level if ns == raised else levels[ns] for ns in families}
+        gates = [(m, families[ns](s)) for ns, s in at.items() if s > 0 for m in modules[ns]]
+        with attached(gates):
             return float((_outputs(block, calls) - wanted).square().sum())
-        finally:
-            for handle in handles:
-                handle.remove()
 
     while True:
         mean = sum(share[ns] * levels[ns] for ns in families)

@@ -13,10 +13,9 @@ from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.core.evidence import Collector
 from sparseworks.core.types import Progress
 from sparseworks.models.active import Gate
-from sparseworks.models.calibration import Calibration, stream
-from sparseworks.models.calls import Batch, call
+from sparseworks.models.calibration import Calibration, replay, stream
+from sparseworks.models.calls import Batch
 from sparseworks.models.matrix import View
-from sparseworks.models.modes import evaluating
 
 __all__ = ["Family", "Job", "Reader", "quantile"]
 
@@ -154,13 +153,7 @@ class Job:
         modules = dict(self.model.named_modules())
         handles = [modules[n].register_forward_pre_hook(h) for n, h in before.items()]
         handles += [modules[n].register_forward_hook(h) for n, h in after.items()]
-        try:
-            with evaluating(self.model), torch.no_grad():
-                for batch in self.batches if batches is None else batches:
-                    call(self.model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        replay(self.model, self.batches if batches is None else batches, handles)
 
 
 def quantile(values: Tensor, share: float) -> float:

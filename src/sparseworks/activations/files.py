@@ -17,7 +17,7 @@ from sparseworks.activations.r_sparse import LowRankGate
 from sparseworks.activations.rotation import RotatedGate
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.io.atomic import atomic_file
-from sparseworks.models.active import ActiveInputs, Gate, InputGate
+from sparseworks.models.active import ActiveInputs, Gate, InputGate, RuledGate
 
 __all__ = ["read_gates", "write_gates"]
 
@@ -35,7 +35,7 @@ def write_gates(path: str | os.PathLike[str], method: str, options: Mapping[str,
         line: dict[str, Any] = {"kind": type(gate).__name__}
         if isinstance(gate, OutputGate):
             parts["tau"] = gate.tau
-        elif isinstance(gate, (InputGate, RotatedGate, LowRankGate)):
+        elif isinstance(gate, RuledGate):
             rule = gate.rule
             line |= {"threshold": rule.threshold, "keep": rule.keep, "share": rule.share}
             parts["weight"] = rule.weight

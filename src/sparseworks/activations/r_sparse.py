@@ -29,14 +29,14 @@ from sparseworks.activations.calibrating import Family, Reader, quantile
 from sparseworks.activations.method import InputMethod, column_norms
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
-from sparseworks.models.active import ActiveInputs, Gate, InputGate
+from sparseworks.models.active import ActiveInputs, Gate, InputGate, RuledGate
 
 __all__ = ["LowRankGate", "RSparse"]
 
 _GRID = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
-class LowRankGate(Gate):
+class LowRankGate(RuledGate):
     """Inputs that do not count pass through `up` (`down` x) beside the layer.
 
     Args:
@@ -46,8 +46,8 @@ class LowRankGate(Gate):
     """
 
     def __init__(self, rule: ActiveInputs, down: Tensor, up: Tensor) -> None:
-        super().__init__()
-        self.rule, self.down, self.up = rule, down, up
+        super().__init__(rule)
+        self.down, self.up = down, up
         self._dropped: list[Tensor] = []
 
     @property
@@ -56,10 +56,7 @@ class LowRankGate(Gate):
         return self.down.numel() + self.up.numel()
 
     def attach(self, module: nn.Module) -> list[Any]:
-        return [
-            module.register_forward_pre_hook(self),
-            module.register_forward_hook(self.add),
-        ]
+        return [*super().attach(module), module.register_forward_hook(self.add)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         mask = self.rule.mask(args[0])
@@ -131,7 +128,7 @@ class RSparse(InputMethod):
 
 def output_error(gate: Gate, reader: Reader) -> float:
     """||y - y'||^2 / ||y||^2 over the calibration inputs, without biases."""
-    assert isinstance(gate, (InputGate, LowRankGate))
+    assert isinstance(gate, RuledGate)
     dropped = reader.inputs * ~gate.rule.mask(reader.inputs)
     lost = dropped @ reader.weight.T
     if isinstance(gate, LowRankGate):

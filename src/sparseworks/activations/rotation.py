@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparseworks.activations.calibrating import Job
 from sparseworks.core.errors import ModelError
-from sparseworks.models.active import ActiveInputs, Gate
+from sparseworks.models.active import ActiveInputs, RuledGate
 
 __all__ = ["RotatedGate", "Turn", "rotations"]
 
@@ -53,15 +53,12 @@ def rotations(job: Job) -> dict[str, Turn]:
     return found
 
 
-class RotatedGate(Gate):
+class RotatedGate(RuledGate):
     """Drops entries of turned inputs and turns them back, so that the layer stays as it is."""
 
     def __init__(self, rule: ActiveInputs, turn: Tensor) -> None:
-        super().__init__()
-        self.rule, self.turn = rule, turn
-
-    def attach(self, module: nn.Module) -> list[Any]:
-        return [module.register_forward_pre_hook(self)]
+        super().__init__(rule)
+        self.turn = turn
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         turn = self.turn.to(args[0])

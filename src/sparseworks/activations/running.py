@@ -20,7 +20,7 @@ from sparseworks.core.errors import DataError, InvalidArgument, ModelError
 from sparseworks.core.kinds import check_kind
 from sparseworks.core.registry import build, options_of, resolve
 from sparseworks.core.types import Progress
-from sparseworks.models.active import Gate, InputGate, gates
+from sparseworks.models.active import Gate, RuledGate, gates
 from sparseworks.models.calls import Batch
 from sparseworks.models.modes import evaluating
 from sparseworks.models.views import find_prunable
@@ -219,7 +219,7 @@ def load_activations(path: str | os.PathLike[str], model: nn.Module) -> SparseAc
         if any(gates(modules[name])):
             raise ModelError(f"{name} has a gate already; remove() the first ones")
         size = getattr(modules[name], "in_features", None)
-        weight = gate.rule.weight if isinstance(gate, (InputGate, LowRankGate)) else None
+        weight = gate.rule.weight if isinstance(gate, RuledGate) else None
         if weight is not None and size is not None and weight.numel() != size:
             raise ModelError(f"{path}: {name} has {size} inputs, the gate {weight.numel()}")
     return SparseActivations(model, method, options, found)

@@ -29,9 +29,8 @@ from sparseworks.activations.calibrating import Job, Reader
 from sparseworks.activations.method import ActivationMethod, column_norms
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.registry import MethodInfo
-from sparseworks.models.active import ActiveInputs, Gate, InputGate
+from sparseworks.models.active import ActiveInputs, Gate, InputGate, attached
 from sparseworks.models.calls import default_loss
-from sparseworks.models.modes import evaluating
 
 __all__ = ["CETT", "Layer"]
 
@@ -152,13 +151,7 @@ def _largest(holds: Callable[[float], bool]) -> float:
     return low
 
 
-@torch.no_grad()
 def _loss(job: Job, gates: dict[str, Gate]) -> float:
-    handles = [h for n, g in gates.items() for h in g.attach(job.model.get_submodule(n))]
-    try:
-        with evaluating(job.model):
-            losses: list[Tensor] = [default_loss(job.model, b) for b in job.batches]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached((job.model.get_submodule(n), g) for n, g in gates.items()):
+        losses: list[Tensor] = [default_loss(job.model, b) for b in job.batches]
     return float(torch.stack(losses).mean())

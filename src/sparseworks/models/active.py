@@ -6,7 +6,7 @@ Where columns of W lie one by one in memory, those of other inputs need not be r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["ActiveInputs", "Gate", "InputGate", "gates", "input_rule", "without_gates"]
+__all__ = ["ActiveInputs", "Gate", "InputGate", "RuledGate", "attached", "gates", "input_rule",
+           "without_gates"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +96,12 @@ class Gate:
         raise NotImplementedError
 
 
-class InputGate(Gate):
-    """Sets the inputs of a linear layer that do not count to 0."""
+class RuledGate(Gate):
+    """A gate on what a linear layer reads.
+
+    Attributes:
+        rule: which entries count.
+    """
 
     def __init__(self, rule: ActiveInputs) -> None:
         super().__init__()
@@ -104,6 +109,14 @@ class InputGate(Gate):
 
     def attach(self, module: nn.Module) -> list[Any]:
         return [module.register_forward_pre_hook(self)]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with zeros for what does not count."""
+        raise NotImplementedError
+
+
+class InputGate(RuledGate):
+    """Sets the inputs of a linear layer that do not count to 0."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         mask = self.rule.mask(args[0])
@@ -117,6 +130,19 @@ def gates(module: nn.Module) -> Iterator[Gate]:
         for hook in list(hooks.values()):
             if isinstance(hook, Gate):
                 yield hook
+
+
+@contextmanager
+def attached(pairs: Iterable[tuple[nn.Module, Gate]]) -> Iterator[None]:
+    """Modules with gates, for a while."""
+    handles: list[Any] = []
+    try:
+        for module, gate in pairs:
+            handles += gate.attach(module)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

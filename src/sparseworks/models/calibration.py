@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from sparseworks.models.calls import Batch, batch_size, call, move, token_mask
 from sparseworks.models.tap import EvidenceTap, calibration_mode, collect_into
 from sparseworks.models.views import View
 
-__all__ = ["Calibration", "collect", "stream"]
+__all__ = ["Calibration", "collect", "replay", "stream"]
 
 MakeCollectors = Callable[[View, torch.device], Sequence[Collector]]
 Visit = Callable[[View, Sequence[Collector]], None]
@@ -68,6 +68,30 @@ def collect(
     """Evidence of all views at once, on the model as it is."""
     with calibration_mode(model):
         return _replay(model, views, calibration, make)
+
+
+def replay(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    handles: Sequence[Any],
+    padding: list[Tensor | None] | None = None,
+) -> None:
+    """Run batches through a model whose modules have hooks, and take those off in the end.
+
+    Args:
+        handles: of the hooks.
+        padding: a list that holds, while a batch runs, the mask of its real tokens, or None.
+    """
+    device = _device(model)
+    try:
+        with calibration_mode(model):
+            for batch in batches:
+                if padding is not None:
+                    padding[:] = [token_mask(batch)]
+                call(model, _on(batch, device))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def stream(

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.models.blocks import first_tensor
-from sparseworks.models.calls import Batch, call, move, token_mask
-from sparseworks.models.tap import calibration_mode
+from sparseworks.models.calibration import replay
+from sparseworks.models.calls import Batch
 
 __all__ = ["Change", "block_changes"]
 
@@ -60,18 +60,10 @@ def block_changes(
 
         return after
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     handles = [
         model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in names
     ]
-    try:
-        with calibration_mode(model):
-            for batch in batches:
-                padding[0] = token_mask(batch)
-                call(model, move(batch, device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    replay(model, batches, handles, padding)
     for name, count in counts.items():
         if not count:
             raise ModelError(f"{name}: the calibration data did not use it")

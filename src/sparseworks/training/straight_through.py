@@ -31,7 +31,7 @@ from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.views import View
 from sparseworks.training.method import Hooked
 
-__all__ = ["StraightThrough", "masked_part"]
+__all__ = ["AtIntervals", "StraightThrough", "masked_part"]
 
 Run = Any  # of `training.swapping`, which imports this
 
@@ -114,3 +114,18 @@ class StraightThrough(Hooked, ABC):
 
     def leave(self, run: Run) -> None:
         """Undo what `begin` changed besides weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtIntervals(StraightThrough):
+    """Masks are chosen anew only now and then.
+
+    Args:
+        every: steps between choices of the masks.
+    """
+
+    every: int = 10
+
+    def update(self, run: Run) -> None:
+        if run.step % self.every == 0:
+            run.choose()

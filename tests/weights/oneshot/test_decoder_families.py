@@ -10,20 +10,13 @@ import torch
 
 import sparseworks as sw
 from sparseworks.models.views import find_prunable
+from tiny_models import DECODER_SIZES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 from families import _ids
 
 transformers = pytest.importorskip("transformers")
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "pad_token_id": 0,
-}
+SIZES = DECODER_SIZES | {"pad_token_id": 0}
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,

@@ -14,21 +14,14 @@ from sparseworks.core.errors import DataError, InvalidArgument, ModelError
 from sparseworks.models.views import find_prunable
 from sparseworks.weights.structured import load_slim, save_slim
 from sparseworks.weights.structured.experts import clusters, coactivations, find_banks
+from tiny_models import DECODER_SIZES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 from families import _ids
 from families import make as family
 
 transformers = pytest.importorskip("transformers")
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "num_experts_per_tok": 2,
-}
+SIZES = DECODER_SIZES | {"num_experts_per_tok": 2}
 FAMILIES = {
     "Mixtral": {"num_local_experts": 8},
     "Qwen2Moe": {

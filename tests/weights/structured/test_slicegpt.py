@@ -12,16 +12,10 @@ from sparseworks.core.errors import DataError, InvalidArgument, ModelError
 from sparseworks.weights.structured import load_slim, save_slim
 from sparseworks.weights.structured.sliced import SlicedLayer
 from sparseworks.weights.structured.slicegpt import principal_basis
+from tiny_models import DECODER_SIZES
 
 transformers = pytest.importorskip("transformers")
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-}
+SIZES = DECODER_SIZES | {"num_hidden_layers": 3}
 FAMILIES = {
     "Llama": {"attention_bias": True},
     "Mistral": {},

@@ -124,8 +124,9 @@ def _difference(model: nn.Module, decoder: Any) -> float:
     """
     from sparseworks.engine.decoder.generating import Decoder, DecoderCache
 
-    whole = decoder.native
-    plain = NativeDecoder(whole.spec.ungated(), whole.cache, whole.threads)
+    plain = decoder.native
+    if any(x.active is not None for x in plain.spec.linears()):
+        plain = NativeDecoder(plain.spec, plain.cache, plain.threads, gated=False)
     twin = Decoder(decoder.config, plain, decoder.report, decoder.generation_config)
     generator = torch.Generator().manual_seed(0)
     high = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]

@@ -94,12 +94,15 @@ class NativeDecoder:
         spec: with every matrix packed.
         cache: dtype of keys and values, a key of `CACHES`.
         threads: of the native code.
+        gated: apply the rules for active inputs; False: all inputs count.
 
     Raises:
         ModelError: no native code here, or parts that do not fit together.
     """
 
-    def __init__(self, spec: ModelSpec, cache: str = "fp16", threads: int | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, cache: str = "fp16", threads: int | None = None, gated: bool = True
+    ) -> None:
         code = module()
         if code is None:
             raise ModelError("the native kernels are not built here")
@@ -107,7 +110,7 @@ class NativeDecoder:
             raise InvalidArgument(f"cache={cache!r}: use one of {', '.join(CACHES)}")
         instruction_set()
         self.code: Any = code.decoder
-        self.spec, self.cache = spec, cache
+        self.spec, self.cache, self.gated = spec, cache, gated
         self.threads = torch.get_num_threads() if threads is None else threads
         if self.threads < 1:
             raise InvalidArgument(f"threads={threads} must be at least 1")
@@ -179,7 +182,7 @@ class NativeDecoder:
             bias = self._hold(torch.nn.functional.pad(bias.float(), (0, -bias.numel() % 16)))
         made = self.code.Linear(linear.weight.native, bias)
         rule = linear.active
-        if rule is not None:
+        if rule is not None and self.gated:
             weight = None if rule.weight is None else self._hold(rule.weight)
             made.set_active(rule.threshold, rule.keep, weight)
         return made

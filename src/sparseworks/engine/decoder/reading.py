@@ -108,9 +108,8 @@ class _Reader:
             rules = [input_rule(m) for m in modules]
         except InvalidArgument as error:
             raise ModelError(f"{names[0]}: {error}") from None
-        if any(r is not None and not r.same(rules[0]) for r in rules) or (
-            rules[0] is not None and None in rules
-        ):
+        first = rules[0]
+        if any((r is not None) if first is None else not first.same(r) for r in rules):
             raise ModelError(f"{' and '.join(names)} read the same inputs by rules of their own")
         weight = Weight(
             rows, matrix(modules[0]).shape[1], lambda: joined([matrix(m) for m in modules]), names

@@ -6,9 +6,8 @@ matrix at a time; once packed they are `Panels`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -151,21 +150,6 @@ class ModelSpec:
                 yield mlp.up
                 yield mlp.down
         yield self.head
-
-    def ungated(self) -> ModelSpec:
-        """The same matrices with all inputs."""
-        twin = copy.copy(self)
-        twin.layers = [copy.copy(x) for x in self.layers]
-        for layer in twin.layers:
-            layer.attention = copy.copy(layer.attention)
-            layer.attention.qkv = replace(layer.attention.qkv, active=None)
-            layer.attention.out = replace(layer.attention.out, active=None)
-            if isinstance(layer.mlp, MlpSpec):
-                layer.mlp = replace(
-                    layer.mlp, up=replace(layer.mlp.up, active=None),
-                    down=replace(layer.mlp.down, active=None),
-                )  # fmt: skip
-        return twin
 
     def packed_bytes(self) -> int:
         return sum(x.weight.nbytes for x in self.linears() if isinstance(x.weight, Panels))

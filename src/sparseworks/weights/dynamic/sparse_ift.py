@@ -22,7 +22,6 @@ points below static ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,9 +31,9 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Batch
 from sparseworks.models.views import View, find_prunable
+from sparseworks.training.delegated import Delegated, sparsified
 from sparseworks.training.hooked import Run
-from sparseworks.training.sparsify import sparsify
-from sparseworks.training.transforming import Transform, Transformed
+from sparseworks.training.transforming import Transformed
 from sparseworks.weights.dynamic.isoflop import (
     Doped,
     Factorized,
@@ -49,7 +48,7 @@ _REWIRINGS = ("rigl", "set", "static")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseIFT(Transform):
+class SparseIFT(Delegated):
     """Spend sparsity on larger layers at the cost of the dense model.
 
     Args:
@@ -162,46 +161,11 @@ class SparseIFT(Transform):
         job.replace(name, Doped(layer, sparsity, job.seed, name))
         return [f"{name}.layer.weight"]
 
-    def attached(self, job: Transformed) -> None:
-        assert job.optimizer is not None
+    def start(self, job: Transformed) -> Run:
         options: dict[str, Any] = {} if self.rewire == "static" else {
             "every": self.every, "fraction": self.fraction, "end": self.end
         }  # fmt: skip
-        job.own["run"] = sparsify(
-            job.model,
-            job.optimizer,
-            self.rewire,
-            sparsity=job.sparsity,
-            steps=job.steps,
-            pattern=job.pattern,
-            budget=job.budget,
-            include=list(job.views),
-            seed=job.seed,
-            **options,
-        )
-        self.update(job)
-
-    def update(self, job: Transformed) -> None:
-        for name, mask in self._run(job).masks.items():
-            job.set_mask(name, mask)
-
-    def finish(self, job: Transformed) -> None:
-        run = self._run(job)
-        run.finish()
-        self.update(job)
-
-    def state_dict(self, job: Transformed) -> dict[str, Any]:
-        return {"run": self._run(job).state_dict()}
-
-    def load_state_dict(self, job: Transformed, state: Mapping[str, Any]) -> None:
-        self._run(job).load_state_dict(state["run"])
-        self.update(job)
-
-    def _run(self, job: Transformed) -> Run:
-        run = job.own.get("run")
-        if not isinstance(run, Run):
-            raise InvalidArgument("sparse-ift: call `attach(optimizer)` first; masks start there")
-        return run
+        return sparsified(job, self.rewire, **options)
 
 
 def _following_norm(model: nn.Module, view: View) -> str:

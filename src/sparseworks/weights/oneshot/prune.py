@@ -108,15 +108,16 @@ def prune(
                 f"{chosen.info.name} finds sparsities by itself, for the whole model: leave "
                 f"{', '.join(given)} out"
             )
-        batches = _batches(chosen, data, get_recovery(recovery), uniform)
+        repair = get_recovery(recovery)
+        batches = _batches(chosen, data, repair, uniform)
         choice = chosen.find(model, batches, seed=seed, progress=progress)
         done = prune(
             model, choice.method, sparsity=max(choice.sparsity.values()), budget=choice.sparsity,
             include=list(choice.sparsity), data=batches, loss=loss, recovery=recovery, seed=seed,
             skip_indivisible=skip_indivisible, copy=copy, device=device, spill=spill,
         )  # fmt: skip
-        repaired = name_of(get_recovery(recovery))
-        settings = {**registry.options_of(chosen), **choice.figures, "recovery": repaired}
+        figures = {**choice.figures, "recovery": name_of(repair)}
+        settings = {**registry.options_of(chosen), **figures}
         seconds = time.perf_counter() - began
         name, settings = chosen.info.name, {**settings, "seed": seed}
         return replace(done, method=name, options=settings, seconds=seconds)

@@ -35,7 +35,7 @@ from torch import Tensor
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.training.adam import adam_step, check_adam
-from sparseworks.training.straight_through import StraightThrough, masked_part
+from sparseworks.training.straight_through import AtIntervals, masked_part
 from sparseworks.training.swapping import StraightThroughRun
 from sparseworks.weights.dynamic.masks import check_fraction, span
 
@@ -43,20 +43,18 @@ __all__ = ["AST"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AST(StraightThrough):
+class AST(AtIntervals):
     """Retrain a trained model to N:M with masks that settle under a growing decay.
 
     Args:
         decay: lambda. It acts where lambda mean|theta| is near the root mean square of the
             gradients: 1e-4 for the paper's long trainings, 1e-2 for a few hundred steps.
         ramp: share of the training over which the decay rises.
-        every: steps between choices of the masks.
         term: where the decay enters, "adam" or "gradient" (then any optimizer will do).
     """
 
     decay: float = 1e-4
     ramp: float = 0.25
-    every: int = 10
     term: Literal["adam", "gradient"] = "adam"
 
     recovery: ClassVar[Mapping[str, float]] = {"task": 1 / 3, "kl": 2 / 3, "temperature": 2.0}
@@ -93,10 +91,6 @@ class AST(StraightThrough):
         if self.has_rule:
             check_adam("ast", run.optimizers)
         run.choose()
-
-    def update(self, run: StraightThroughRun) -> None:
-        if run.step % self.every == 0:
-            run.choose()
 
     def strength(self, run: StraightThroughRun) -> float:
         """lambda_t of the next step."""

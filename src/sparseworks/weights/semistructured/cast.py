@@ -37,10 +37,12 @@ from sparseworks.core.errors import InvalidArgument, PatternError
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
 from sparseworks.training.adam import adam_step, check_adam
+from sparseworks.training.delegated import Delegated
+from sparseworks.training.hooked import Run
 from sparseworks.training.optimizers import Optimizers
-from sparseworks.training.straight_through import StraightThrough, masked_part
+from sparseworks.training.straight_through import AtIntervals, masked_part
 from sparseworks.training.swapping import StraightThroughRun
-from sparseworks.training.transforming import Transform, Transformed
+from sparseworks.training.transforming import Transformed
 from sparseworks.weights.dynamic.masks import span
 
 __all__ = ["CAST", "AdamS", "BlockScale"]
@@ -66,16 +68,14 @@ class BlockScale(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamS(StraightThrough):
+class AdamS(AtIntervals):
     """The optimizer's rule, on weights that the layers see whole.
 
     Args:
         decay: lambda.
-        every: steps between choices of M.
     """
 
     decay: float = 1e-2
-    every: int = 10
 
     has_rule: ClassVar[bool] = True
     info: ClassVar[MethodInfo] = MethodInfo(
@@ -86,10 +86,6 @@ class AdamS(StraightThrough):
         span(run, 0.0, 1.0)
         check_adam("cast", run.optimizers)
         run.choose()
-
-    def update(self, run: StraightThroughRun) -> None:
-        if run.step % self.every == 0:
-            run.choose()
 
     def used(self, run: StraightThroughRun, name: str, weight: Tensor, mask: Tensor) -> None:
         """All of theta."""
@@ -115,7 +111,7 @@ class AdamS(StraightThrough):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CAST(Transform):
+class CAST(Delegated):
     """Retrain a trained model densely until its losers are nearly 0, then drop them.
 
     Needs Adam or AdamW. The model is sparse only after `finish`: before that its metrics are those
@@ -171,12 +167,13 @@ class CAST(Transform):
                 )
             job.parametrize(name, BlockScale(len(parameter), self.blocks).to(parameter.device))
 
-    def attached(self, job: Transformed) -> None:
+    def start(self, job: Transformed) -> Run:
+        assert job.optimizer is not None
         run = StraightThroughRun(
             job.model,
             Optimizers(job.optimizer),
             AdamS(decay=self.decay, every=self.every),
-            [replace(v, name=_inner(job, n)) for n, v in job.views.items()],
+            [replace(v, name=self.name_of(job, n)) for n, v in job.views.items()],
             sparsity=job.sparsity,
             steps=job.steps,
             pattern=job.pattern,
@@ -184,35 +181,15 @@ class CAST(Transform):
             seed=job.seed,
         )
         run.start()
-        job.own["run"] = run
-        self.update(job)
+        return run
 
-    def update(self, job: Transformed) -> None:
-        masks = self._run(job).masks
-        for name in job.views:
-            job.set_mask(name, masks[_inner(job, name)])
+    def name_of(self, job: Transformed, name: str) -> str:
+        """The name of theta in the model now."""
+        view = job.views[name]
+        if view.attribute in view.module._parameters:
+            return name
+        return f"{view.module_name}.parametrizations.{view.attribute}.original".lstrip(".")
 
     def finish(self, job: Transformed) -> None:
         self.update(job)
-        self._run(job).remove()
-
-    def state_dict(self, job: Transformed) -> dict[str, Any]:
-        return {"run": self._run(job).state_dict()}
-
-    def load_state_dict(self, job: Transformed, state: Mapping[str, Any]) -> None:
-        self._run(job).load_state_dict(state["run"])
-        self.update(job)
-
-    def _run(self, job: Transformed) -> StraightThroughRun:
-        run = job.own.get("run")
-        if not isinstance(run, StraightThroughRun):
-            raise InvalidArgument("cast: call `attach(optimizer)` first; its rule starts there")
-        return run
-
-
-def _inner(job: Transformed, name: str) -> str:
-    """The name of theta in the model now."""
-    view = job.views[name]
-    if view.attribute in view.module._parameters:
-        return name
-    return f"{view.module_name}.parametrizations.{view.attribute}.original".lstrip(".")
+        self.run_of(job).remove()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.patterns import Pattern
 from sparseworks.core.registry import MethodInfo
+from sparseworks.training.delegated import Delegated, sparsified
 from sparseworks.training.hooked import Run
-from sparseworks.training.sparsify import sparsify
 from sparseworks.training.straight_through import masked_part
-from sparseworks.training.transforming import Transform, Transformed
+from sparseworks.training.transforming import Transformed
 from sparseworks.weights.semistructured.adaptive import AST
 
 __all__ = ["SLoRB", "BranchedLinear"]
@@ -57,7 +57,7 @@ class BranchedLinear(nn.Linear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SLoRB(Transform):
+class SLoRB(Delegated):
     """AST with the side branch. The layers stay `BranchedLinear` after `finish`.
 
     Args:
@@ -116,39 +116,5 @@ class SLoRB(Transform):
             job.replace(view.module_name, branched)
             job.views[name] = replace(view, module=branched)
 
-    def attached(self, job: Transformed) -> None:
-        assert job.optimizer is not None
-        job.own["run"] = sparsify(
-            job.model,
-            job.optimizer,
-            self._ast(),
-            steps=job.steps,
-            sparsity=job.sparsity,
-            pattern=job.pattern,
-            budget=job.budget,
-            include=list(job.views),
-            seed=job.seed,
-        )
-        self.update(job)
-
-    def update(self, job: Transformed) -> None:
-        for name, mask in self._run(job).masks.items():
-            job.set_mask(name, mask)
-
-    def finish(self, job: Transformed) -> None:
-        run = self._run(job)
-        run.finish()
-        self.update(job)
-
-    def state_dict(self, job: Transformed) -> dict[str, Any]:
-        return {"run": self._run(job).state_dict()}
-
-    def load_state_dict(self, job: Transformed, state: Mapping[str, Any]) -> None:
-        self._run(job).load_state_dict(state["run"])
-        self.update(job)
-
-    def _run(self, job: Transformed) -> Run:
-        run = job.own.get("run")
-        if not isinstance(run, Run):
-            raise InvalidArgument("slorb: call `attach(optimizer)` first; masks start there")
-        return run
+    def start(self, job: Transformed) -> Run:
+        return sparsified(job, self._ast())

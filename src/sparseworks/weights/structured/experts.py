@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument, ModelError
-from sparseworks.models.calls import Batch, call, move, token_mask
-from sparseworks.models.tap import calibration_mode
+from sparseworks.models.calibration import replay
+from sparseworks.models.calls import Batch
 from sparseworks.weights.structured.backup import Backup, Change
 
 __all__ = ["Bank", "clusters", "coactivations", "distances", "find_banks", "keep_experts"]
@@ -131,16 +131,8 @@ def coactivations(
 
         return before
 
-    device = next(p.device for p in model.parameters())
     handles = [b.experts.register_forward_pre_hook(hook(b), with_kwargs=True) for b in banks]
-    try:
-        with calibration_mode(model):
-            for batch in batches:
-                padding[0] = token_mask(batch)
-                call(model, move(batch, device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    replay(model, batches, handles, padding)
     return counts
 
 
