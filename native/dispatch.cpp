@@ -25,7 +25,8 @@ bool has(Level level) {
   const bool plain = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (level != kAvx512Vbmi2) return plain;  // "avx512" takes what there is beyond
-  return plain && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+  return plain && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif

@@ -16,6 +16,10 @@
 //   kGroupInt4   a group is kept or not in each row: 16 bits, for all groups first; then of each
 //                group fp16 scales of the kept, their zero points (one byte each, where `zeros`), and
 //                for each eight columns the kept rows' four bytes, as in kInt4
+//   kListedInt8  int32 steps; 16 bits (a row each) for each 64 columns and step, for all of the panel
+//                first; then of each group 16 fp16 scales, and for each 64 columns and step the rows
+//                with bits: four columns (6 bits a byte) of each, then their four codes. What a row
+//                keeps of 64 columns is filled up with zeros to whole fours
 //   kColumnInt8, kColumnInt4  tiles of 4096 rows (the last one filled up to a multiple of 128) instead
 //                of panels, without the 16 floats; of each group fp16 scales of the rows, then its
 //                columns one by one, which are read only where the input is not zero. Codes are moved
@@ -35,8 +39,9 @@ constexpr int kReadAhead = 64;  // bytes after the last panel
 
 enum class Format : int {
   kFloat, kHalf, kInt8, kInt4, kMaskedHalf, kMaskedInt8, kMaskedInt4, kGroupInt4,
-  kColumnInt8, kColumnInt4,
+  kColumnInt8, kColumnInt4, kListedInt8,
 };
+constexpr int kListed = 64;  // columns that an index of kListedInt8 counts
 
 struct Matrix {
   Format format = Format::kFloat;

@@ -24,9 +24,23 @@ uint64_t bits_at(const uint8_t* p, int bytes) {
   return v;
 }
 
-// Bytes of the group that begins at `p`, of which `left` may be read, with the `rows` that have it in
-// kGroupInt4; -1 where it does not fit.
-int64_t group_bytes(const Matrix& m, const uint8_t* p, int64_t left, const uint8_t* rows) {
+// What says which rows have the groups of a panel: bytes before the first one and of each. Steps of
+// kListedInt8 are those of the panel.
+struct Rows {
+  int64_t before = 0, group = 0;
+  Rows(const Matrix& m, uint64_t steps) {
+    if (m.format == Format::kGroupInt4) group = 2;
+    if (m.format != Format::kListedInt8) return;
+    need(steps <= kListed / 4, "more steps than 64 columns have");
+    before = 4;
+    group = m.group / kListed * static_cast<int64_t>(steps) * 2;
+  }
+};
+
+// Bytes of the group that begins at `p`, of which `left` may be read, with the `rows` that have it;
+// -1 where it does not fit.
+int64_t group_bytes(const Matrix& m, const uint8_t* p, int64_t left, const uint8_t* rows,
+                    int64_t bytes_of_rows) {
   const int64_t g = m.group;
   int64_t size = 0;
   switch (m.format) {
@@ -54,6 +68,11 @@ int64_t group_bytes(const Matrix& m, const uint8_t* p, int64_t left, const uint8
     case Format::kGroupInt4:
       size = __builtin_popcountll(bits_at(rows, 2)) * ((m.zeros ? 3 : 2) + g / 2);
       break;
+    case Format::kListedInt8:
+      size = 32;
+      for (int64_t i = 0; i < bytes_of_rows; ++i)
+        size += 8 * __builtin_popcountll(bits_at(rows + i, 1));
+      break;
     case Format::kColumnInt8:
     case Format::kColumnInt4: break;  // of tiles
   }
@@ -62,9 +81,9 @@ int64_t group_bytes(const Matrix& m, const uint8_t* p, int64_t left, const uint8
 
 Matrix make_matrix(int format, int rows, int columns, int group, bool zeros,
                    const Array<const uint8_t, 1>& data, const Array<const int64_t, 1>& offset) {
-  need(format >= 0 && format <= static_cast<int>(Format::kColumnInt4), "unknown format");
+  need(format >= 0 && format <= static_cast<int>(Format::kListedInt8), "unknown format");
   need(rows > 0 && columns > 0 && group >= 16 && group <= kWidest && kWidest % group == 0 &&
-           group % 16 == 0,
+           group % (format == static_cast<int>(Format::kListedInt8) ? kListed : 16) == 0,
        "sizes of a matrix that cannot be");
   Matrix m;
   m.format = static_cast<Format>(format);
@@ -82,12 +101,16 @@ Matrix make_matrix(int format, int rows, int columns, int group, bool zeros,
          "a tile of a matrix of another size");
   for (int p = 0; !m.by_columns() && p < m.panels(); ++p) {
     int64_t at = m.offset[p] + (m.integers() ? 64 : 0);
-    const uint8_t* kept = m.data + at;
-    if (m.format == Format::kGroupInt4) at += m.padded() / group * 2;
-    need(m.offset[p] >= 0 && at <= m.offset[p + 1], "a panel of a matrix is longer than its bytes");
-    for (int c = 0; c < m.padded(); c += group, kept += 2) {
-      const int64_t size = at <= m.offset[p + 1]
-                               ? group_bytes(m, m.data + at, m.offset[p + 1] - at, kept) : -1;
+    need(m.offset[p] >= 0 && at <= m.offset[p + 1] && m.offset[p + 1] <= m.offset[m.pieces()],
+         "a panel of a matrix is longer than its bytes");
+    const Rows about(m, bits_at(m.data + at, 4));
+    const uint8_t* kept = m.data + at + about.before;
+    at += about.before + m.padded() / group * about.group;
+    need(at <= m.offset[p + 1], "a panel of a matrix is longer than its bytes");
+    for (int c = 0; c < m.padded(); c += group, kept += about.group) {
+      const int64_t size =
+          at <= m.offset[p + 1]
+              ? group_bytes(m, m.data + at, m.offset[p + 1] - at, kept, about.group) : -1;
       need(size >= 0, "a panel of a matrix is longer than its bytes");
       at += size;
     }

@@ -41,6 +41,18 @@ template <int T>
 struct Sums {
   __m512i high[T][kChains<T>] = {}, low[T][kChains<T>] = {};
 
+  // Every lane has four columns of its own, counted from `first`.
+  void add_listed(int part, __m512i codes, __m512i columns, const Input* x, int first) {
+    for (int t = 0; t < T; ++t) {
+      __m512i &h = high[t][part % kChains<T>], &l = low[t][part % kChains<T>];
+      const auto of = [&](const uint8_t* from) {
+        return _mm512_permutexvar_epi8(columns, _mm512_loadu_si512(from + first));
+      };
+      h = _mm512_dpbusd_epi32(h, of(x[t].high), codes);
+      l = _mm512_dpbusd_epi32(l, of(x[t].low), codes);
+    }
+  }
+
   void add(int part, __m512i codes, const Input* x, int column) {
     for (int t = 0; t < T; ++t) {
       __m512i &h = high[t][part % kChains<T>], &l = low[t][part % kChains<T>];
@@ -132,6 +144,29 @@ inline void masked_int4_panel(const Matrix& m, const uint8_t* at, const Input* x
       const int used = __builtin_popcountll(a), other = __builtin_popcountll(b);
       at += used > other ? used : other;
     }
+    part.scaled(scale, sum);
+  }
+}
+
+template <int T>
+inline void listed_int8_panel(const Matrix& m, Stream from, const Input* x, __m512* sum) {
+  const uint8_t *at = from.at, *rows = from.rows;
+  for (int c = 0; c < m.padded(); c += m.group) {
+    const __m512 scale = scales_at(at);
+    at += 32;
+    fetch(rows);
+    Sums<T> part;
+    for (int i = c; i < c + m.group; i += kListed)
+      for (int step = 0; step < from.steps; ++step, rows += 2) {
+        const __mmask16 live = word16(rows);
+        const int fours = 4 * __builtin_popcount(live);
+        fetch(at);
+        fetch(at + 64);
+        const __m512i columns = _mm512_maskz_expand_epi32(live, _mm512_loadu_si512(at));
+        const __m512i codes = _mm512_maskz_expand_epi32(live, _mm512_loadu_si512(at + fours));
+        part.add_listed(step, codes, columns, x, i);
+        at += 2 * fours;
+      }
     part.scaled(scale, sum);
   }
 }
@@ -240,11 +275,13 @@ inline void panel_product(const Matrix& m, int panel, const Input* x, Vec* y) {
       if (m.zeros) group_int4_panel<T, true>(m, from, x, sum);
       else group_int4_panel<T, false>(m, from, x, sum);
       break;
+    case Format::kListedInt8: listed_int8_panel<T>(m, from, x, sum); break;
     case Format::kColumnInt8:
     case Format::kColumnInt4: break;  // of tiles
   }
   if (m.integers()) {
-    const bool eight = m.format == Format::kInt8 || m.format == Format::kMaskedInt8;
+    const bool eight = m.format == Format::kInt8 || m.format == Format::kMaskedInt8 ||
+                       m.format == Format::kListedInt8;
     const __m512 part = _mm512_set1_ps(eight ? 1.0f : 1.0f / 16);
     const __m512 moved = _mm512_mul_ps(_mm512_loadu_ps(m.data + m.offset[panel]),
                                        _mm512_set1_ps(kMiddle));

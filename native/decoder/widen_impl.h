@@ -32,11 +32,12 @@ inline float half_to_float(uint16_t bits) {
   return v;
 }
 
-// Where a panel is read: its groups, and in kGroupInt4 which rows have them. `panel` is that of a
-// tile where columns are gathered.
+// Where a panel is read: its groups, and in kGroupInt4 and kListedInt8 which rows have them. `panel`
+// is that of a tile where columns are gathered.
 struct Stream {
   const uint8_t* at;
   const uint8_t* rows = nullptr;
+  int steps = 0;  // of kListedInt8
   int panel = 0;
   int64_t step = 0, column = 0;  // bytes of a group and of a column of a tile
 
@@ -53,6 +54,10 @@ struct Stream {
     if (m.format == Format::kGroupInt4) {
       rows = at;
       at += m.padded() / m.group * 2;
+    } else if (m.format == Format::kListedInt8) {
+      steps = static_cast<int>(word32(at));
+      rows = at + 4;
+      at = rows + m.padded() / kListed * steps * 2;
     }
   }
 };
@@ -62,6 +67,21 @@ inline const uint8_t* column_at(const Matrix& m, const Stream& from) {
   const bool four = m.format == Format::kColumnInt4;
   const int64_t rows = from.column * (four ? 2 : 1), strip = from.panel / 4;
   return from.at + 2 * rows + (four ? strip / 2 : strip) * 64 + from.panel % 4 * 4;
+}
+
+// Calls put(column of the group, row, code) for what 64 columns of a panel in kListedInt8 keep, and
+// moves on.
+template <typename Put>
+inline void each_listed(Stream& from, Put&& put) {
+  for (int step = 0; step < from.steps; ++step, from.rows += 2) {
+    const uint8_t* index = from.at;
+    uint32_t rows = word16(from.rows);
+    const int fours = 4 * __builtin_popcount(rows);
+    for (; rows; rows &= rows - 1, index += 4)
+      for (int i = 0; i < 4; ++i)
+        put(index[i] & (kListed - 1), __builtin_ctz(rows), static_cast<int8_t>(index[fours + i]));
+    from.at += 2 * fours;
+  }
 }
 
 // Writes one group as [group][16] floats and moves on.
@@ -168,6 +188,14 @@ inline void widen_plainly(const Matrix& m, Stream& from, float* out) {
       at += kept * group / 2;
       return;
     }
+    case Format::kListedInt8:
+      scales();
+      std::fill(out, out + group * kPanel, 0.0f);
+      for (int c = 0; c < group; c += kListed)
+        each_listed(from, [&](int column, int row, int code) {
+          place(c + column, row) += scale[row] * code;  // fillings are zeros of column 0
+        });
+      return;
     case Format::kColumnInt8:
     case Format::kColumnInt4: {
       const bool four = m.format == Format::kColumnInt4, odd = from.panel / 4 % 2 != 0;
@@ -323,6 +351,19 @@ inline void widen(const Matrix& m, Stream& from, uint16_t* out) {
         const __m512i v = _mm512_maskz_expand_epi32(kept.rows, _mm512_loadu_si512(at));
         pairs_of(low_codes(v), scale, out + c * kPanel, less);
         pairs_of(high_codes(v), scale, out + (c + 4) * kPanel, less);
+      }
+      return;
+    }
+    case Format::kListedInt8: {
+      const __m512 scale = scales_at(at);
+      at += 32;
+      for (int first = 0; first < group; first += kListed) {
+        alignas(64) int8_t codes[kListed * kPanel] = {};
+        each_listed(from, [&](int column, int row, int code) {
+          codes[(column / 4 * kPanel + row) * 4 + column % 4] |= static_cast<int8_t>(code);
+        });
+        for (int c = 0; c < kListed; c += 4)
+          pairs_of(_mm512_load_si512(codes + c * kPanel), scale, out + (first + c) * kPanel);
       }
       return;
     }

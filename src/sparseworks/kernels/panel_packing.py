@@ -15,6 +15,7 @@ __all__ = ["pack_panels"]
 _ROWS = 16
 _TILE, _STRIPS = 4096, 128  # rows of a tile, and what the rows of the last one are a multiple of
 _AFTER = 64  # bytes that may be read after the last panel
+_LISTED = 64  # columns that an index counts
 _CHUNK = 1 << 22  # weights that are packed at a time
 
 
@@ -112,6 +113,8 @@ def _packed(
     if format.masked:
         made = _variable(_by_steps(codes, 4), _by_steps(kept, 4), scale, head, format)
         return *made, grid.weight()
+    if format == Format.LISTED_INT8:
+        return *_listed(codes, kept, scale, head), grid.weight()
     fours = _by_steps(codes, 4)  # [panels, steps, 16, 4]
     if format == Format.INT4:
         fours = _nibbles(fours[:, 0::2], fours[:, 1::2])
@@ -196,6 +199,47 @@ def _grouped(grid: Grid, live: Tensor, panels: int) -> tuple[Tensor, Tensor]:
     packed = _nibbles(eight[:, :, 0], eight[:, :, 1])
     for half in range(2):
         _put(data, begin + 4 * (half * many + rank), packed[:, half].contiguous().view(torch.uint8))
+    return data, total
+
+
+def _listed(codes: Tensor, kept: Tensor, scale: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """`listed-int8`: codes and kept `[rows, columns]`, scale `[panels, groups, 16]`."""
+    panels, groups = scale.shape[:2]
+    blocks = 2 * groups  # of 64 columns
+    kept = kept.view(-1, blocks, _LISTED)
+    order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)  # kept columns first
+    count = kept.sum(-1)
+    filled = torch.arange(_LISTED) >= count[..., None]
+    index = order.masked_fill(filled, 0).to(torch.uint8)
+    code = codes.view(kept.shape).gather(-1, order).masked_fill(filled, 0)
+
+    def fours(t: Tensor) -> Tensor:  # [panels, blocks, steps, 16, 4]
+        return t.view(panels, _ROWS, blocks, -1, 4).permute(0, 2, 3, 1, 4)
+
+    used = (-(-count // 4)).view(panels, _ROWS, blocks).transpose(1, 2)  # [panels, blocks, 16]
+    live = torch.arange(_LISTED // 4)[:, None] < used[:, :, None]  # [panels, blocks, steps, 16]
+    steps = used.amax((1, 2))  # [panels]
+    many = live.sum(-1)  # [panels, blocks, steps]
+    size = 8 * many.sum(-1)  # [panels, blocks]
+    size[:, ::2] += 32
+    lead = 64 + 4 + 2 * blocks * steps
+    total = lead + size.sum(1)
+    start = _starts(total)
+    data = torch.zeros(int(total.sum()), dtype=torch.uint8)
+    _put(data, start, _bytes(head).view(panels, 64))
+    _put(data, start + 64, _bytes(steps.to(torch.int32)).view(panels, 4))
+    step = torch.arange(_LISTED // 4)
+    there = (step < steps[:, None])[:, None].expand_as(many)
+    word = torch.arange(blocks)[:, None] * steps[:, None, None] + step  # [panels, blocks, steps]
+    _put(data, (start[:, None, None] + 68 + 2 * word)[there], _bits(live)[there])
+    begin = (start + lead)[:, None] + _starts(size, 1)  # [panels, blocks]
+    _put(data, begin[:, ::2].flatten(), _bytes(scale).view(-1, 32))
+    begin[:, ::2] += 32
+    place = begin[..., None] + 8 * _starts(many, 2)  # [panels, blocks, steps]
+    rank = 4 * (live.cumsum(-1) - 1)
+    _put(data, (place[..., None] + rank)[live], fours(index)[live])
+    where = place[..., None] + 4 * many[..., None] + rank
+    _put(data, where[live], fours(code)[live].contiguous().view(torch.uint8))
     return data, total
 
 

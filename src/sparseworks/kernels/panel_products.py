@@ -25,6 +25,9 @@ def unpack_panels(panels: Panels) -> Tensor:
     for p in range(wide.shape[0]):
         at = int(panels.offset[p]) + (64 if fmt.bits else 0)
         live = at
+        if fmt == Format.LISTED_INT8:
+            _read_listed(panels, at, wide[p])
+            continue
         if fmt == Format.GROUP_INT4:
             at += padded // group * 2
         for c in range(0, padded, group):
@@ -48,6 +51,27 @@ def _read_tiles(panels: Panels, padded: int) -> Tensor:
         value[:, :, ROW_OF_BYTE] = codes.float() - (8 if four else 128)
         tiles.append((value.view(padded, rows) * scale.repeat_interleave(group, 0)).T)
     return torch.cat(tiles)
+
+
+def _read_listed(panels: Panels, at: int, out: Tensor) -> None:
+    """Add to `out` [columns, 16] what a panel lists."""
+    data, blocks = panels.data, out.shape[0] // 64
+    steps = int(data[at : at + 4].clone().view(torch.int32))
+    at += 4
+    bits = data[at : at + 2 * blocks * steps].view(blocks, steps, 2)
+    live = ((bits[..., None] >> torch.arange(8)) & 1).flatten(2).bool()
+    at += 2 * blocks * steps
+    scale = torch.zeros(_ROWS)
+    for block in range(blocks):
+        if block % 2 == 0:
+            scale = data[at : at + 32].clone().view(torch.float16).float()
+            at += 32
+        for rows in live[block]:
+            row = rows.nonzero().repeat(1, 4)
+            column, code = data[at : at + 2 * row.numel()].view(2, -1, 4)
+            at += 2 * row.numel()
+            value = code.view(torch.int8).float() * scale[row]
+            out.index_put_((64 * block + column.long(), row), value, accumulate=True)
 
 
 def _read_group(panels: Panels, at: int, live: int, out: Tensor) -> int:

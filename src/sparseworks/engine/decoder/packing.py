@@ -21,7 +21,7 @@ __all__ = ["DTYPES", "Line", "Report", "pack_model", "read_bandwidth"]
 DTYPES = {
     "fp32": (Format.FLOAT,),
     "bf16": (Format.HALF, Format.MASKED_HALF),
-    "int8": (Format.INT8, Format.MASKED_INT8),
+    "int8": (Format.INT8, Format.MASKED_INT8, Format.LISTED_INT8),
     "int4": (Format.INT4, Format.MASKED_INT4, Format.GROUP_INT4),
 }
 _GATHERED = {"int8": Format.COLUMN_INT8, "int4": Format.COLUMN_INT4}
@@ -229,6 +229,8 @@ def _choose(
 def _may_serve(format: Format, density: float, live: float) -> bool:
     if format == Format.GROUP_INT4:
         return live < 0.9
+    if format == Format.LISTED_INT8:
+        return density < 0.2
     return not format.masked or density < 0.95
 
 
