@@ -3,7 +3,8 @@
     python benchmarks/decoding.py [--shape big|small] [--repeat 5] [--out FILE]
 
 A Llama of random weights (speed does not depend on their values), pruned at random in every linear
-layer but the head. llama.cpp comes with `pip install llama-cpp-python gguf`. Decoding goes on from
+layer but the head. llama.cpp comes with `pip install llama-cpp-python gguf`,
+onnxruntime-genai with `pip install onnxruntime-genai onnx onnx-ir`. Decoding goes on from
 a prompt of 64 tokens and from a context of 2,000; prompts are of 64 and 512 tokens; eight texts at
 once with int4.
 """
@@ -25,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparseworks as sw
 from sparseworks.diagnostics.claims import machine
-from sparseworks.diagnostics.decoding import (
-    Candidate,
+from sparseworks.diagnostics.decoding import Candidate, measure_decoding
+from sparseworks.diagnostics.decoding_runtimes import (
+    decoding_peers,
     llama_cpp_candidate,
-    measure_decoding,
     our_candidate,
 )
 from sparseworks.engine.decoder.packing import read_bandwidth
@@ -103,10 +104,12 @@ def main() -> None:
     model = llama(options.shape)
     candidates: list[Candidate] = []
     decoders: dict[str, Any] = {}
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as place:
         peers = [
             llama_cpp_candidate(model, t, threads, Path(place)) for t in ("F16", "Q8_0", "Q4_0")
         ]
+        peers += decoding_peers(model, ["onnxruntime-genai"], threads, Path(place), notes)
         for name, sparsity, pattern, dtype, head, _ in CASES:
             start = time.perf_counter()
             made = sw.compile_decoder(pruned(model, sparsity, pattern), dtype=dtype, head=head)
@@ -136,7 +139,7 @@ def main() -> None:
     result = {
         "machine": machine(), "shape": options.shape, "read_gb_per_second": read / 1e9,
         "rows": rows, "context_2000": long,
-        "int4_texts_at_once": {"1": one, "8": eight, "ratio": eight / one},
+        "int4_texts_at_once": {"1": one, "8": eight, "ratio": eight / one}, "notes": notes,
     }  # fmt: skip
     for row in rows:
         print(f"{row['candidate']:26s} {row['decode_tokens_per_second']:7.1f} tokens/s  "

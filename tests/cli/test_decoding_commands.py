@@ -49,6 +49,7 @@ def test_bench_decode_writes_table_and_picture(folder, data_root, tmp_path, caps
     assert names == ["ours, int8", "ours, 50% unstructured, int8", "transformers bfloat16"]
     dense, sparse, other = result["rows"]
     assert sparse["bytes"] < dense["bytes"] < other["bytes"]
+    assert all(r["peak_bytes"] > r["bytes"] for r in result["rows"])
     assert dense["perplexity"] < sparse["perplexity"]
     assert abs(dense["perplexity"] / other["perplexity"] - 1) < 0.03
     assert (tmp_path / "decode.csv").read_text().count("\n") == 4

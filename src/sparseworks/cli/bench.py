@@ -50,9 +50,10 @@ class Options:
     """fp32, bf16 or int8."""
     peers: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
     """What to compare with; also torch.compile, which takes a minute to build. With --decode:
-    llama.cpp, transformers."""
+    llama.cpp, onnxruntime-genai, transformers."""
     decode: bool = False
-    """Time a causal language model token by token, beside llama.cpp and transformers."""
+    """Time a causal language model token by token, beside llama.cpp, onnxruntime-genai and
+    transformers."""
     decode_dtypes: tuple[str, ...] = ("bf16", "int8", "int4")
     """With --decode: what weights are kept in."""
     head: str | None = None
@@ -78,7 +79,7 @@ def run(options: Options) -> dict[str, Any]:
     from sparseworks.cli.loading import load_model, parse_precision
     from sparseworks.cli.preparing import check_inputs
     from sparseworks.diagnostics.claims import machine
-    from sparseworks.diagnostics.decoding import DECODERS
+    from sparseworks.diagnostics.decoding_runtimes import DECODERS
     from sparseworks.engine.peers import PEERS, peer
 
     if not options.model:

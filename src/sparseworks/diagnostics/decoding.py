@@ -5,25 +5,20 @@ Candidates take turns in short blocks after a rest, so that a noisy machine is f
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparseworks.core.errors import InvalidArgument, MissingDependency, ModelError
+from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["DECODERS", "Candidate", "llama_cpp_candidate", "measure_decoding", "our_candidate",
-           "transformers_candidate"]  # fmt: skip
+__all__ = ["Candidate", "measure_decoding"]
 
-DECODERS = ("llama.cpp", "transformers")
 _BLOCK = 12  # tokens of a candidate's turn
 _WARM = 3
 _REST = 0.1  # seconds
@@ -38,6 +33,8 @@ class Candidate:
         prompt: takes ids into a new text, and gives logits `[vocabulary]` of the next token.
         step: takes one more token, and gives the logits after it.
         losses: negative log likelihoods `[tokens - 1]` of a text, or None where it gives none.
+        saved: the runtime and the file or folder from which `decoding_runtimes.reopen` makes it
+            anew.
     """
 
     name: str
@@ -45,101 +42,7 @@ class Candidate:
     prompt: Callable[[list[int]], Any]
     step: Callable[[int], Any]
     losses: Callable[[Tensor], Tensor] | None = None
-
-
-def our_candidate(name: str, decoder: Any) -> Candidate:
-    """A compiled decoder."""
-    from sparseworks.engine.decoder.generating import DecoderCache
-
-    state: dict[str, Any] = {}
-
-    def prompt(ids: list[int]) -> Tensor:
-        past = DecoderCache(decoder.native)
-        past.start(1, len(ids) + 1024)
-        state["past"] = past
-        return _next(decoder(torch.tensor([ids]), cache=past, logits_to_keep=1))
-
-    def step(token: int) -> Tensor:
-        return _next(decoder(torch.tensor([[token]]), cache=state["past"]))
-
-    def losses(ids: Tensor) -> Tensor:
-        return _losses(decoder(ids[None]).logits[0], ids)
-
-    return Candidate(name, decoder.report.nbytes, prompt, step, losses)
-
-
-def transformers_candidate(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Candidate:
-    """The model itself, eager."""
-    import copy
-
-    twin: Any = copy.deepcopy(model).to(dtype).eval()
-    state: dict[str, Any] = {}
-
-    @torch.no_grad()
-    def feed(ids: Tensor, past: Any) -> Tensor:
-        out = twin(input_ids=ids, use_cache=True, logits_to_keep=1,
-                   **({} if past is None else {state["name"]: past}))  # fmt: skip
-        state["name"] = "cache" if out.get("cache") is not None else "past_key_values"
-        state["past"] = out[state["name"]]
-        return _next(out)
-
-    @torch.no_grad()
-    def losses(ids: Tensor) -> Tensor:
-        return _losses(twin(input_ids=ids[None]).logits[0].float(), ids)
-
-    table = twin.get_input_embeddings().weight
-    shared = twin.get_output_embeddings().weight is table
-    size = sum(p.nbytes for p in twin.parameters()) - (0 if shared else table.nbytes)
-    kind = str(dtype).removeprefix("torch.")
-    return Candidate(
-        f"transformers {kind}", size, lambda ids: feed(torch.tensor([ids]), None),
-        lambda token: feed(torch.tensor([[token]]), state["past"]), losses,
-    )  # fmt: skip
-
-
-def llama_cpp_candidate(model: nn.Module, type: str, threads: int, folder: Path) -> Candidate:
-    """llama.cpp through llama-cpp-python, on a GGUF file of the model.
-
-    Raises:
-        MissingDependency: llama-cpp-python or gguf is not installed.
-        ModelError: a family that is not written as GGUF here.
-    """
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise MissingDependency("llama.cpp: pip install llama-cpp-python gguf")
-    import llama_cpp
-    import numpy as np
-
-    from sparseworks.io.gguf import export_gguf
-
-    path = folder / f"{type}.gguf"
-    export_gguf(model, path, type)
-    config: Any = model.config
-    context = min(4096, config.max_position_embeddings)
-    engine: Any = llama_cpp.Llama(
-        str(path), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads,
-        verbose=False,
-    )  # fmt: skip
-    table = model.get_input_embeddings().weight.numel() * 2  # type: ignore[operator]
-
-    def logits() -> Any:
-        found = llama_cpp.llama_get_logits(engine._ctx.ctx)
-        return np.ctypeslib.as_array(found, shape=(config.vocab_size,))
-
-    def prompt(ids: list[int]) -> Any:
-        engine.reset()
-        engine.eval(ids)
-        return logits()
-
-    def step(token: int) -> Any:
-        engine.eval([token])
-        return logits()
-
-    def losses(ids: Tensor) -> Tensor:
-        rows = [torch.from_numpy(prompt(ids[:1].tolist()).copy())]
-        rows += [torch.from_numpy(step(t).copy()) for t in ids[1:-1].tolist()]
-        return _losses(torch.stack([*rows, rows[-1]]), ids)
-
-    return Candidate(f"llama.cpp {type}", os.path.getsize(path) - table, prompt, step, losses)
+    saved: tuple[str, str] | None = None
 
 
 def measure_decoding(
@@ -208,29 +111,3 @@ def measure_decoding(
             row["perplexity"] = math.exp(float(found.double().mean()))
         rows.append(row)
     return rows
-
-
-def _next(output: Any) -> Tensor:
-    found: Tensor = output.logits[0, -1]
-    return found
-
-
-def _losses(logits: Tensor, ids: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
-
-
-def peers(
-    model: nn.Module, names: Sequence[str], threads: int, folder: Path, notes: list[str],
-    types: Sequence[str] = ("F16", "Q8_0", "Q4_0"),
-) -> list[Candidate]:  # fmt: skip
-    """The other runtimes that are there; `notes` says why one is not."""
-    found: list[Candidate] = []
-    for name in names:
-        if name == "transformers":
-            found.append(transformers_candidate(model))
-            continue
-        try:
-            found += [llama_cpp_candidate(model, t, threads, folder) for t in types]
-        except (MissingDependency, ModelError) as error:
-            notes.append(f"{name}: {error}")
-    return found

@@ -7,7 +7,8 @@ from typing import Any
 
 __all__ = ["decoding_figure"]
 
-_COLOURS = {"ours": "#0072b2", "llama.cpp": "#d55e00", "transformers": "#666666"}
+_COLOURS = {"ours": "#0072b2", "llama.cpp": "#d55e00", "onnxruntime-genai": "#009e73",
+            "transformers": "#666666"}  # fmt: skip
 _LARGEST = 60  # pixels across
 
 
