@@ -1,9 +1,11 @@
 """Peak memory of pruning and saving a Llama-shaped model of random weights, 4 GB in fp32.
 
     python benchmarks/memory.py [--layers 18] [--out benchmarks/results/memory.json]
+    python benchmarks/memory.py --decoder int4 [--layers 6] [--out FILE]
 
 Wanda at 50 %, 16 x 512 calibration tokens; the peak is the process's high-water mark, which
-includes the interpreter, torch and transformers.
+includes the interpreter, torch and transformers. With --decoder: what compiling a decoder of the
+model (in bf16) takes beyond it.
 """
 
 from __future__ import annotations
@@ -24,9 +26,27 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def high_water() -> float:
+    """GB, of Linux's own count, which `high_water_from_now` begins anew and returns."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def high_water_from_now() -> float:
+    Path("/proc/self/clear_refs").write_text("5")
+    return high_water()
+
+
+def write(rows: dict[str, object], out: Path | None) -> None:
+    print(json.dumps(rows, indent=1))
+    if out:
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--decoder", help="dtype of a decoder to compile instead")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,7 +61,19 @@ def main() -> None:
         model = LlamaForCausalLM(config)
     for i, parameter in enumerate(model.parameters()):
         parameter.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(i))
+    if options.decoder:
+        model = model.to(torch.bfloat16).eval()
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    if options.decoder:
+        before = high_water_from_now()
+        start = time.perf_counter()
+        decoder = sw.compile_decoder(model, dtype=options.decoder)
+        write({
+            "model_gb": size, "packed_gb": decoder.report.nbytes / 1e9,
+            "beyond_model_gb": high_water() - before, "compile_s": time.perf_counter() - start,
+            "dtype": options.decoder,
+        }, options.out)  # fmt: skip
+        return
     rows = {"model_gb": size, "after_build_gb": peak_gb()}
     ids = torch.randint(0, 32000, (16, 512), generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
@@ -53,9 +85,7 @@ def main() -> None:
         rows |= {"save_s": time.perf_counter() - start, "after_save_gb": peak_gb()}
         rows["file_gb"] = (Path(folder) / "model.safetensors").stat().st_size / 1e9
     rows["sparsity"] = result.sparsity
-    print(json.dumps(rows, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    write(rows, options.out)
 
 
 if __name__ == "__main__":

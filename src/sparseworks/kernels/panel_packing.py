@@ -16,7 +16,7 @@ _ROWS = 16
 _TILE, _STRIPS = 4096, 128  # rows of a tile, and what the rows of the last one are a multiple of
 _AFTER = 64  # bytes that may be read after the last panel
 _LISTED = 64  # columns that an index counts
-_CHUNK = 1 << 22  # weights that are packed at a time
+_CHUNK = 1 << 20  # weights that are packed at a time
 
 
 def pack_panels(

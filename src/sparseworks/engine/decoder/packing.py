@@ -205,9 +205,7 @@ def _choose(
 ) -> Format:
     """The format that takes the least time for one vector, of those that may serve; `share`: of
     the inputs, where some do not count."""
-    density = int(torch.count_nonzero(dense)) / dense.numel()
-    groups = torch.nn.functional.pad(dense, (0, -dense.shape[1] % 16)) != 0
-    live = float(groups.view(dense.shape[0], -1, 16).any(2).float().mean())
+    density, live = _density(dense)
     key = (dtype, dense.shape, round(density, 2), round(live, 2), share)
     if key in chosen:
         return chosen[key]
@@ -224,6 +222,17 @@ def _choose(
     close = [(size, format) for seconds, size, format in found if seconds <= _CLOSE * least]
     chosen[key] = min(close)[1] if close else tried[0]
     return chosen[key]
+
+
+def _density(dense: Tensor) -> tuple[float, float]:
+    """Shares of weights that are not 0, and of groups of 16 columns that hold one."""
+    weights = groups = 0
+    pad = -dense.shape[1] % _ROWS
+    for rows in dense.split(max(1, _SAMPLE // dense.shape[1])):
+        live = torch.nn.functional.pad(rows != 0, (0, pad)).view(rows.shape[0], -1, _ROWS)
+        weights += int(live.sum())
+        groups += int(live.any(2).sum())
+    return weights / dense.numel(), groups * _ROWS / (dense.numel() + pad * dense.shape[0])
 
 
 def _may_serve(format: Format, density: float, live: float) -> bool:
