@@ -9,8 +9,8 @@ statistics of the average are estimated anew. A *uniform* soup averages all copi
 starts from the best and takes each further copy, best first, that does not lower the score.
 
 In our quick setting (claim 029: a perceptron on digits, 97 % sparse, 3 copies) a soup gains nothing
-over the mean of its copies (0.0 points, 95 % interval -0.1 to 0.1): copies that differ in their data
-order alone end almost where each other do. A ResNet-20 on images of 8 x 8 gave no more.
+over the mean of its copies (0.0 points, 95 % interval -0.1 to 0.1): copies that differ in the order
+of their data alone end almost at the same place. A ResNet-20 on images of 8 x 8 gave no more.
 """
 
 from __future__ import annotations
