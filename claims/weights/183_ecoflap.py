@@ -1,4 +1,7 @@
-"""Sparsity per block by sensitivity against the same for all: ECoFLaP, OWL, under Wanda."""
+"""Sparsity per block by sensitivity against the same for all: ECoFLaP, OWL, under Wanda.
+
+Up to 8 seeds: 4 left OWL's ratios per matrix open.
+"""
 
 from __future__ import annotations
 
@@ -93,5 +96,5 @@ CLAIM = Claim(
         ),
     ),
     measure=measure,
-    seeds=(0, 1, 2, 3),
+    looks=(3, 5, 8),
 )

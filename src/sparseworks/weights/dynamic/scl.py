@@ -18,8 +18,9 @@ is, and exactly it when the masks freeze. The paper gives neither that nor the o
 normalisation and penalty (the loss first, here).
 
 In our quick setting (claim 140) identity and softplus find the support of a quadratic exactly where
-closed proxies miss 37 % of it; on a perceptron of the digits at 95 % the proxies, global magnitude
-(0.1 points, -0.6 to 0.7) and gradients that are not normalised come out alike.
+closed proxies miss 37 % of it. On a perceptron of the digits at 98 % identity has a loss 45 % below
+that of closed proxies (13 to 77), but softplus and the leaky ReLU a higher one, and global
+magnitude is better than all (13 %, 0 to 25); gradients that are not normalised do as well.
 """
 
 from __future__ import annotations

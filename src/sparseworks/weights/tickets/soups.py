@@ -8,10 +8,9 @@ Copies of one pruned parent share its masks, so their average is as sparse as th
 statistics of the average are estimated anew. A *uniform* soup averages all copies; a *greedy* one
 starts from the best and takes each further copy, best first, that does not lower the score.
 
-In our quick setting (claim 029: ResNet-20, 90 % sparse, 4,000 CIFAR-10 images of 8 x 8, 3 copies) a
-soup gains nothing over the mean of its copies (-0.1 points, 95 % interval -0.6 to 0.4), lies below
-the best of them (33.2 to 33.8 %) and 4.1 points below one copy trained three times as long, which
-costs as much.
+In our quick setting (claim 029: a perceptron on digits, 97 % sparse, 3 copies) a soup gains nothing
+over the mean of its copies (0.0 points, 95 % interval -0.1 to 0.1): copies that differ in the order
+of their data alone end almost at the same place. A ResNet-20 on images of 8 x 8 gave no more.
 """
 
 from __future__ import annotations
