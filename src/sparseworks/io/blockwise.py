@@ -74,7 +74,7 @@ class BlockwiseModel:
             self.model: Any = cls(config).eval()
         self.model.config.dtype = self.dtype
         self.model.config._name_or_path = self.model.name_or_path = str(folder)
-        self._rules = get_model_conversion_mapping(self.model)
+        self._rules: Any = get_model_conversion_mapping(self.model)
         self._check()
         self.blocks = _blocks(self.model)
         self.units = self._units()
@@ -185,11 +185,17 @@ class BlockwiseModel:
             found: dict[str, Tensor] = revert_weight_conversion(self.model, state)
         return found
 
-    def load(self, unit: str, checkpoint: PlainCheckpoint | None = None) -> None:
-        """Read a unit, from the folder or from another checkpoint of the same model."""
+    def load(
+        self, unit: str, checkpoint: PlainCheckpoint | None = None, mapped: bool = False
+    ) -> None:
+        """Read a unit, from the folder or from another checkpoint of the same model.
+
+        Args:
+            mapped: a block too as a map of its file, not as a copy.
+        """
         source = checkpoint or self.source
         keys = (self._keys if checkpoint is None else self._sources(checkpoint)).get(unit, [])
-        read = source.read if unit in self.blocks else source.mapped
+        read = source.read if unit in self.blocks and not mapped else source.mapped
         report = self._convert({k: read(k) for k in keys}, "cpu")
         if unit not in self.blocks:
             held = {n for u in (*self.held, unit) for n in self.units.get(u, ())}
@@ -237,10 +243,10 @@ def _quiet() -> Iterator[None]:
     """No bar for every block that is read."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()

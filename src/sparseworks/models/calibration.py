@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Calibration:
 
 def collect(
     model: nn.Module, views: Sequence[View], calibration: Calibration, make: MakeCollectors
-) -> dict[str, Sequence[Collector]]:
+) -> Mapping[str, Sequence[Collector]]:
     """Evidence of all views at once, on the model as it is."""
     with calibration_mode(model):
         return _replay(model, views, calibration, make, everywhere=True).collectors

@@ -1,4 +1,4 @@
-"""Where the weights of a model are while others are at work, and the hidden states between blocks."""
+"""Where weights are while others are at work, and the hidden states between blocks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from sparseworks.models.matrix import View
 
 __all__ = ["HiddenStates", "KeptHiddenStates", "Residence"]
 
@@ -141,6 +143,10 @@ class Residence:
             dense: as they were before anything was pruned.
         """
         yield
+
+    def place(self, view: View) -> tuple[str, nn.Module]:
+        """What has to be resident for a weight to be there."""
+        return view.module_name, view.module
 
     def finished(self, name: str) -> bool:
         """Was this module done by an earlier call?"""
