@@ -249,4 +249,4 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparseworks.core.evidence import Hessian
+from sparseworks.core.evidence import Collector, Hessian
 from sparseworks.io.blockwise import BlockwiseModel
 from sparseworks.models.calls import Arguments, Batch
 from sparseworks.models.views import View
@@ -76,7 +76,8 @@ def footprint(
     groups: dict[str, list[View]] = {}
     for view in views:
         groups.setdefault(model.unit_of(view.name), []).append(view)
-    kinds = {k for k in (method.collector, recovery and recovery.evidence) if k is not None}
+    both = (method.collector, None if recovery is None else recovery.evidence)
+    kinds: set[type[Collector]] = {k for k in both if k is not None}
     evidence = max(
         sum(
             t.numel() * 4

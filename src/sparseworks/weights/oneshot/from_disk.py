@@ -21,6 +21,7 @@ from sparseworks.core.patterns import Pattern, parse_pattern, resolve_sparsity
 from sparseworks.core.types import Progress, PruneResult
 from sparseworks.io.atomic import sync_folder
 from sparseworks.io.blockwise import BlockwiseModel
+from sparseworks.io.container import as_bytes
 from sparseworks.io.folders import save_folder, write_side_files
 from sparseworks.io.shards import Shards, parse_size
 from sparseworks.models.calibration import Calibration
@@ -231,7 +232,7 @@ def _digest(batches: Any) -> str | None:
         for value in Arguments.of_batch(batch).values:
             if isinstance(value, Tensor):
                 digest.update(f"{value.dtype}{list(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                digest.update(as_bytes(value.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 
