@@ -55,6 +55,13 @@ class Ranks:
         for start in range(0, count, self.size):
             yield start + self.rank if start + self.rank < count else None
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            from torch import distributed
+
+            distributed.barrier(group=self.group)
+
     def broadcast(self, value: Any, owner: int) -> Any:
         """What the owner has, on all ranks."""
         if self.size == 1:

@@ -31,6 +31,7 @@ from sparseworks.models.views import find_prunable
 from sparseworks.weights.oneshot.base import OneShot
 from sparseworks.weights.oneshot.footprint import Footprint, footprint
 from sparseworks.weights.oneshot.job import Job
+from sparseworks.weights.oneshot.jobs import LazyScores
 from sparseworks.weights.oneshot.prune import allotment, batches_of, budget_name, fitting
 from sparseworks.weights.oneshot.recovery import Recovery, get_recovery, name_of
 from sparseworks.weights.oneshot.sensitivity import Sensitivity
@@ -39,14 +40,11 @@ from sparseworks.weights.oneshot.staging import Staging, refuse_missing
 __all__ = ["prune_folder"]
 
 
-class _DiskJob(Job):
-    """A job that has one block at a time."""
-
-    def score_all(self, views: Any, evidence: Any) -> dict[str, Tensor]:
-        raise InvalidArgument(
-            "this budget compares the scores of all weights, of which a model on disk has one "
-            "block at a time: use 'uniform', 'erk' or sparsities per tensor"
-        )
+def _no_scores() -> dict[str, Tensor]:
+    raise InvalidArgument(
+        "this budget compares the scores of all weights, of which a model on disk has one block "
+        "at a time: use 'uniform', 'erk' or sparsities per tensor"
+    )
 
 
 @torch.no_grad()
@@ -163,6 +161,8 @@ def prune_folder(
         "dtype": str(blockwise.dtype),
         "layout": layout,
     }  # fmt: skip
+    allot([v.spec(legal) for v in views], wanted, LazyScores(_no_scores))  # or it is refused
+    ranks.wait()  # all have seen that the folder is not there
     if ranks.rank == 0 and not resume:
         work.mkdir()
         try:
@@ -171,10 +171,10 @@ def prune_folder(
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-    ranks.broadcast(None, 0)
+    ranks.wait()
     staging = Staging(blockwise, shards, work, original, ranks, work / "hidden" if spill else None)
     staging.same(asked)
-    job = _DiskJob(model, chosen, legal, allot, batches, None, repair, seed, False)
+    job = Job(model, chosen, legal, allot, batches, None, repair, seed, False)
     job.budget, job.home, job.ranks = allot, staging, ranks
     if batches is not None:
         job.calibration = Calibration(
@@ -187,7 +187,7 @@ def prune_folder(
     if ranks.rank == 0:
         attach(model, job.record)
         _finish(staging, out)
-    ranks.broadcast(None, 0)
+    ranks.wait()
     attach(model, None)
     return PruneResult(
         chosen.info.name,

@@ -194,7 +194,7 @@ class Staging(Residence):
             warned = tuple(f"{r['name']}: " for r in results) or ("\0",)
             warnings = [w for w in self.job.warnings if w.startswith(warned)]
             self.journal.add({"unit": unit, "results": results, "warnings": warnings})
-        self.ranks.broadcast(None, 0)  # the others may read it from now on
+        self.ranks.wait()  # the others may read it from now on
         self.done.add(unit)
         self._recall(unit, results)
 
