@@ -9,6 +9,7 @@ with (experts one by one on disk and one bank in memory, say), applied to one un
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,9 +212,16 @@ class BlockwiseModel:
                     empty = torch.empty_like(parameter, device="meta")
                     module._parameters[attribute] = nn.Parameter(empty, parameter.requires_grad)
         self.held.discard(unit)
+        _trim()
 
     def close(self) -> None:
         self.source.close()
+
+
+def _trim() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _width(dtype: torch.dtype) -> int:

@@ -28,6 +28,7 @@ class Footprint:
         solving: the largest weight in fp32 with its scores, mask and solution.
         hidden: inputs of a block for all batches, and further arguments of its call.
         forward: one batch in a block.
+        kept: what the allocator does not give back at once, and code that is read on the way.
     """
 
     block: int
@@ -36,12 +37,12 @@ class Footprint:
     solving: int
     hidden: int
     forward: int
+    kept: int = 160_000_000
 
     @property
     def total(self) -> int:
-        # evidence stays while weights are solved; a forward pass and a solution never meet
-        working = max(self.solving, self.forward)
-        return self.block + self.converted + self.evidence + working + self.hidden
+        working = self.evidence + self.solving + self.forward
+        return self.block + self.converted + working + self.hidden + self.kept
 
     def __str__(self) -> str:
         parts = {
@@ -51,6 +52,7 @@ class Footprint:
             "solving": self.solving,
             "block inputs": self.hidden,
             "a forward pass": self.forward,
+            "else": self.kept,
         }
         said = ", ".join(f"{what} {size / 1e6:.0f}" for what, size in parts.items() if size)
         return f"at most {self.total / 1e6:.0f} MB beside the mapped files ({said})"
@@ -121,4 +123,4 @@ def _solving(view: View, hessian: bool) -> int:
     """fp32 copies of a weight, its scores, their order (int64) and masks; of a Hessian as well."""
     rows, columns = view.shape
     matrix = rows * columns
-    return matrix * 28 + (columns * columns * 4 * 6 if hessian else 0)
+    return matrix * 22 + (columns * columns * 4 * 5 if hessian else 0)
