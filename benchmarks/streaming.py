@@ -54,20 +54,63 @@ def memory() -> dict[str, int]:
             if k.startswith(("Rss", "VmRSS"))}  # fmt: skip
 
 
-def one(folder: Path, out: Path, name: str, texts: int) -> dict[str, Any]:
-    """One run, in this process."""
+def batches(texts: int) -> list[Any]:
+    """Random tokens, one text a batch."""
     import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 32000, (1, LENGTH), generator=generator) for _ in range(texts)]
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+
+
+def ours(folder: Path, out: Path, name: str, texts: int) -> dict[str, Any]:
+    """Ready to be run: returns the call, which returns what else is known of it."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import sparseworks as sw
 
-    generator = torch.Generator().manual_seed(0)
-    data = [
-        {"input_ids": torch.randint(0, 32000, (1, LENGTH), generator=generator)}
-        for _ in range(texts)
-    ]
-    sw.prune_folder  # noqa: B018 - imports what it needs before memory is looked at
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    data, said, prune = batches(texts), [], sw.prune_folder
 
+    def run() -> dict[str, Any]:
+        result = prune(folder, out, data=data, announce=said.append, **RUNS[name])
+        told: Any = said[0]
+        return {
+            "sparsity": result.sparsity, "said_gb": told.total / 1e9, "said": str(told),
+            "pruning_seconds": sum(t.seconds for t in result.tensors),
+        }  # fmt: skip
+
+    return {"run": run}
+
+
+def peer(folder: Path, out: Path, name: str, texts: int) -> dict[str, Any]:
+    """llm-compressor, its sequential pipeline, saved as it saves."""
+    import llmcompressor
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from torch.utils.data import DataLoader
+    from transformers import LlamaForCausalLM
+
+    kind = WandaPruningModifier if name.startswith("wanda") else SparseGPTModifier
+    loader: Any = DataLoader(batches(texts), batch_size=None)
+
+    def run() -> dict[str, Any]:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
+        recipe = kind(
+            sparsity=0.5, mask_structure="0:0", targets=["re:.*layers.*proj$"], ignore=["lm_head"]
+        )
+        llmcompressor.oneshot(
+            model=model, dataset=loader, recipe=recipe, pipeline="sequential",
+            num_calibration_samples=texts,
+        )  # fmt: skip
+        model.save_pretrained(out)
+        weight = model.model.layers[0].mlp.up_proj.weight
+        return {"sparsity": float((weight == 0).float().mean())}
+
+    return {"run": run, "version": llmcompressor.__version__}
+
+
+def one(folder: Path, out: Path, name: str, texts: int, of: str) -> dict[str, Any]:
+    """One run, in this process."""
+    ready = (peer if of == "peer" else ours)(folder, out, name, texts)
     start, peaks, stop = memory(), {"anon": 0, "rss": 0}, threading.Event()
 
     def watch() -> None:
@@ -78,22 +121,20 @@ def one(folder: Path, out: Path, name: str, texts: int) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    said: list[Any] = []
     began, cpu = time.perf_counter(), time.process_time()
-    result = sw.prune_folder(folder, out, data=data, announce=said.append, **RUNS[name])
+    found = ready.pop("run")()
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     stop.set()
     watcher.join()
     return {
+        **ready,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "before_gb": start["RssAnon"] / 1e9,
         "peak_anon_gb": peaks["anon"] / 1e9,
         "peak_rss_gb": peaks["rss"] / 1e9,
         "taken_gb": (peaks["anon"] - start["RssAnon"]) / 1e9,
-        "said_gb": said[0].total / 1e9,
-        "said": str(said[0]),
-        "sparsity": result.sparsity,
+        **found,
     }
 
 
@@ -105,28 +146,33 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--make", type=Path)
-    parser.add_argument("--one", nargs=3)
+    parser.add_argument("--peer", help="a Python that has llm-compressor")
+    parser.add_argument("--one", nargs=4)
     options = parser.parse_args()
     if options.make:
         make(options.make, options.layers)
         return
     if options.one:
-        folder, out, name = options.one
-        print(json.dumps(one(Path(folder), Path(out), name, options.texts)))
+        folder, out, name, of = options.one
+        print(json.dumps(one(Path(folder), Path(out), name, options.texts, of)))
         return
     work = Path(tempfile.mkdtemp(prefix="disk-", dir=options.work))
     try:
-        again = [sys.executable, __file__, "--layers", str(options.layers)]
-        again += ["--texts", str(options.texts)]
-        subprocess.run([*again, "--make", str(work / "model")], check=True)
+        again = [__file__, "--layers", str(options.layers), "--texts", str(options.texts)]
+        subprocess.run([sys.executable, *again, "--make", str(work / "model")], check=True)
         size = sum(f.stat().st_size for f in (work / "model").glob("*.safetensors"))
         rows = {}
+        pythons = {"ours": sys.executable} | ({"peer": options.peer} if options.peer else {})
         for name in options.runs:
-            words = [*again, "--one", str(work / "model"), str(work / "out"), name]
-            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-            rows[name] = json.loads(done.stdout.splitlines()[-1])
-            print(name, json.dumps(rows[name]), flush=True)
-            shutil.rmtree(work / "out")
+            for of, python in pythons.items():
+                if of == "peer" and name not in ("wanda", "sparsegpt"):
+                    continue
+                words = [python, *again, "--one", str(work / "model"), str(work / "out"), name, of]
+                done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+                row = json.loads(done.stdout.splitlines()[-1])
+                rows[name if of == "ours" else f"{name}, llm-compressor"] = row
+                print(name, of, json.dumps(row), flush=True)
+                shutil.rmtree(work / "out")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     import torch

@@ -18,6 +18,7 @@ from sparseworks.core.masks import attach, masks
 from sparseworks.core.types import Progress
 from sparseworks.io.checkpoint import Checkpoint
 from sparseworks.io.loading import fill
+from sparseworks.io.masks_beside import read_beside
 from sparseworks.io.opening import PACKED_NAME, open_checkpoint
 from sparseworks.io.packed import PackedCheckpoint
 from sparseworks.io.plain import read_json
@@ -42,7 +43,8 @@ def from_pretrained(
 ) -> Any:
     """Build a transformers model with its weights and mask record.
 
-    Reads folders written by `save`, dense folders (sharded too), and compressed-tensors folders of
+    Reads folders written by `save`, dense folders (sharded too; with the masks that `prune_folder`
+    puts beside the weights, where the weights still obey them), and compressed-tensors folders of
     format "sparse-bitmask" or "sparse-24-bitmask". Packed weights go straight into a model built
     without weights, so memory holds one model and random initialisation costs nothing.
 
@@ -88,6 +90,7 @@ def from_pretrained(
             _read_generation_config(transformers, path, model)
         else:
             model = _through_transformers(cls, config, path, checkpoint, written, dtype)
+            attach(model, read_beside(path, model))
     model.config.__dict__.pop("sparseworks", None)
     model.config._name_or_path = str(folder)
     model.name_or_path = str(folder)

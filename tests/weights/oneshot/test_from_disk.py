@@ -135,6 +135,28 @@ def test_converted_weights_as_in_memory(tmp_path):
     assert equal(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
 
 
+def test_the_masks_beside_the_weights_are_read_where_they_are_obeyed(tmp_path):
+    source = make_folder("Mixtral", tmp_path / "source")
+    out = tmp_path / "disk"
+    result = sw.prune_folder(source, out, "wanda", pattern="2:4", data=batches())
+    record = sw.masks(sw.from_pretrained(out))
+    assert record.method == "wanda" and set(record) == set(result.masks)
+    for name in record:
+        assert torch.equal(record[name], result.masks[name])
+        assert record.entry(name).pattern == "2:4"
+        assert record.entry(name).kept == result.masks.entry(name).kept
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name).add_(1.0)
+    model.save_pretrained(out)
+    assert set(sw.masks(sw.from_pretrained(out))) == set(record) - {name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(make_folder("Llama", tmp_path / "b"))
+    model.save_pretrained(out)
+    with pytest.raises(CheckpointError, match="not a mask of this model"):
+        sw.from_pretrained(out)
+
+
 class Killed(BaseException):
     """Nothing catches it, as nothing catches a kill."""
 

@@ -181,6 +181,7 @@ def prune_folder(
             batches, device, chosen.propagate, None, progress, ranks, staging
         )
     staging.restore(job, views)
+    ranks.wait()  # all have read the journal before it grows
     with staging.lent():
         job.round(views, wanted, skipped, progress)
     staging.rest()

@@ -27,6 +27,7 @@ from sparseworks.core.types import TensorResult
 from sparseworks.io.atomic import atomic_file, sync_folder
 from sparseworks.io.blockwise import BlockwiseModel
 from sparseworks.io.container import Container
+from sparseworks.io.masks_beside import FOLDER, write_beside
 from sparseworks.io.shards import Shards
 from sparseworks.models.ranks import Ranks
 from sparseworks.models.residence import HiddenStates, KeptHiddenStates, Residence
@@ -125,7 +126,7 @@ class Staging(Residence):
         self.job.record = self.job.record.merged(Masks(entries, self.job.record.method))
 
     def _masks(self, unit: str) -> Path:
-        return self.work / "masks" / f"{unit}.safetensors"
+        return self.work / FOLDER / f"{unit}.safetensors"
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -199,13 +200,11 @@ class Staging(Residence):
         self._recall(unit, results)
 
     def _write_masks(self, unit: str, names: Sequence[str]) -> None:
-        from safetensors.torch import save_file
-
         assert self.job is not None
+        record = self.job.record
         path = self._masks(unit)
         path.parent.mkdir(exist_ok=True)
-        with atomic_file(path) as temporary:
-            save_file({n: self.job.record.entry(n).packed for n in names}, temporary)
+        write_beside(path, Masks({n: record.entry(n) for n in names}, record.method))
 
     def finished(self, name: str) -> bool:
         return self.model.unit_of(f"{name}.weight") in self.done
