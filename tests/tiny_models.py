@@ -80,7 +80,7 @@ def language_model(kind: str = "Llama", **more: int) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**DECODER_SIZES, **more)
+    config = getattr(transformers, f"{kind}Config")(**{**DECODER_SIZES, **more})
     model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
     return model.eval()
 
@@ -94,6 +94,17 @@ def texts() -> list[dict[str, Tensor]]:
     """Batches of token ids."""
     g = torch.Generator().manual_seed(2)
     return [{"input_ids": torch.randint(3, 64, (3, 20), generator=g)} for _ in range(2)]
+
+
+def odd_texts() -> list[dict[str, Tensor]]:
+    """Batches of different lengths, one of them padded; they do not halve."""
+    g = torch.Generator().manual_seed(2)
+    batches = []
+    for length in (20, 14, 20, 9, 17):
+        ids = torch.randint(3, 64, (3, length), generator=g)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    batches[1]["attention_mask"][0, :5] = 0
+    return batches
 
 
 sampler = DDIM(steps=2)

@@ -25,6 +25,7 @@ from sparseworks.version import __version__
 
 _LAZY = {
     "prune": "sparseworks.weights.oneshot.prune",
+    "prune_folder": "sparseworks.weights.oneshot.from_disk",
     "save": "sparseworks.io",
     "load": "sparseworks.io",
     "from_pretrained": "sparseworks.io",

@@ -11,7 +11,10 @@ from torch import nn
 
 from sparseworks.core.errors import InvalidArgument, MissingDependency
 
-__all__ = ["LoadedModel", "default_metrics", "load_model", "parse_dtype", "parse_precision"]
+__all__ = [
+    "LoadedModel", "default_metrics", "kind_of_class", "load_model", "parse_dtype",
+    "parse_precision",
+]  # fmt: skip
 
 Kind = Literal["causal", "encoder", "classifier", "other"]
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -26,13 +29,13 @@ class LoadedModel:
     """A model and what is known of it.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; None where only the rest is wanted.
         kind: what it computes, by which metrics and calibration data are chosen.
         tokenizer: of text models, else None.
         name: as the user gave it.
     """
 
-    model: nn.Module
+    model: Any
     kind: Kind
     tokenizer: Any
     name: str
@@ -137,15 +140,19 @@ def _from_huggingface(folder: str, name: str, dtype: torch.dtype | None) -> Load
 
 def kind_of(model: nn.Module) -> Kind:
     """What a model computes, by its class name and config."""
-    name = type(model).__name__
-    if "CausalLM" in name or "LMHead" in name:
-        return "causal"
-    if "Classification" in name:
-        return "classifier"
+    if (known := kind_of_class(type(model).__name__)) != "other":
+        return known
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "vocab_size") and hasattr(model, "base_model"):
         return "encoder" if model.base_model is model else "other"
     return "other"
+
+
+def kind_of_class(name: str) -> Kind:
+    """What models of a class compute, as far as its name tells."""
+    if "CausalLM" in name or "LMHead" in name:
+        return "causal"
+    return "classifier" if "Classification" in name else "other"
 
 
 def _from_factory(name: str, dtype: torch.dtype | None) -> LoadedModel:

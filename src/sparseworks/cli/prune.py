@@ -11,7 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -70,6 +70,16 @@ class Options:
     """Compute blocks there, one at a time (cuda); default: where the model is."""
     signed_zeros: bool = True
     """Store the sign of zeros; without, -0.0 is saved as +0.0, which can be smaller."""
+    stream: bool = False
+    """Never hold the model: read, prune and write one block at a time, in the dtype on disk."""
+    layout: Literal["dense", "packed"] = "dense"
+    """What --stream writes: shards as transformers does, or one packed file."""
+    shard_size: str = "5GB"
+    """Of the largest shard that --stream writes."""
+    spill: bool = False
+    """With --stream, keep activations between blocks on disk."""
+    resume: bool = False
+    """Go on with a --stream that was interrupted, with the same options."""
     out: Path | None = None
     """Output folder; it must not exist yet, unless --force."""
     force: bool = False
@@ -79,7 +89,15 @@ class Options:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Prune, measure before and after, save, report."""
+    """Prune, measure before and after, save, report; on all ranks that torchrun started."""
+    from sparseworks.cli.ranks import process_group
+
+    with process_group() as group:
+        return run_on(options, group)
+
+
+def run_on(options: Options, group: Any) -> dict[str, Any]:
+    """The command on one rank of a group, or alone (None)."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
     from sparseworks.cli.preparing import (
@@ -104,7 +122,15 @@ def run(options: Options) -> dict[str, Any]:
         check_sparsity(options.sparsity)
     elif legal.fixed_density is None and method.info.kind != "search":
         raise InvalidArgument("give --sparsity (a fraction in [0, 1)) or an N:M --pattern")
-    check_output(options.out, options.force)
+    check_output(options.out, options.force or options.resume)
+    if options.stream:
+        from sparseworks.cli.streamed import prune_streamed
+
+        summary = prune_streamed(options, extra, group, command_of(options))
+        show(summary, options.json)
+        return summary
+    if options.resume or options.spill:
+        raise InvalidArgument("--resume and --spill go with --stream")
     check_inputs(options)
     loaded = load_model(options.model, options.dtype)
     names = options.metric or default_metrics(loaded, options.eval_data)
@@ -127,12 +153,13 @@ def run(options: Options) -> dict[str, Any]:
             recovery=options.recovery,
             seed=options.seed,
             device=options.device,
+            group=group,
             progress=progress,
             **extra,
         )
     after = {m.name: m(loaded.model) for m in metrics}
     summary = summarize(options, loaded, result, metrics, before, after)
-    if options.out is not None:
+    if options.out is not None and (group is None or group.rank() == 0):
         write_output(options, loaded, result, summary)
     show(summary, options.json)
     return summary
@@ -258,4 +285,5 @@ def show(summary: dict[str, Any], as_json: bool) -> None:
         console.print(line.strip(), markup=False)
     if "checkpoint" in summary:
         out = Path(summary["checkpoint"]).parent
-        console.print(f"wrote {summary['checkpoint']} and {out / 'report.html'}")
+        page = out / ("report.html" if (out / "report.html").exists() else "result.json")
+        console.print(f"wrote {summary['checkpoint']} and {page}")

@@ -37,7 +37,18 @@ class Collector(ABC):
         if inputs.numel() == 0:
             return
         self.tokens[group] += inputs.shape[0]
-        self._add(inputs.float(), group)
+        self.merge(self.part(inputs), group)
+
+    def part(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """What must be known of inputs to add them: here the inputs themselves.
+
+        Where another process keeps the sums, this is what it is sent.
+        """
+        return (inputs,)
+
+    def merge(self, part: tuple[Tensor, ...], group: int) -> None:
+        """Add a part to the sums of a group, whose tokens are counted already."""
+        self._add(part[0].float(), group)
 
     @abstractmethod
     def _add(self, inputs: Tensor, group: int) -> None: ...
@@ -70,8 +81,14 @@ class InputNorm(Collector):
         super().__init__(groups, inputs, device)
         self.squares = torch.zeros(groups, inputs, device=self.device)
 
+    def part(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        return (inputs.float().square().sum(0),)
+
+    def merge(self, part: tuple[Tensor, ...], group: int) -> None:
+        self.squares[group] += part[0]
+
     def _add(self, inputs: Tensor, group: int) -> None:
-        self.squares[group] += inputs.square().sum(0)
+        self.merge(self.part(inputs), group)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.squares,)

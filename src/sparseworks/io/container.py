@@ -221,6 +221,16 @@ class Container:
         count = math.prod(part.shape) - start if count is None else count
         return self.bytes_of(part, start * width, count * width).view(part.dtype)
 
+    def mapped(self, part: Part) -> Tensor:
+        """A part as it lies in the file: its pages are read when they are looked at, and what is
+        written to them stays in memory. A copy where the file does not align it."""
+        begin = self._start + part.start
+        if begin % part.dtype.itemsize or part.nbytes == 0:
+            return self.elements(part).view(part.shape)
+        size = os.fstat(self._file.fileno()).st_size
+        whole = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        return whole[begin : begin + part.nbytes].view(part.dtype).view(part.shape)
+
     def pieces(self, part: Part) -> Iterator[memoryview]:
         """All bytes of a part, a chunk at a time."""
         for start in range(0, part.nbytes, CHUNK):

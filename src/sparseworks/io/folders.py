@@ -29,7 +29,7 @@ from sparseworks.io.records import FORMAT_VERSION
 from sparseworks.io.summary import CheckpointInfo
 from sparseworks.io.writing import refuse_pickle_target, write_dense, write_packed
 
-__all__ = ["export_dense", "save_folder"]
+__all__ = ["export_dense", "save_folder", "write_side_files"]
 
 _SIDE_FILES = (
     "added_tokens.json",
@@ -150,7 +150,13 @@ def _other_weights(path: Path, keep: tuple[str, ...]) -> list[str]:
     return [n for n in (*names, *index) if n not in keep]
 
 
-def _write_config(model: Any, folder: Path, note: dict[str, Any]) -> None:
+def write_side_files(model: nn.Module, folder: Path) -> None:
+    """All but the weights of a plain folder, as `export_dense` writes them."""
+    _write_config(model, folder, None)
+    _write_tokenizer(model, folder, None)
+
+
+def _write_config(model: Any, folder: Path, note: dict[str, Any] | None) -> None:
     """config.json as `save_pretrained` writes it, with the note; and the generation config."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -158,10 +164,11 @@ def _write_config(model: Any, folder: Path, note: dict[str, Any]) -> None:
     if getattr(config, "tie_word_embeddings", False) and _is_untied(model):
         config.tie_word_embeddings = False
     config.save_pretrained(folder)
-    file = folder / "config.json"
-    written = json.loads(file.read_text())
-    written["sparseworks"] = note
-    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    if note is not None:
+        file = folder / "config.json"
+        written = json.loads(file.read_text())
+        written["sparseworks"] = note
+        file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
 

@@ -18,11 +18,12 @@ from sparseworks.core.masks import attach, masks
 from sparseworks.core.types import Progress
 from sparseworks.io.checkpoint import Checkpoint
 from sparseworks.io.loading import fill
+from sparseworks.io.masks_beside import read_beside
 from sparseworks.io.opening import PACKED_NAME, open_checkpoint
 from sparseworks.io.packed import PackedCheckpoint
 from sparseworks.io.plain import read_json
 
-__all__ = ["from_pretrained"]
+__all__ = ["class_of", "from_pretrained", "without_weights"]
 
 _HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model", PACKED_NAME, "model*.safetensors"]
 _LOCK = threading.Lock()
@@ -42,7 +43,8 @@ def from_pretrained(
 ) -> Any:
     """Build a transformers model with its weights and mask record.
 
-    Reads folders written by `save`, dense folders (sharded too), and compressed-tensors folders of
+    Reads folders written by `save`, dense folders (sharded too; with the masks that `prune_folder`
+    puts beside the weights, where the weights still obey them), and compressed-tensors folders of
     format "sparse-bitmask" or "sparse-24-bitmask". Packed weights go straight into a model built
     without weights, so memory holds one model and random initialisation costs nothing.
 
@@ -82,12 +84,13 @@ def from_pretrained(
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
     with open_checkpoint(path) as checkpoint:
-        cls = model_class or _class_of(transformers, path, config)
+        cls = model_class or class_of(transformers, path, config)
         if isinstance(checkpoint, PackedCheckpoint):
             model = _from_packed(cls, config, checkpoint, progress)
             _read_generation_config(transformers, path, model)
         else:
             model = _through_transformers(cls, config, path, checkpoint, written, dtype)
+            attach(model, read_beside(path, model))
     model.config.__dict__.pop("sparseworks", None)
     model.config._name_or_path = str(folder)
     model.name_or_path = str(folder)
@@ -130,7 +133,8 @@ def _find(folder: str | os.PathLike[str], revision: str | None) -> Path:
         ) from error
 
 
-def _class_of(transformers: Any, path: Path, config: Any) -> Any:
+def class_of(transformers: Any, path: Path, config: Any) -> Any:
+    """The transformers class that a config names."""
     names = getattr(config, "architectures", None) or []
     if not names:
         return transformers.AutoModel
@@ -146,7 +150,7 @@ def _from_packed(cls: Any, config: Any, checkpoint: Checkpoint, progress: Progre
     if cls.__module__.startswith("transformers.models.auto"):
         cls = cls._model_mapping[type(config)]
     dtype = getattr(config, "dtype", None)
-    with _without_weights(dtype if isinstance(dtype, torch.dtype) else None):
+    with without_weights(dtype if isinstance(dtype, torch.dtype) else None):
         model = cls(config)
     fill(model, checkpoint, progress)
     left = [n for n, p in model.named_parameters() if p.is_meta]
@@ -156,7 +160,7 @@ def _from_packed(cls: Any, config: Any, checkpoint: Checkpoint, progress: Progre
 
 
 @contextlib.contextmanager
-def _without_weights(dtype: torch.dtype | None) -> Iterator[None]:
+def without_weights(dtype: torch.dtype | None) -> Iterator[None]:
     """Modules built here have their parameters on the meta device, their buffers as usual.
 
     Buffers that are not in the state dict (rotary frequencies, masks) are computed when a module

@@ -56,6 +56,11 @@ class PlainCheckpoint(Checkpoint):
             count = min(SLICE, self.tensors[name].numel - start)
             yield start, container.elements(part, start, count)
 
+    def mapped(self, name: str) -> Tensor:
+        """The whole tensor as it lies in its file (see `Container.mapped`)."""
+        container, part = self._where[name]
+        return container.mapped(part)
+
     def close(self) -> None:
         for container in self._files.values():
             container.close()

@@ -27,7 +27,7 @@ from sparseworks.io.packed import DIGEST_KEY, ZERO_DIGEST, hasher, header_digest
 from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, dtype_name, part_name
 from sparseworks.io.summary import CheckpointInfo, of_records
 
-__all__ = ["refuse_pickle_target", "write_dense", "write_packed"]
+__all__ = ["refuse_pickle_target", "write_at", "write_dense", "write_packed"]
 
 
 def refuse_pickle_target(path: Path) -> None:
@@ -68,7 +68,7 @@ def write_packed(
         header = _header(parts, records, found, method, type(model).__name__, ZERO_DIGEST)
         own = header_digest(header[8:], ZERO_DIGEST)
         header = _header(parts, records, found, method, type(model).__name__, own)
-        _write_at(file.fileno(), memoryview(header), 0)
+        write_at(file.fileno(), memoryview(header), 0)
     return of_records(path, records, size, method, found.ties)
 
 
@@ -89,7 +89,7 @@ def write_dense(model: nn.Module, path: Path) -> None:
     need_space(path, size)
     with open(path, "wb", buffering=0) as file:
         file.truncate(size)
-        _write_at(file.fileno(), memoryview(header), 0)
+        write_at(file.fileno(), memoryview(header), 0)
         for name, p in plans.items():
             _write_tensor(file.fileno(), name, p, parts, len(header))
 
@@ -143,7 +143,7 @@ def _write_tensor(
         view = as_bytes(values)
         place = parts[part_name(name, part)]
         if written[part] + len(view) <= place.nbytes:
-            _write_at(descriptor, view, data_start + place.start + written[part])
+            write_at(descriptor, view, data_start + place.start + written[part])
         written[part] += len(view)
         h.update(view)
     if any(size != parts[part_name(name, part)].nbytes for part, size in written.items()):
@@ -151,7 +151,8 @@ def _write_tensor(
     return str(h.hexdigest())
 
 
-def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
+def write_at(descriptor: int, view: memoryview, offset: int) -> None:
+    """All bytes of a view at an offset of an open file."""
     while len(view):
         done = os.pwrite(descriptor, view, offset)
         view, offset = view[done:], offset + done

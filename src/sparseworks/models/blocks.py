@@ -7,7 +7,7 @@ that holds is observed, not guessed from names. Weights outside of stacks are st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Stack:
 
 
 Stage = Stack | View
+_START = "start of "
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -141,10 +142,13 @@ def find_stages(model: nn.Module, views: Iterable[View], batch: Batch) -> list[S
     def note(view: View, inputs: Tensor, groups: range) -> None:
         first_use.setdefault(view.name, len(first_use))
 
+    def started(seen: _Observed) -> None:
+        first_use.setdefault(_START + seen.name, len(first_use))
+
     handles: list[Any] = []
     for seen in candidates:
         for position, (_, child) in enumerate(seen.children):
-            handles += _observe(seen, position, child)
+            handles += _observe(seen, position, child, started)
     try:
         with EvidenceTap(views, note):
             call(model, batch)
@@ -168,16 +172,18 @@ def find_stages(model: nn.Module, views: Iterable[View], batch: Batch) -> list[S
             tuple(per_block),
             seen.same_arguments,
         )
-        start = min((first_use[n] for n in names if n in first_use), default=0)
-        staged.append((start, stack))
+        staged.append((first_use[_START + seen.name], stack))
     staged += [
         (first_use[v.name], v) for v in views if v.name in first_use and v.name not in inside
     ]
     return [stage for _, stage in sorted(staged, key=lambda pair: pair[0])]
 
 
-def _observe(seen: _Observed, position: int, child: nn.Module) -> Iterator[Any]:
+def _observe(
+    seen: _Observed, position: int, child: nn.Module, started: Callable[[_Observed], None]
+) -> Iterator[Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        started(seen)
         seen.order.append(position)
         hidden = first_tensor(args)
         seen.inputs.append(hidden if hidden is not None else first_tensor(kwargs))

@@ -7,11 +7,8 @@ for every batch (`hidden_bytes` says how large they are; `spill` puts them on di
 
 from __future__ import annotations
 
-import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,15 +18,19 @@ from torch import Tensor, nn
 from sparseworks.core.errors import DataError
 from sparseworks.core.evidence import Collector
 from sparseworks.core.types import Progress
-from sparseworks.models.blocks import Stack, find_stages, first_tensor, replace_first
-from sparseworks.models.calls import Batch, batch_size, call, move, token_mask
-from sparseworks.models.tap import EvidenceTap, calibration_mode, collect_into
+from sparseworks.models.blocks import Stack, find_stages
+from sparseworks.models.calls import Batch, call, first_sample, move, token_mask
+from sparseworks.models.ranks import Evidence, Ranks
+from sparseworks.models.residence import Residence
+from sparseworks.models.stacked import capture, device_of, placed, run_block
+from sparseworks.models.tap import EvidenceTap, calibration_mode
 from sparseworks.models.views import View
 
 __all__ = ["Calibration", "collect", "replay", "stream"]
 
 MakeCollectors = Callable[[View, torch.device], Sequence[Collector]]
 Visit = Callable[[View, Sequence[Collector]], None]
+Settle = Callable[[Sequence[View], Mapping[str, int]], None]
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Calibration:
         propagate: feed a block with the outputs of the "pruned" blocks before it, or "dense".
         spill: folder for the block inputs, instead of memory.
         progress: called with (done, total, what).
+        ranks: processes that share the batches.
+        home: where the weights are while others are at work.
     """
 
     batches: Sequence[Batch]
@@ -49,6 +52,8 @@ class Calibration:
     propagate: Literal["pruned", "dense"] = "pruned"
     spill: str | os.PathLike[str] | None = None
     progress: Progress | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    home: Residence = field(default_factory=Residence)
     hidden_bytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -58,16 +63,12 @@ class Calibration:
             raise DataError("the calibration data is empty: at least one batch is needed")
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the inputs of the first block are known."""
-
-
 def collect(
     model: nn.Module, views: Sequence[View], calibration: Calibration, make: MakeCollectors
-) -> dict[str, Sequence[Collector]]:
+) -> Mapping[str, Sequence[Collector]]:
     """Evidence of all views at once, on the model as it is."""
     with calibration_mode(model):
-        return _replay(model, views, calibration, make)
+        return _replay(model, views, calibration, make, everywhere=True).collectors
 
 
 def replay(
@@ -82,7 +83,7 @@ def replay(
         handles: of the hooks.
         padding: a list that holds, while a batch runs, the mask of its real tokens, or None.
     """
-    device = _device(model)
+    device = device_of(model)
     try:
         with calibration_mode(model):
             for batch in batches:
@@ -100,27 +101,34 @@ def stream(
     calibration: Calibration,
     make: MakeCollectors,
     visit: Visit,
+    settle: Settle = lambda views, owner: None,
 ) -> list[str]:
     """Visit every view once, in execution order, with evidence from the inputs it really sees.
 
     `visit` may change the weight; the inputs of later blocks are computed through the change.
+    Of several ranks each visits the views whose evidence it has; then `settle` is called on all of
+    them with the views of a block and the rank that visited each, to make their weights equal.
 
     Returns:
         Names of the views that the calibration data did not use.
     """
+    home = calibration.home
     with calibration_mode(model):
-        first = _on(calibration.batches[0], _device(model))
+        example = calibration.batches[0]
+        first = _on(first_sample(example) if home.lazy else example, device_of(model))
         stages = find_stages(model, views, first)
         done = 0
         for stage in stages:
             if isinstance(stage, Stack):
-                for finished in _stream_stack(model, stage, calibration, make, visit):
+                for finished in _stream_stack(model, stage, calibration, make, visit, settle):
                     done += finished
                     size = f" (block inputs: {calibration.hidden_bytes / 1e6:.0f} MB)"
                     _report(calibration, done, len(views), stage.name + size)
             else:
-                found = _replay(model, [stage], calibration, make)
-                visit(stage, found[stage.name])
+                with home.resident(stage.module_name, stage.module):
+                    if not home.finished(stage.module_name):
+                        found = _replay(model, [stage], calibration, make)
+                        _visit([stage], found, visit, settle)
                 done += 1
                 _report(calibration, done, len(views), stage.name)
     used = {v.name for s in stages for v in (_all_views(s) if isinstance(s, Stack) else [s])}
@@ -131,13 +139,18 @@ def _all_views(stack: Stack) -> list[View]:
     return [v for block in stack.views for v in block]
 
 
+def _visit(views: Sequence[View], found: Evidence, visit: Visit, settle: Settle) -> None:
+    _check({v.name: found.collectors[v.name] for v in views if found.owned(v)})
+    collectors = dict(found.collectors)
+    for view in views:
+        if found.owned(view):
+            visit(view, collectors.pop(view.name))
+    settle(views, found.owner)
+
+
 def _report(calibration: Calibration, done: int, total: int, what: str) -> None:
     if calibration.progress is not None:
         calibration.progress(done, total, what)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
@@ -145,25 +158,33 @@ def _on(batch: Batch, device: torch.device) -> Batch:
     return moved
 
 
+def _evidence(
+    views: Sequence[View], calibration: Calibration, make: MakeCollectors, everywhere: bool = False
+) -> Evidence:
+    """Of some views, which are at hand."""
+    found = Evidence(views, {}, calibration.batches, calibration.ranks, everywhere)
+    found.collectors = {v.name: make(v, found.device(v)) for v in views}
+    return found
+
+
 def _replay(
-    model: nn.Module, views: Sequence[View], calibration: Calibration, make: MakeCollectors
-) -> dict[str, Sequence[Collector]]:
+    model: nn.Module,
+    views: Sequence[View],
+    calibration: Calibration,
+    make: MakeCollectors,
+    everywhere: bool = False,
+) -> Evidence:
     """Evidence of some views by full forward passes."""
-    device = _device(model)
-    collectors = {v.name: make(v, v.parameter.device) for v in views}
-    with EvidenceTap(views, collect_into(collectors)) as tap:
-        for batch in calibration.batches:
-            tap.padding = token_mask(batch)
-            call(model, _on(batch, device))
-            _count(collectors, batch)
-    _check(collectors)
-    return collectors
-
-
-def _count(collectors: Mapping[str, Sequence[Collector]], batch: Batch) -> None:
-    for several in collectors.values():
-        for collector in several:
-            collector.samples += batch_size(batch)
+    device = device_of(model)
+    found = _evidence(views, calibration, make, everywhere)
+    with EvidenceTap(views, found.listen()) as tap:
+        for i in calibration.ranks.rounds(len(calibration.batches)):
+            if i is not None:
+                tap.padding = token_mask(calibration.batches[i])
+                call(model, _on(calibration.batches[i], device))
+            found.end_of_round()
+    _check({v.name: found.collectors[v.name] for v in views if found.owned(v)})
+    return found
 
 
 def _check(collectors: Mapping[str, Sequence[Collector]]) -> None:
@@ -173,150 +194,62 @@ def _check(collectors: Mapping[str, Sequence[Collector]]) -> None:
 
 
 def _stream_stack(
-    model: nn.Module, stack: Stack, calibration: Calibration, make: MakeCollectors, visit: Visit
+    model: nn.Module,
+    stack: Stack,
+    calibration: Calibration,
+    make: MakeCollectors,
+    visit: Visit,
+    settle: Settle,
 ) -> Iterator[int]:
     """Evidence and visits block by block; yields the number of views finished."""
-    with _HiddenStore(calibration.spill) as store:
-        arguments = _capture(model, stack, calibration, store)
+    home, count = calibration.home, len(calibration.batches)
+    own = calibration.ranks.own(count)
+    with home.hidden(stack.name, calibration.spill) as store:
+        arguments = capture(model, stack, {i: calibration.batches[i] for i in own}, store)
         calibration.hidden_bytes = max(calibration.hidden_bytes, store.nbytes)
         yield 0  # says how large the inputs are before the work starts
         masks = [token_mask(b) for b in calibration.batches]
         last = max((i for i, views in enumerate(stack.views) if views), default=-1)
+        begin = store.resume(_finished(stack, home))
         for position, block in enumerate(stack.blocks[: last + 1]):
             views = stack.views[position]
-            with _placed(block, calibration.device) as device:
-                if views:
-                    collectors = {v.name: make(v, v.parameter.device) for v in views}
-                    dense: list[Tensor] = []
-                    with EvidenceTap(views, collect_into(collectors)) as tap:
-                        for i, batch in enumerate(calibration.batches):
-                            tap.padding = masks[i]
-                            output = _run(block, arguments[i][position], store[i], device)
-                            _count(collectors, batch)
-                            if calibration.propagate == "dense":
-                                dense.append(output)
-                    _check(collectors)
-                    for view in views:
-                        visit(view, collectors.pop(view.name))
-                    if dense:
-                        for i, output in enumerate(dense):
-                            store[i] = output
-                        yield len(views)
-                        continue
-                if position < last:
-                    for i in range(len(calibration.batches)):
-                        store[i] = _run(block, arguments[i][position], store[i], device)
+            if position < begin:
+                yield len(views)
+                continue
+            store.forget(position)
+            old = home.finished(stack.names[position])
+            as_it_was = old and calibration.propagate == "dense"
+            with (
+                home.resident(stack.names[position], block, as_it_was),
+                placed(block, calibration.device) as device,
+            ):
+                dense: dict[int, Tensor] = {}
+                if views and not old:
+                    found = _evidence(views, calibration, make)
+                    with EvidenceTap(views, found.listen()) as tap:
+                        for i in calibration.ranks.rounds(count):
+                            if i is not None:
+                                tap.padding = masks[i]
+                                output = run_block(block, arguments[i][position], store[i], device)
+                                if calibration.propagate == "dense":
+                                    dense[i] = output
+                            found.end_of_round()
+                    _visit(views, found, visit, settle)
+                    del found
+                if dense:
+                    for i, output in dense.items():
+                        store[i] = output
+                elif position < last:
+                    for i in own:
+                        store[i] = run_block(block, arguments[i][position], store[i], device)
+                if dense or position < last:
+                    store.passed(position + 1)
             yield len(views)
 
 
-def _run(
-    block: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor, device: Any
-) -> Tensor:
-    args, kwargs = replace_first(*arguments, hidden)
-    if device is not None:
-        args, kwargs = move(args, device), move(kwargs, device)
-    output = first_tensor(block(*args, **kwargs))
-    if output is None:
-        raise DataError(f"{type(block).__name__} returned no tensor during calibration")
-    return output
-
-
-Arguments = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-class _SameForAll(dict):  # type: ignore[type-arg]
-    """The arguments of the first block, for every block."""
-
-    def __missing__(self, position: int) -> Any:
-        return self[0]
-
-
-def _capture(
-    model: nn.Module, stack: Stack, calibration: Calibration, store: _HiddenStore
-) -> list[Arguments]:
-    """Inputs of the first block and the further arguments of every block, for each batch."""
-    captured: list[Arguments] = []
-    device = _device(model)
-    for batch in calibration.batches:
-        seen: Arguments = _SameForAll()
-
-        def hook(position: int, seen: Arguments = seen) -> Any:
-            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden = first_tensor(args)
-                hidden = hidden if hidden is not None else first_tensor(kwargs)
-                assert hidden is not None
-                if position == 0:
-                    store.append(hidden)
-                empty = hidden.new_empty(0)  # a placeholder: the hidden states live in the store
-                seen[position] = replace_first(args, kwargs, empty)
-                if stack.same_arguments:
-                    raise _Stop
-
-            return before
-
-        watched = stack.blocks[:1] if stack.same_arguments else stack.blocks
-        handles = [
-            b.register_forward_pre_hook(hook(i), with_kwargs=True) for i, b in enumerate(watched)
-        ]
-        try:
-            call(model, _on(batch, device))
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        captured.append(seen)
-    return captured
-
-
-@contextmanager
-def _placed(block: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
-    """The block on another device for a while."""
-    if device is None:
-        yield None
-        return
-    home = _device(block)
-    block.to(device)
-    try:
-        yield torch.device(device)
-    finally:
-        block.to(home)
-
-
-class _HiddenStore:
-    """Hidden states of each batch, in memory or in memory-mapped files of a folder."""
-
-    def __init__(self, spill: str | os.PathLike[str] | None) -> None:
-        self._folder = None if spill is None else tempfile.TemporaryDirectory(dir=spill)
-        self._tensors: list[Tensor] = []
-
-    def __enter__(self) -> _HiddenStore:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._tensors.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def append(self, hidden: Tensor) -> None:
-        self._tensors.append(self._keep(len(self._tensors), hidden))
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._tensors[index]
-
-    def __setitem__(self, index: int, hidden: Tensor) -> None:
-        self._tensors[index] = self._keep(index, hidden)
-
-    def _keep(self, index: int, hidden: Tensor) -> Tensor:
-        if self._folder is None:
-            return hidden
-        path = os.path.join(self._folder.name, f"{index}.{id(hidden)}")
-        size = math.prod(hidden.shape)
-        mapped = torch.from_file(path, shared=True, size=size, dtype=hidden.dtype)
-        os.unlink(path)  # the mapping keeps it until the tensor goes
-        mapped.copy_(hidden.detach().reshape(-1))
-        return mapped.view(hidden.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._tensors)
+def _finished(stack: Stack, home: Residence) -> int:
+    """How many blocks at the start of a stack an earlier call has done."""
+    for position, views in enumerate(stack.views):
+        if views and not home.finished(stack.names[position]):
+            return position
+    return len(stack.views)

@@ -30,6 +30,7 @@ __all__ = [
     "batch_size",
     "call",
     "default_loss",
+    "first_sample",
     "logits_of",
     "loss_of",
     "move",
@@ -189,6 +190,19 @@ def batch_size(batch: Batch) -> int:
     """Number of samples: the first axis of the first tensor."""
     values = Arguments.of_batch(batch).values
     return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim), 1)
+
+
+def first_sample(batch: Batch) -> Batch:
+    """A batch of the first sample alone, without its target."""
+    count = batch_size(batch)
+
+    def cut(value: Any) -> Any:
+        same = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == count
+        return value[:1] if same else value
+
+    given = Arguments.of_batch(batch)
+    kwargs = {k: cut(v) for k, v in given.kwargs.items()}
+    return Arguments(tuple(cut(v) for v in given.args), kwargs).batch()
 
 
 def token_mask(batch: Batch) -> Tensor | None:

@@ -31,9 +31,11 @@ class Choice:
         exclude: str | Iterable[str] | None,
         embeddings: bool,
         torch_masked: bool,
+        weightless: bool = False,
     ) -> None:
         self.include, self.exclude = _patterns(include), _patterns(exclude)
         self.embeddings, self.torch_masked = embeddings, torch_masked
+        self.weightless = weightless
         self.tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.adapters = Adapters(model)
         self.head = output_head(model, self.adapters)
@@ -85,7 +87,7 @@ class Choice:
             return "tied to an embedding"
         if parameter is self.head and not chosen:
             return "output head"
-        if parameter.device.type == "meta":
+        if parameter.device.type == "meta" and not self.weightless:
             return "on the meta device: it has no values"
         return ""
 

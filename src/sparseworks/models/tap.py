@@ -74,6 +74,8 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.padding: Tensor | None = None
         self._by_storage: dict[int, list[View]] = {}
         for view in views:
+            if view.parameter.is_meta:  # its weights are elsewhere now
+                continue
             pointer = view.parameter.untyped_storage().data_ptr()
             self._by_storage.setdefault(pointer, []).append(view)
 

@@ -77,6 +77,7 @@ def find_prunable(
     *,
     embeddings: bool = False,
     torch_masked: bool = False,
+    weightless: bool = False,
     look: Look | None = None,
     required: bool = True,
 ) -> Prunable:
@@ -95,6 +96,7 @@ def find_prunable(
         embeddings: embedding tables count as well, `[entries, width]`.
         torch_masked: so does the `weight_orig` of layers pruned with `torch.nn.utils.prune`; the
             caller keeps what `View.torch_mask` masks.
+        weightless: so do weights on the meta device, which will have values when they are needed.
         look: tells how bare parameters that `include` names are multiplied; without it they are
             left dense.
         required: raise where a name pattern matches no weight, or nothing is left to prune.
@@ -103,7 +105,7 @@ def find_prunable(
         InvalidArgument: a name pattern matches no weight.
         ModelError: nothing is left to prune.
     """
-    choice = Choice(model, include, exclude, embeddings, torch_masked)
+    choice = Choice(model, include, exclude, embeddings, torch_masked, weightless)
     places = list(parameters_of(model))
     bare = [plain_view(n, m, a) for n, m, a, p in places if choice.bare(n, m, a, p)]
     seen = look(bare) if look is not None and bare else {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,36 +19,17 @@ from sparseworks.core.types import Progress, TensorResult
 from sparseworks.models.calibration import Calibration, collect, stream
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.hooks import as_given, with_torch_masks
+from sparseworks.models.ranks import Ranks
+from sparseworks.models.residence import Residence
 from sparseworks.models.views import View
 from sparseworks.weights.oneshot.base import OneShot, Target
+from sparseworks.weights.oneshot.jobs import LazyScores, diagonal_error, share
 from sparseworks.weights.oneshot.recovery import Recovery
 from sparseworks.weights.oneshot.sensitivity import Measured, Sensitivity
 
 __all__ = ["Job"]
 
 _ROLLBACK_BYTES = 1 << 30
-
-
-class _LazyScores(Mapping[str, Tensor]):
-    """Scores that are computed when a budget first looks at one; most budgets never do."""
-
-    def __init__(self, compute: Callable[[], dict[str, Tensor]]) -> None:
-        self._compute = compute
-        self._scores: dict[str, Tensor] | None = None
-
-    def _all(self) -> dict[str, Tensor]:
-        if self._scores is None:
-            self._scores = self._compute()
-        return self._scores
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._all()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
 
 
 class Job:
@@ -70,6 +52,7 @@ class Job:
         self.budget: Budget = uniform  # until it is measured
         self.batches, self.loss, self.recovery, self.seed = batches, loss, recovery, seed
         self.calibration: Calibration | None = None
+        self.ranks, self.home = Ranks(), Residence()
         before = masks(model)
         self.finished = set(before or ()) if resume else set()
         self.record = with_torch_masks(model, before) or Masks()
@@ -163,15 +146,19 @@ class Job:
         evidence = {}
         if self.method.collector is None and self.batches is not None:
             evidence = dict(self.method.gather(self.model, views, self.batches, self.loss))
-        scores = _LazyScores(lambda: self.score_all(views, evidence))
+        scores = LazyScores(lambda: self.score_all(views, evidence))
         keep = self.budget(specs, sparsity, scores)
         del scores
         self.shortfall = shortfall(specs, keep, sparsity)
         if not streamed:
-            for done, view in enumerate(open_):
-                self.prune_one(view, keep[view.name], evidence.get(view.name), None)
-                if progress is not None:
-                    progress(done + 1, len(open_), view.name)
+            done = 0
+            for (name, module), own in itertools.groupby(open_, self.home.place):
+                with self.home.resident(name, module):
+                    for view in own:
+                        self.prune_one(view, keep[view.name], evidence.get(view.name), None)
+                        done += 1
+                        if progress is not None:
+                            progress(done, len(open_), view.name)
             return
         assert self.calibration is not None
         both = (self.method.collector, self.recovery.evidence if self.recovery else None)
@@ -188,7 +175,10 @@ class Job:
                 own = evidence.get(view.name) if self.method.collector is None else collectors[0]
                 self.prune_one(view, keep[view.name], own, collectors)
 
-        unused = stream(self.model, views, self.calibration, make, visit)
+        def settle(views: Sequence[View], owner: Mapping[str, int]) -> None:
+            share(self, [v for v in views if v.name in remaining], owner)
+
+        unused = stream(self.model, views, self.calibration, make, visit, settle)
         for name in unused:
             skipped[name] = "the calibration data did not use it"
             self.warnings.append(f"{name} was not used by the calibration data and is left dense")
@@ -244,7 +234,7 @@ class Job:
             solution = self.recovery.recover(target, dense, solution, seen)
         error = solution.error
         if error is None and collectors:
-            error = _diagonal_error(view, dense, solution.weight, collectors[0])
+            error = diagonal_error(view, dense, solution.weight, collectors[0])
         # solvers that multiply by masks leave -0.0, which costs a lossless file a bit a zero
         view.write(torch.where(solution.mask, solution.weight, 0.0))
         mask = view.from_matrix(solution.mask)
@@ -260,14 +250,3 @@ class Job:
             time.perf_counter() - began,
             note,
         )
-
-
-def _diagonal_error(view: View, dense: Tensor, new: Tensor, evidence: Collector) -> float | None:
-    """sum (dW_ij n_j)^2 / sum (W_ij n_j)^2: the output error if inputs were uncorrelated."""
-    norm = getattr(evidence, "norm", None)
-    if norm is None:
-        return None
-    shape = (view.groups, -1, dense.shape[1])
-    change = (((dense - new).view(shape)) * norm[:, None, :]).square().sum()
-    energy = (dense.view(shape) * norm[:, None, :]).square().sum()
-    return float(change / energy) if float(energy) > 0 else 0.0

@@ -20,6 +20,7 @@ from sparseworks.core.types import Progress, PruneResult
 from sparseworks.models.calibration import Calibration
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.hooks import duplicate
+from sparseworks.models.ranks import Ranks
 from sparseworks.models.seen import look_at
 from sparseworks.models.views import View, find_prunable
 from sparseworks.weights.oneshot.base import OneShot, Search, Staged
@@ -27,7 +28,7 @@ from sparseworks.weights.oneshot.job import Job
 from sparseworks.weights.oneshot.recovery import Recovery, get_recovery, name_of
 from sparseworks.weights.oneshot.sensitivity import Sensitivity, measured_budget
 
-__all__ = ["prune"]
+__all__ = ["allotment", "batches_of", "budget_name", "fitting", "prune"]
 
 
 def prune(
@@ -49,6 +50,7 @@ def prune(
     resume: bool = False,
     device: torch.device | str | None = None,
     spill: str | None = None,
+    group: Any = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneResult:
@@ -84,6 +86,8 @@ def prune(
             are kept as they are.
         device: compute blocks there, one at a time; None: where they live.
         spill: folder for the calibration activations, instead of memory.
+        group: of torch.distributed, whose ranks all make this call with the same arguments: they
+            share the calibration batches, and all get the masks and weights that one would.
         progress: called with (done, total, what).
         options: fields of the method.
 
@@ -98,6 +102,8 @@ def prune(
     """
     began = time.perf_counter()
     chosen = registry.build(method, ("one-shot", "search", "staged"), **options)
+    if group is not None and not isinstance(chosen, OneShot):
+        raise InvalidArgument(f"{chosen.info.name}: does not share its data over a group of ranks")
     if isinstance(chosen, Search):
         fixed = {
             "sparsity": sparsity, "budget": budget, "pattern": pattern, "rounds": rounds,
@@ -109,7 +115,7 @@ def prune(
                 f"{', '.join(given)} out"
             )
         repair = get_recovery(recovery)
-        batches = _batches(chosen, data, repair, uniform)
+        batches = batches_of(chosen, data, repair, uniform)
         choice = chosen.find(model, batches, seed=seed, progress=progress)
         done = prune(
             model, choice.method, sparsity=max(choice.sparsity.values()), budget=choice.sparsity,
@@ -139,11 +145,11 @@ def prune(
         raise InvalidArgument(
             "resume goes on after an interrupted call of one round, not of several"
         )
-    allot = _allotment(chosen, budget, legal, resume)
-    batches = _batches(chosen, data, repair, allot)
+    allot = allotment(chosen, budget, legal, resume)
+    batches = batches_of(chosen, data, repair, allot)
     look = None if batches is None else look_at(model, batches)
     found = find_prunable(model, include, exclude, torch_masked=True, look=look)
-    views, skipped = _fitting(found.views, legal, skip_indivisible)
+    views, skipped = fitting(found.views, legal, skip_indivisible)
     skipped = found.reasons() | skipped
     _check_finite(views)
 
@@ -152,15 +158,15 @@ def prune(
         target = duplicate(model)
         views = [v.within(target) for v in views]
     job = Job(target, chosen, legal, allot, batches, loss, repair, seed, resume)
-    job.calibration = (
-        None if batches is None else Calibration(batches, device, chosen.propagate, spill, progress)
-    )
+    job.ranks = Ranks(group)
+    if batches is not None:
+        job.calibration = Calibration(batches, device, chosen.propagate, spill, progress, job.ranks)
     job.run(views, ladder, skipped, progress)
     settings = {
         **registry.options_of(chosen),
         "sparsity": wanted,
         "pattern": str(legal),
-        "budget": _budget_name(budget, chosen, legal),
+        "budget": budget_name(budget, chosen, legal),
         "rounds": steps,
         "recovery": name_of(recovery),
         "seed": seed,
@@ -180,7 +186,7 @@ def prune(
     )
 
 
-def _allotment(method: OneShot, given: Any, pattern: Pattern, resume: bool) -> Budget | Sensitivity:
+def allotment(method: OneShot, given: Any, pattern: Pattern, resume: bool) -> Budget | Sensitivity:
     """Who pays; N:M has one density, so there the method's own budget does not count."""
     if pattern.fixed_density is not None and given is None:
         return uniform
@@ -200,12 +206,13 @@ def _allotment(method: OneShot, given: Any, pattern: Pattern, resume: bool) -> B
     return found
 
 
-def _batches(
+def batches_of(
     method: OneShot | Search,
     data: Iterable[Batch] | None,
     recovery: Recovery | None,
     budget: Budget | Sensitivity,
 ) -> Sequence[Batch] | None:
+    """The calibration batches, or None where there are none and none are needed."""
     if data is None:
         needs = {
             method.info.name: "data" in method.info.needs,
@@ -221,7 +228,7 @@ def _batches(
     return data if isinstance(data, Sequence) else list(data)
 
 
-def _fitting(
+def fitting(
     views: Sequence[View], pattern: Pattern, skip: bool
 ) -> tuple[list[View], dict[str, str]]:
     """The views that can take the pattern; the others skipped by name, or an error."""
@@ -250,7 +257,8 @@ def _check_finite(views: Sequence[View]) -> None:
                 raise ModelError(f"{view.name}: {bad} weights are NaN or Inf; nothing was pruned")
 
 
-def _budget_name(given: Any, method: OneShot, pattern: Pattern) -> str:
+def budget_name(given: Any, method: OneShot, pattern: Pattern) -> str:
+    """What the record of a call says of its budget."""
     if given is None:
         given = "uniform" if pattern.fixed_density is not None else method.budget
     if isinstance(given, (str, Sensitivity)):

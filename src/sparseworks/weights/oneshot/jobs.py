@@ -1,0 +1,78 @@
+"""Small things that one call of `prune` works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparseworks.core.evidence import Collector
+from sparseworks.core.masks import MaskEntry, Masks
+from sparseworks.core.types import TensorResult
+from sparseworks.models.ranks import Ranks
+from sparseworks.models.views import View
+
+__all__ = ["LazyScores", "diagonal_error", "share"]
+
+
+class LazyScores(Mapping[str, Tensor]):
+    """Scores that are computed when a budget first looks at one; most budgets never do."""
+
+    def __init__(self, compute: Callable[[], dict[str, Tensor]]) -> None:
+        self._compute = compute
+        self._scores: dict[str, Tensor] | None = None
+
+    def _all(self) -> dict[str, Tensor]:
+        if self._scores is None:
+            self._scores = self._compute()
+        return self._scores
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+class _Job(Protocol):
+    ranks: Ranks
+    record: Masks
+    results: dict[str, TensorResult]
+    warnings: list[str]
+
+
+@torch.no_grad()
+def share(job: _Job, views: Sequence[View], owner: Mapping[str, int]) -> None:
+    """Give what each rank made of its weights to all others."""
+    if job.ranks.size == 1:
+        return
+    for view in views:
+        mine = owner[view.name] == job.ranks.rank
+        told = None
+        if mine:
+            weight = view.parameter.detach().cpu()
+            warned = [w for w in job.warnings if w.startswith(f"{view.name}: ")]
+            told = weight, job.record.entry(view.name), job.results[view.name], warned
+        weight, entry, result, warned = job.ranks.broadcast(told, owner[view.name])
+        if not mine:
+            assert isinstance(entry, MaskEntry)
+            view.parameter.copy_(weight)
+            job.record = job.record.merged(Masks({view.name: entry}, job.record.method))
+            job.results[view.name] = result
+            job.warnings += warned
+
+
+def diagonal_error(view: View, dense: Tensor, new: Tensor, evidence: Collector) -> float | None:
+    """sum (dW_ij n_j)^2 / sum (W_ij n_j)^2: the output error if inputs were uncorrelated."""
+    norm = getattr(evidence, "norm", None)
+    if norm is None:
+        return None
+    shape = (view.groups, -1, dense.shape[1])
+    change = (((dense - new).view(shape)) * norm[:, None, :]).square().sum()
+    energy = (dense.view(shape) * norm[:, None, :]).square().sum()
+    return float(change / energy) if float(energy) > 0 else 0.0
