@@ -26,6 +26,7 @@ registry.register(
         "set": f"{_ROOM}.dynamic.rewiring:SET",
         "slorb": f"{_ROOM}.semistructured.slorb:SLoRB",
         "squarehead": f"{_ROOM}.dynamic.squarehead:SquareHead",
+        "sltrain": f"{_ROOM}.lowrank.sltrain:SLTrain",
         "sr-ste": f"{_ROOM}.semistructured.sr_ste:SRSTE",
         "static": f"{_ROOM}.dynamic.rewiring:Static",
         "rewinding": f"{_ROOM}.tickets.rewinding:Rewinding",
