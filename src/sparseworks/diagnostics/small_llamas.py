@@ -29,7 +29,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def small_llama(
-    seed: int = 0, width: int = 128, layers: int = 3, feedforward: int = 352, heads: int = 4
+    seed: int = 0, width: int = 128, layers: int = 2, feedforward: int = 352, heads: int = 4
 ) -> nn.Module:
     """A Llama over 256 byte values as transformers has it, initialised as it does."""
     from transformers import LlamaConfig, LlamaForCausalLM

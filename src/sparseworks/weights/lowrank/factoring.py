@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,8 +21,6 @@ from sparseworks.training.transforming import Transform, Transformed
 from sparseworks.weights.lowrank.layers import Factored, Memory
 
 __all__ = ["Factoring", "factored", "memory_of", "merge", "rank_of"]
-
-_AFTER = ("parts", "merged", "factored")
 
 
 def factored(model: nn.Module) -> Iterator[tuple[str, Factored]]:
@@ -70,14 +68,15 @@ class Factoring(Transform):
             layers as they trained.
     """
 
-    after: Literal["parts", "merged", "factored"] = "parts"
+    after: str = "parts"
 
     needs_sparsity: ClassVar[bool] = False
+    choices: ClassVar[tuple[str, ...]] = ("parts", "merged", "factored")
 
     def __post_init__(self) -> None:
-        if self.after not in _AFTER:
+        if self.after not in self.choices:
             raise InvalidArgument(
-                f"{self.info.name}: after={self.after!r}; use one of {', '.join(_AFTER)}"
+                f"{self.info.name}: after={self.after!r}; use one of {', '.join(self.choices)}"
             )
 
     @abstractmethod

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.weights.lowrank.product import BLOCK_BYTES, blocks_of, sparse_low_rank
 
-__all__ = ["Factored", "Memory", "Parts", "SparseLowRankLinear", "autocast", "random_support"]
+__all__ = ["Factored", "Memory", "Parts", "SparseLowRankLinear", "autocast", "decomposed",
+           "linear", "random_support"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ class SparseLowRankLinear(Factored):
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
         """B A becomes the truncated SVD of a weight, S the rest of it at its places."""
-        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        u, s, v = decomposed(weight)
         root = s[: self.rank].sqrt()
         factor = self.fixed_scale if self.scale is None else math.tanh(float(self.scale))
         self.up.copy_(u[:, : self.rank] * root)
@@ -235,6 +236,13 @@ class SparseLowRankLinear(Factored):
         for rows, part, places in blocks_of(shape, self.indices, weight.itemsize, BLOCK_BYTES):
             rest = weight[rows] - self.up[rows] @ low
             self.values[part] = rest.reshape(-1)[places].to(self.values.dtype)
+
+
+def decomposed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U `[out, k]`, s `[k]`, V^T `[k, in]` of a weight, in fp32 at least."""
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    u, s, v = torch.linalg.svd(wide, full_matrices=False)
+    return u, s, v
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
