@@ -29,7 +29,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def small_llama(
-    seed: int = 0, width: int = 128, layers: int = 2, feedforward: int = 352, heads: int = 4
+    seed: int = 0, width: int = 96, layers: int = 2, feedforward: int = 256, heads: int = 4
 ) -> nn.Module:
     """A Llama over 256 byte values as transformers has it, initialised as it does."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,8 +82,6 @@ def step_memory(
 
 def _child() -> None:
     import importlib
-
-    import transformers.models.llama.modeling_llama
 
     from sparseworks.training.planning import Sparse
 

@@ -59,7 +59,7 @@ def test_without_enhancement_autograd_agrees():
 
 
 def test_a_training_is_the_algorithm_written_plainly():
-    """SGD, draws every 2 steps, a round of 4 draws: U, s, V step by step from the dense gradient."""
+    """SGD, draws every 2 steps, a round of 4: U, s, V step by step from the dense gradient."""
     net = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Tanh(), nn.Linear(8, 3)).double()
     job = sw.transform(net, "sst", rank=2, every=2, seed=5)
     optimizer = torch.optim.SGD(job.parameter_groups(), 0.1)
@@ -89,8 +89,8 @@ def test_a_training_is_the_algorithm_written_plainly():
         if step % 8 == 0:  # vectors orthogonal again, the weight unchanged
             eye = torch.eye(8, dtype=torch.float64)
             torch.testing.assert_close(layer.left_vectors.t() @ layer.left_vectors, eye)
-            u, s, v = (t.detach().clone()
-                       for t in (layer.left_vectors, layer.values, layer.right_vectors))  # fmt: skip
+            now = (layer.left_vectors, layer.values, layer.right_vectors)
+            u, s, v = (t.detach().clone() for t in now)
         if step % 2:
             assert torch.equal(layer.chosen, chosen)
 

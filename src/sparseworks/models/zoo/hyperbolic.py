@@ -1,10 +1,12 @@
 """Layers on the hyperboloid (Chen et al. 2022, Fully Hyperbolic Neural Networks).
 
-A point is `[..., 1 + width]` with -t^2 + |x|^2 = -1, its time t first. Euclidean features come in by
-`lift`, the exponential map at the origin.
+A point is `[..., 1 + width]` with -t^2 + |x|^2 = -1, its time t first. Euclidean features come in
+by `lift`, the exponential map at the origin.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ class HyperbolicClassifier(nn.Module):
     def __init__(self, features: int, classes: int, width: int = 32, layers: int = 2) -> None:
         super().__init__()
         widths = [features, *[width] * layers]
-        self.layers = nn.ModuleList(LorentzLinear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(LorentzLinear(a, b) for a, b in pairwise(widths))
         self.centres = nn.Parameter(0.1 * torch.randn(classes, width))
 
     def forward(self, x: Tensor) -> Tensor:

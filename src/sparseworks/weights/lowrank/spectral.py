@@ -121,7 +121,7 @@ class SpectralLinear(Factored):
 
 
 class _Spectral(torch.autograd.Function):
-    """With G = dy^T x: dU_I = G V_I, dV_I = G^T U_I (times s_I, where not enhanced), and never G."""
+    """dU_I = G V_I, dV_I = G^T U_I (times s_I, where not enhanced) without G = dy^T x itself."""
 
     @staticmethod
     def forward(

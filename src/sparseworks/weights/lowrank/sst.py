@@ -55,7 +55,7 @@ class SST(Factoring):
 
     Args:
         rank: r; below 1: a share of the smaller side.
-        every: steps between draws.
+        every: steps between draws; None: a twentieth of the training, at most 100.
         enhanced: gradients of the vectors without the factor s_i.
         sampling: "half", as above, or "uniform".
         mass: without `sparsity`: `finish` keeps the largest components whose s make up this much of
@@ -66,7 +66,7 @@ class SST(Factoring):
     """
 
     rank: float = 0.085
-    every: int = 100
+    every: int | None = None
     enhanced: bool = True
     sampling: Literal["half", "uniform"] = "half"
     mass: float = 0.9
@@ -93,7 +93,8 @@ class SST(Factoring):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rank > 0 or self.every < 1 or not 0 < self.mass <= 1:
+        every = 1 if self.every is None else self.every
+        if not self.rank > 0 or every < 1 or not 0 < self.mass <= 1:
             raise InvalidArgument(
                 f"sst: rank={self.rank} must be positive, every={self.every} at least 1, "
                 f"mass={self.mass} in (0, 1]"
@@ -112,11 +113,12 @@ class SST(Factoring):
         return made
 
     def update(self, job: Transformed) -> None:
+        every = self.every or max(1, min(100, (job.steps or 2000) // 20))
         for name, layer in spectral(job):
             layer.take()
-            if job.step % self.every:
+            if job.step % every:
                 continue
-            draws, rank = job.step // self.every, layer.left.shape[1]
+            draws, rank = job.step // every, layer.left.shape[1]
             if draws % math.ceil(len(layer.values) / rank) == 0:
                 layer.decompose()
                 self._forget(job, layer.values)
