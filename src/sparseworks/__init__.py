@@ -87,4 +87,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-del _activations, _diagnostics, _weights
+del _activations, _solvers, _diagnostics, _weights

@@ -20,6 +20,7 @@ registry.register(
         "maskllm": f"{_ROOM}.semistructured.maskllm:MaskLLM",
         "lost": f"{_ROOM}.lowrank.lost:LOST",
         "mdgf": f"{_ROOM}.semistructured.gradient_flow:MdGf",
+        "pst": f"{_ROOM}.lowrank.pst:PST",
         "rigl": f"{_ROOM}.dynamic.rewiring:RigL",
         "sap": f"{_ROOM}.dynamic.sap:SAP",
         "scl": f"{_ROOM}.dynamic.scl:SCL",
