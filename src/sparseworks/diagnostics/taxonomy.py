@@ -68,6 +68,7 @@ _TRAINED: dict[str, tuple[When, Path, Life]] = {
     "rewinding": ("after training", "dense to sparse", "shrinking"),
     "soup": ("after training", "dense to sparse", "shrinking"),
     "lost": ("during training", "sparse to sparse", "static"),
+    "pst": ("after training", "dense to sparse", "moving"),
     "sltrain": ("during training", "sparse to sparse", "static"),
     "sst": ("during training", "dense to sparse", "static"),
     "random-search": ("before training", "sparse to sparse", "static"),
