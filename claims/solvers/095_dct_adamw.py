@@ -65,7 +65,7 @@ def projection_ms() -> dict[str, float]:
 
 
 def measure(seed: int, setting: Setting) -> Mapping[str, float]:
-    steps = 1500 if setting == "full" else 200
+    steps = 1500 if setting == "full" else 150
     text = ByteText.novels(batch=16 if setting == "full" else 8)
     found: dict[str, float] = {}
     for arm, options in ARMS.items():
@@ -106,7 +106,7 @@ CLAIM = Claim(
     title="a few cosine columns serve Adam as well as singular vectors, without an SVD",
     model="Llama of width 96 with 2 blocks over bytes, from scratch, r an eighth of the smaller "
     "side; memory at width 768 with 4 blocks",
-    data="novels, another novel held out; 200 steps of 8 windows of 64 bytes (full: 1,500 of 16)",
+    data="novels, another novel held out; 150 steps of 8 windows of 64 bytes (full: 1,500 of 16)",
     baseline="AdamW; GaLore (SVD every 50 steps) of equal r; random orthogonal and fixed columns",
     metric="held-out loss, nats a byte; share of the gradient's energy; CPU time; peak resident MB "
     "of three steps in a child process",
