@@ -94,7 +94,7 @@ class DCTAdamW(Optimizer):
         self._bases: dict[tuple[Any, ...], Tensor] = {}  # shared by all weights of a size
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have gradients."""
         loss = None
         if closure is not None:

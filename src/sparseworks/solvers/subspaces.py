@@ -58,7 +58,7 @@ def transform_columns(a: Tensor, q: Tensor, kind: str) -> Tensor:
 
 def largest(s: Tensor, rank: int, norm: str) -> Tensor:
     """The `rank` columns of the largest l1 or l2 norm, rising; ties keep the first."""
-    sizes = s.abs().sum(0) if norm == "l1" else s.square().sum(0)
+    sizes: Tensor = s.abs().sum(0) if norm == "l1" else s.square().sum(0)
     return sizes.argsort(descending=True, stable=True)[:rank].sort().values
 
 

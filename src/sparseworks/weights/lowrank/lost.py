@@ -169,5 +169,5 @@ def _balance(layer: ChannelLowRankLinear, weight: Tensor, generator: torch.Gener
     bias, layer.bias = layer.bias, None
     factor = (x @ weight.t()).float().std() / layer(x).float().std().clamp_min(1e-12)
     layer.bias = bias
-    layer.up *= factor
-    layer.columns *= factor
+    layer.up.mul_(factor)
+    layer.columns.mul_(factor)
