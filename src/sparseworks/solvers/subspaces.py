@@ -41,6 +41,7 @@ def dct(a: Tensor) -> Tensor:
 
 def basis(kind: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Q `[n, n]`: "dct", whose columns are the cosines above, or "random", orthogonal."""
+    made: Tensor
     if kind == "random":
         drawn = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
         made = torch.linalg.qr(drawn)[0]
@@ -58,8 +59,9 @@ def transform_columns(a: Tensor, q: Tensor, kind: str) -> Tensor:
 
 def largest(s: Tensor, rank: int, norm: str) -> Tensor:
     """The `rank` columns of the largest l1 or l2 norm, rising; ties keep the first."""
-    sizes: Tensor = s.abs().sum(0) if norm == "l1" else s.square().sum(0)
-    return sizes.argsort(descending=True, stable=True)[:rank].sort().values
+    sizes = s.abs().sum(0) if norm == "l1" else s.square().sum(0)
+    chosen: Tensor = sizes.argsort(descending=True, stable=True)[:rank].sort().values
+    return chosen
 
 
 def capture(a: Tensor, kind: str, rank: int, norm: str = "l2") -> float:
