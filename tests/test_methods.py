@@ -140,6 +140,8 @@ def call(name: str, model: nn.Module) -> Any:
     if kind == "driver":
         given = {"sparsity": 0.5, "evaluate": score, "data": BATCHES, **options}
         return sw.experiment(fit, model, name, **given)
+    if kind == "optimizer":
+        return sw.optimizer(model.parameters(), name, lr=0.01, **options)
     if kind == "structured":
         data: Any = tiny_models.chains() if name == "ecodiff" else BATCHES
         noise, words = tiny_models.chains()[0]
@@ -232,7 +234,11 @@ def test_what_it_masks_is_exactly_zero(name: str) -> None:
         made.attach(optimizer)
         loop(model.train(), optimizer, lambda: None, made.penalty)
         made.finish()
-    if kind in ("structured", "train-and-cut", "whole-model"):
+    if kind == "optimizer":
+        loop(model.train(), made, lambda: None)
+        assert sw.masks(model) is None
+        assert any(not torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    elif kind in ("structured", "train-and-cut", "whole-model"):
         assert 0 < sum(p.numel() for p in model.parameters()) <= parameters
         assert made.method == name and json.dumps(made.to_dict(), default=str)
         assert kind == "train-and-cut" or made.shapes, "nothing was cut"

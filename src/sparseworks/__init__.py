@@ -20,6 +20,7 @@ from typing import Any
 
 from sparseworks import activations as _activations  # registers the methods; imports no torch
 from sparseworks import diagnostics as _diagnostics
+from sparseworks import solvers as _solvers
 from sparseworks import weights as _weights
 from sparseworks.version import __version__
 
@@ -35,6 +36,7 @@ _LAZY = {
     "lightning_callback": "sparseworks.training.integrations",
     "transform": "sparseworks.training",
     "Distillation": "sparseworks.training.distilling",
+    "optimizer": "sparseworks.training.optimizing",
     "experiment": "sparseworks.training.experiment",
     "rearrange": "sparseworks.weights.semistructured.rearranging",
     "slim": "sparseworks.weights.structured",
@@ -86,4 +88,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-del _activations, _diagnostics, _weights
+del _activations, _solvers, _diagnostics, _weights

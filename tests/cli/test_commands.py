@@ -90,7 +90,9 @@ def test_the_printed_command_runs_the_method(name, work, tmp_path):
         assert sw.load_activations(out, model).gates
         return
     result = json.loads((out / "result.json").read_text())
-    if words[0] in ("prune", "train", "tickets"):
+    if registry.resolve(name).info.kind == "optimizer":
+        assert result["steps"] == 4 and result["options"]["optimizer"] == name
+    elif words[0] in ("prune", "train", "tickets"):
         [saved] = list(out.glob("*.safetensors")) or out.rglob("*.safetensors")
         assert any(t.sparsity for t in inspect(saved).tensors)
     elif words[0] == "slim":

@@ -69,11 +69,13 @@ class Options:
     accumulate: int = 1
     """Batches whose gradients add up to one step."""
     optimizer: str | None = None
-    """sgd or adamw; default: sgd for images, adamw for text."""
+    """sgd, adamw or a registered one (dct-adamw); default: sgd for images, adamw for text."""
+    optimizer_option: tuple[str, ...] = ()
+    """Options of a registered optimizer, name=value (JSON values)."""
     lr: float | None = None
-    """Peak of the one-cycle learning rate; default: 0.1 with sgd, 0.001 with adamw."""
+    """Peak of the one-cycle learning rate; default: 0.1 with sgd, else 0.001."""
     weight_decay: float | None = None
-    """Default: 0.0005 with sgd, 0.01 with adamw."""
+    """Default: 0.0005 with sgd, else 0.01."""
     warmup: float | None = None
     """Fraction of the training in which the learning rate rises; default: 0.3, text 0.1."""
     clip: float | None = None

@@ -94,7 +94,7 @@ def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
         "history": training.history,
         "sparsity": 0.0 if record is None else record.sparsity(),
         "tensors": {} if record is None else {n: record.sparsity(n) for n in record},
-        "warnings": _shortfall(training, record, options.sparsity),
+        "warnings": [*_shortfall(training, record, options.sparsity), *_foreign(model, folder)],
         "metric": None,
         "checkpoint": str(target),
         "machine": machine(),
@@ -125,6 +125,18 @@ def _shortfall(training: Any, record: Any, wanted: float | None) -> list[str]:
         f"the sparsity is {record.sparsity():.2%}, not {wanted:.2%}: the masks saw "
         f"{training.run.step} of {training.steps} steps, the others overflowed; use --amp bf16, or "
         "an earlier --option end=..."
+    ]
+
+
+def _foreign(model: Any, folder: bool) -> list[str]:
+    """transformers builds the layers of its own classes from a folder, and no others."""
+    own = [n for n, m in model.named_modules() if type(m).__module__.startswith("sparseworks.weig")]
+    if not folder or not own:
+        return []
+    return [
+        f"{own[0]} is a layer of this method, which transformers does not know: the folder loads "
+        "into a model that was transformed in the same way; --option after=merged, where the "
+        "method has it, leaves ordinary layers"
     ]
 
 

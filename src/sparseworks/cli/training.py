@@ -115,6 +115,7 @@ def prepare(options: Any) -> Job:
         augment=options.augment,
         label_smoothing=options.label_smoothing,
         optimizer=optimizer,
+        optimizer_options=parse_options(options.optimizer_option),
         warmup=chosen("warmup", 0.1 if text else 0.3),
         accumulate=options.accumulate,
         clip=chosen("clip", 1.0 if text else None) or None,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import sparseworks as sw
 from sparseworks.diagnostics.claims import data_root
-from sparseworks.models.calls import Loss, default_loss
+from sparseworks.models.calls import Loss, default_loss, logits_of
 from sparseworks.models.zoo.decoder import ByteDecoder
 from sparseworks.training.planning import Sparse
 from sparseworks.training.runs import Finished, Store, digest_of
@@ -62,7 +62,7 @@ class ByteText:
         total = 0.0
         for part in torch.split(rows, 64):
             ids = part.long()
-            logits = model(ids)[:, :-1].flatten(0, 1)
+            logits = logits_of(model(ids))[:, :-1].flatten(0, 1)
             total += float(F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
         return total / (rows.shape[0] * (self.length - 1))
 
@@ -85,24 +85,28 @@ def fit_bytes(
     weight_decay: float = 0.0,
     final: float = 0.01,
     after: Callable[[int, Any], Any] | None = None,
+    optimizer: Callable[[Any, float], torch.optim.Optimizer] | None = None,
 ) -> Any:
     """Train with AdamW: a rise over a twentieth of the steps, then a cosine to `final` of lr.
 
     Args:
         sparse: the method; None: dense.
         after: called with (step, run) after each step.
+        optimizer: makes another one, of (parameters, lr).
 
     Returns:
         The run, finished; None of a dense training.
     """
 
     def build(parameters: Any) -> torch.optim.Optimizer:
+        if optimizer is not None:
+            return optimizer(parameters, lr)
         return torch.optim.AdamW(parameters, lr, betas, weight_decay=weight_decay)
 
     if sparse is None:
-        run, optimizer = None, build(model.parameters())
+        run, stepping = None, build(model.parameters())
     else:
-        run, optimizer = sparse.begin(model, steps, build)
+        run, stepping = sparse.begin(model, steps, build)
     rise = max(1, steps // 20)
 
     def factor(step: int) -> float:
@@ -111,14 +115,14 @@ def fit_bytes(
             return (step + 1) / rise
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * t))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(stepping, factor)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for step in range(1, steps + 1):
-        optimizer.zero_grad()
+        stepping.zero_grad()
         torch.autograd.backward(loss(model, text.windows(generator)))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        stepping.step()
         schedule.step()
         if after is not None:
             after(step, run)

@@ -67,6 +67,10 @@ _TRAINED: dict[str, tuple[When, Path, Life]] = {
     "turbo-vbi": ("during training", "dense to sparse", "moving"),
     "rewinding": ("after training", "dense to sparse", "shrinking"),
     "soup": ("after training", "dense to sparse", "shrinking"),
+    "lost": ("during training", "sparse to sparse", "static"),
+    "pst": ("after training", "dense to sparse", "moving"),
+    "sltrain": ("during training", "sparse to sparse", "static"),
+    "sst": ("during training", "dense to sparse", "static"),
     "random-search": ("before training", "sparse to sparse", "static"),
 }
 
@@ -80,8 +84,9 @@ def taxonomy(method: str) -> Taxonomy:
     if method == "dense":
         return Taxonomy("never", "dense", "none", "the reference")
     info = registry.resolve(method).info
-    if info.kind == "measurement":
-        raise InvalidArgument(f"method {method!r} measures; it makes nothing sparse")
+    if info.kind in ("measurement", "optimizer"):
+        does = "measures" if info.kind == "measurement" else "optimizes"
+        raise InvalidArgument(f"method {method!r} {does}; it makes nothing sparse")
     when, path, life = _TRAINED.get(method, ("unknown", "unknown", "unknown"))
     if info.kind in ("one-shot", "search"):
         when = "before training" if method in _BEFORE else "after training"

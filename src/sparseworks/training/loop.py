@@ -21,6 +21,7 @@ from sparseworks.data.epochs import Batches
 from sparseworks.models.calls import Batch, Loss, default_loss, move, split
 from sparseworks.training.checkpointing import random_state, restore_random
 from sparseworks.training.hooked import Run
+from sparseworks.training.optimizing import registered
 from sparseworks.training.planning import HALVES, Plan, Sparse
 from sparseworks.training.transforming import Transformed
 from sparseworks.training.watching import Trace
@@ -228,6 +229,9 @@ class Training:
 def _optimizer(plan: Plan, parameters: Any) -> torch.optim.Optimizer:
     if plan.optimizer == "adamw":
         return torch.optim.AdamW(parameters, plan.lr, weight_decay=plan.weight_decay)
+    if plan.optimizer != "sgd":
+        chosen = registered(plan.optimizer, plan.optimizer_options)
+        return chosen.build(parameters, plan.lr, plan.weight_decay)
     return torch.optim.SGD(
         parameters,
         plan.lr,

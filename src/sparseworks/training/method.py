@@ -108,6 +108,10 @@ class Transform(ABC):
     def finish(self, job: Transformed) -> None:  # noqa: B027
         """Choose the final masks with `job.set_mask`; the job then folds what it parametrized."""
 
+    def counted(self, job: Transformed) -> tuple[int, int] | None:
+        """(kept, of how many) weights, where what is sparse is no masked parameter yet."""
+        return None
+
     def state_dict(self, job: Transformed) -> dict[str, Any]:
         """State that neither the model nor the job holds."""
         return {}

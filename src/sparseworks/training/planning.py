@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from sparseworks.core.patterns import check_sparsity, parse_pattern, resolve_spa
 from sparseworks.core.schedules import interval
 from sparseworks.training.fitting import Recipe
 from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.optimizing import registered
 from sparseworks.training.sparsify import sparsify
 from sparseworks.training.transforming import Transform, Transformed, transform
 
@@ -29,7 +30,8 @@ class Plan(Recipe):
     """How a model is trained.
 
     Args:
-        optimizer: SGD with Nesterov momentum, or AdamW.
+        optimizer: SGD with Nesterov momentum, AdamW, or a registered one.
+        optimizer_options: its fields, of a registered one.
         warmup: fraction of the training in which the learning rate rises to `lr`; then it falls
             on a cosine.
         accumulate: batches whose gradients add up to one step.
@@ -38,7 +40,8 @@ class Plan(Recipe):
         seed: of torch's generators.
     """
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: str = "sgd"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     warmup: float = 0.3
     accumulate: int = 1
     clip: float | None = None
@@ -60,7 +63,12 @@ class Plan(Recipe):
         if self.amp is not None and self.amp not in HALVES:
             raise InvalidArgument(f"amp={self.amp!r}: use bf16 or fp16")
         if self.optimizer not in ("sgd", "adamw"):
-            raise InvalidArgument(f"optimizer={self.optimizer!r}: use sgd or adamw")
+            registered(self.optimizer, self.optimizer_options)
+        elif self.optimizer_options:
+            raise InvalidArgument(
+                f"optimizer_options {sorted(self.optimizer_options)} are those of a registered "
+                f"optimizer, and {self.optimizer} is none"
+            )
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,7 @@ class Transformed:
         self.model, self.method = model, method
         self.views = {v.name: v for v in views}
         self.sparsity, self.steps, self.pattern, self.budget = sparsity, steps, pattern, budget
-        self.seed = seed
-        self.step = 0
+        self.seed, self.step = seed, 0
         self.optimizer: Optimizer | None = None
         self.skipped: dict[str, str] = {}
         self.finished = False
@@ -89,9 +88,11 @@ class Transformed:
     @property
     def current_sparsity(self) -> float:
         """Fraction of masked weights right now."""
-        masks = self.masks.values()
-        kept = sum(int(torch.count_nonzero(m)) for m in masks)
-        return 1.0 - kept / max(1, sum(m.numel() for m in masks))
+        counted = None if self.finished else self.method.counted(self)
+        if counted is None:
+            masks = self.masks.values()
+            counted = sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)
+        return 1.0 - counted[0] / max(1, counted[1])
 
     @property
     def progress(self) -> float:
@@ -191,10 +192,7 @@ class Transformed:
         return [g for g in groups if g["params"]]
 
     def attach(self, optimizer: Optimizer) -> Transformed:
-        """Follow an optimizer: after each of its steps the method's `update` runs.
-
-        Returns:
-            The job itself.
+        """Follow an optimizer: after each of its steps `update` runs. Returns the job itself.
 
         Raises:
             InvalidArgument: attached before, or the optimizer lacks what the transform added.
@@ -204,8 +202,8 @@ class Transformed:
             raise InvalidArgument(f"this transform is {state}; transform the model again")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         brought = {n: p for n, p in self.model.named_parameters() if id(p) not in self._before}
-        lacking = [n for n, p in brought.items()
-                   if (p.requires_grad or n in self.added) and id(p) not in held]  # fmt: skip
+        trains = [n for n, p in brought.items() if p.requires_grad or n in self.added]
+        lacking = [n for n in trains if id(brought[n]) not in held]
         if lacking:
             raise InvalidArgument(
                 f"the optimizer does not hold {lacking[0]!r}, which the transform added; build the "
@@ -214,6 +212,9 @@ class Transformed:
         self.optimizer = optimizer
         self.method.attached(self)
         self._handle = optimizer.register_step_post_hook(self._after_step)
+        here = {id(p) for p in self.model.parameters()}
+        self._trainable = [p for p in self._trainable if id(p) in here]
+        self._replaced.clear()  # what was replaced may be as large as the model
         return self
 
     @torch.no_grad()
@@ -224,10 +225,8 @@ class Transformed:
     def penalty(self) -> Tensor:
         """What to add to the loss of this step; 0 where the method has none."""
         found = None if self.finished else self.method.penalty(self)
-        if found is not None:
-            return found
         device = next((p.device for p in self.model.parameters()), None)
-        return torch.zeros((), device=device)
+        return torch.zeros((), device=device) if found is None else found
 
     @torch.no_grad()
     def finish(self) -> Masks:
@@ -244,6 +243,7 @@ class Transformed:
                 self._unparametrize(name)
                 view.parameter.copy_(weight.masked_fill_(~mask, 0.0))
             self._masks = masks
+            self._replaced.clear()
             self._release()
             self.finished = True
             attach_beside(self.model, self.record())
@@ -281,9 +281,9 @@ class Transformed:
             mask = getattr(self.part(name), "mask", None)
             if isinstance(mask, Tensor):
                 return mask
-        chosen = self._masks.get(name)
-        parameter = self.views[name].parameter
-        return torch.ones_like(parameter, dtype=torch.bool) if chosen is None else chosen
+        if name in self._masks:
+            return self._masks[name]
+        return torch.ones_like(self.views[name].parameter, dtype=torch.bool)
 
     def _unparametrize(self, name: str) -> None:
         """Only the raw weight stays, at its old place among the module's parameters."""

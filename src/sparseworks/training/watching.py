@@ -70,6 +70,8 @@ class Trace:
     def _masks(self) -> dict[str, Any]:
         assert self.run is not None
         now = self.run.masks
+        if not now:  # what is sparse is no masked parameter yet
+            return {}
         kept = {n: int(torch.count_nonzero(m)) for n, m in now.items()}
         new = flips = moved = 0
         for name, mask in now.items():

@@ -2,6 +2,7 @@
 
 from sparseworks.models.zoo.decoder import ByteDecoder
 from sparseworks.models.zoo.diffusion import DDIM, TextToImage
+from sparseworks.models.zoo.hyperbolic import HyperbolicClassifier, LorentzLinear
 from sparseworks.models.zoo.recommenders import LightGCN, MatrixFactorization
 from sparseworks.models.zoo.resnet import CifarResNet, load_resnet, resnet20, resnet56
 from sparseworks.models.zoo.supernet import CellNetwork, SuperNetwork
@@ -12,7 +13,9 @@ __all__ = [
     "ByteDecoder",
     "CellNetwork",
     "CifarResNet",
+    "HyperbolicClassifier",
     "LightGCN",
+    "LorentzLinear",
     "MatrixFactorization",
     "SuperNetwork",
     "TextToImage",
