@@ -121,5 +121,6 @@ FACTORIES = {
     "sparse-then-prune": vit,
     "sparsing-law": gated,
     "stun": mixture,
+    "upcycling": language_model,
 }
 """The methods that `net` has nothing for."""

@@ -1,1 +1,11 @@
-"""Mixtures of experts: one layer, methods that route, and dense models turned into mixtures."""
+"""Mixtures of experts: methods that route, registered by name only."""
+
+from sparseworks.core import registry
+
+_ROOM = "sparseworks.experts"
+
+registry.register(
+    {
+        "upcycling": f"{_ROOM}.copying:Upcycling",
+    }
+)

@@ -51,9 +51,11 @@ class Routing:
 
     def shaped(self, shape: Sequence[int]) -> Routing:
         """The same decisions with other leading axes."""
-        dropped = None if self.dropped is None else self.dropped.reshape(shape)
-        kept = (self.weights, self.chosen, self.probabilities, self.logits)
-        return Routing(*(t.reshape(shape) for t in kept), dropped)
+        return Routing(
+            self.weights.reshape(shape), self.chosen.reshape(shape),
+            self.probabilities.reshape(shape), self.logits.reshape(shape),
+            None if self.dropped is None else self.dropped.reshape(shape),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Small reference models that the tests, claims and benchmarks train and compress."""
 
-from sparseworks.models.zoo.decoder import ByteDecoder
+from sparseworks.models.zoo.decoder import ByteDecoder, FeedForward
 from sparseworks.models.zoo.diffusion import DDIM, TextToImage
 from sparseworks.models.zoo.recommenders import LightGCN, MatrixFactorization
 from sparseworks.models.zoo.resnet import CifarResNet, load_resnet, resnet20, resnet56
@@ -12,6 +12,7 @@ __all__ = [
     "ByteDecoder",
     "CellNetwork",
     "CifarResNet",
+    "FeedForward",
     "LightGCN",
     "MatrixFactorization",
     "SuperNetwork",
