@@ -259,7 +259,7 @@ def test_what_it_masks_is_exactly_zero(name: str) -> None:
 
 
 def trained_as_a_mixture(model: nn.Module, run: Any) -> None:
-    """Some steps by its own schedule; its experts are counted, and what it freezes it gives back."""
+    """Some steps by its schedule; its experts are counted, what it freezes it gives back."""
     trains = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trains, 1e-3)
     run.attach(optimizer)

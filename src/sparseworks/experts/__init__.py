@@ -6,6 +6,10 @@ _ROOM = "sparseworks.experts"
 
 registry.register(
     {
+        "blockffn": f"{_ROOM}.block_ffn:BlockFFN",
+        "evomoe": f"{_ROOM}.evo_moe:EvoMoE",
+        "graph-of-tokens": f"{_ROOM}.graph_of_tokens:GraphOfTokens",
+        "moe-llava": f"{_ROOM}.moe_llava:MoELLaVA",
         "upcycling": f"{_ROOM}.copying:Upcycling",
     }
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -42,6 +42,9 @@ class Job(Protocol):
     @property
     def progress(self) -> float:
         """step / steps, at most 1."""
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """They do not train until `finish`."""
 
 
 @dataclass(frozen=True)

@@ -136,15 +136,15 @@ def _listed(given: str | Iterable[str] | None) -> list[str]:
 
 def _read(name: str, module: nn.Module) -> Mlp | None:
     parts: Any = dict(module.named_children())
-    if all(n in parts for n in ("gate_proj", "up_proj", "down_proj")):
+    if {"gate_proj", "up_proj", "down_proj"} <= parts.keys():
         first, last, gated = [parts["gate_proj"], parts["up_proj"]], parts["down_proj"], True
     else:
-        pair = next((p for p in _PLAIN if all(n in parts for n in p)), None)
-        if pair is None:
+        pairs = [p for p in _PLAIN if set(p) <= parts.keys()]
+        if not pairs:
             return None
-        first, last, gated = [parts[pair[0]]], parts[pair[1]], False
+        first, last, gated = [parts[pairs[0][0]]], parts[pairs[0][1]], False
     layers = [_linear(m) for m in (*first, last)]
-    if any(m is None for m in layers):
+    if None in layers:
         return None
     biases = [m[1] for m in layers if m is not None]
     if len({b is None for b in biases}) > 1:

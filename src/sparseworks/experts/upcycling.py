@@ -40,6 +40,7 @@ class Mixture:
         step: optimizer steps taken.
         steps: of the whole training, where they were told.
         own: numbers that the method keeps.
+        frozen: parameters that do not train until `finish`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Mixture:
         self.model, self._method, self.layers, self.steps = model, method, dict(layers), steps
         self.step, self.finished = 0, False
         self.own: dict[str, Any] = {}
+        self.frozen: list[nn.Parameter] = []
         self._handle: Any = None
 
     @property
@@ -71,6 +73,13 @@ class Mixture:
                 "steps of the whole training"
             )
         return min(1.0, self.step / self.steps)
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """They do not train until `finish`."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self.frozen.append(parameter)
 
     def attach(self, optimizer: Optimizer) -> Mixture:
         """Follow an optimizer: after each of its steps the method's schedule goes on.
@@ -123,6 +132,8 @@ class Mixture:
         """End of training: what the method froze or softened is undone; returns the model."""
         if not self.finished:
             self._method.finish(self)
+            for parameter in self.frozen:
+                parameter.requires_grad_(True)
             if self._handle is not None:
                 self._handle.remove()
             self.finished = True
@@ -206,15 +217,14 @@ def upcycle(
         layers[mlp.name] = made.layer(mlp, generator_for(seed, mlp.name))
         layers[mlp.name].train(mlp.module.training)
     run = Mixture(model, made, layers, steps)
-    trains = [(p, p.requires_grad) for p in model.parameters()]
     try:
         _place(model, layers)
         made.begin(run)
     except BaseException:
         made.undo(run)
         _place(model, {m.name: m.module for m in mlps})
-        for parameter, was in trains:
-            parameter.requires_grad_(was)
+        for parameter in run.frozen:
+            parameter.requires_grad_(True)
         raise
     return run
 
