@@ -33,6 +33,8 @@ class Upcycling(MixtureMethod):
 
     Args:
         top_k: experts of a token.
+        renormalize: the k weights add up to 1; off, they stay probabilities, as top_k=1 needs for a
+            gradient of the router (Switch), and the start is another function.
         noise: on the matrices of the copies, in deviations of each; 0 keeps the function.
         capacity: factor of the even load at which experts turn tokens away in training; None: none
             is dropped, and never in evaluation.
@@ -40,6 +42,7 @@ class Upcycling(MixtureMethod):
     """
 
     top_k: int = 2
+    renormalize: bool = True
     noise: float = 0.0
     capacity: float | None = None
     layers: Layers = "all"
@@ -64,6 +67,10 @@ class Upcycling(MixtureMethod):
             raise InvalidArgument(f"top_k={self.top_k} must be in 1..experts={self.experts}")
         if self.noise < 0 or (self.capacity is not None and not self.capacity > 0):
             raise InvalidArgument("noise= from 0, capacity= above 0 or None")
+        if self.top_k == 1 and self.renormalize and self.start == "fresh" and not self.balance:
+            raise InvalidArgument(
+                "top_k=1 with renormalize gives the router no gradient; set renormalize=False"
+            )
         if self.layers not in ("all", "alternate", "first-half", "second-half"):
             raise InvalidArgument(
                 f"layers={self.layers!r}: use all, alternate, first-half or second-half"
@@ -80,7 +87,8 @@ class Upcycling(MixtureMethod):
     def layer(self, mlp: Mlp, generator: torch.Generator) -> MoE:
         down = mlp.weights[1]
         router = TopK(
-            self.experts, mlp.width, self.top_k, generator=generator, dtype=down.dtype,
-            device=down.device,
+            self.experts, mlp.width, self.top_k, renormalize=self.renormalize,
+            generator=generator, dtype=down.dtype, device=down.device,
         )  # fmt: skip
-        return MoE(router, self.bank(mlp, generator), capacity=self.capacity, renormalize=True)
+        return MoE(router, self.bank(mlp, generator), capacity=self.capacity,
+                   renormalize=self.renormalize)  # fmt: skip

@@ -205,6 +205,7 @@ class GraphOfTokens(MixtureMethod):
             for key, hook in list(module._forward_hooks.items()):
                 if isinstance(hook, _Tap):
                     del module._forward_hooks[key]
-        for owner in (getattr(job.model, n, None) for n in ("config", "generation_config")):
-            if job.own.get("use_cache") and hasattr(owner, "use_cache"):
-                owner.use_cache = True
+        for name in ("config", "generation_config"):
+            found: Any = getattr(job.model, name, None)
+            if job.own.get("use_cache") and hasattr(found, "use_cache"):
+                found.use_cache = True
