@@ -64,7 +64,7 @@ class ByteMixture:
                 **options: Any) -> Mixture:  # fmt: skip
         """A decoder with mixtures; `model`: dense, changed in place; None: an untrained one."""
         base = self.dense(seed) if model is None else model
-        run = sw.upcycle(base, method, steps=steps, seed=seed, **options)
+        run: Mixture = sw.upcycle(base, method, steps=steps, seed=seed, **options)
         for layer in run.layers.values():
             layer.dense = True  # the same function; faster for experts as narrow as these
         return run
