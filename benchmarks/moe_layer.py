@@ -2,7 +2,8 @@
 
 The peers do what the active experts do on as many rows as there are (token, expert) pairs, with one
 matrix for all of them: `products`, the bare matrix products; `dense`, a gated MLP, which has
-its activations too; `transformers`, the layer of Mixtral in Hugging Face transformers.
+its activations too; `transformers`, the layer of Mixtral in Hugging Face transformers. Time of the
+processor is recorded beside that of the clock, for machines that others use as well.
 """
 
 from __future__ import annotations
@@ -85,27 +86,32 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     made = arms(given)
     for repeat in range(given.repeats + 1):  # in turn, so that a busy moment hits all of them
         for name, run in made.items():
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             run()
+            spent = time.perf_counter() - began[0], time.process_time() - began[1]
             if repeat:
-                found.setdefault(name, []).append(1e3 * (time.perf_counter() - began))
-    ratios = {
-        peer: statistics.median(a / b for a, b in zip(found["moe"], found[peer], strict=True))
-        for peer in made
-        if peer != "moe"
-    }
+                found.setdefault(name, []).append((1e3 * spent[0], 1e3 * spent[1]))
+
+    def over(peer: str, clock: int) -> dict[str, float]:
+        """The layer's time in that of a peer: of the least of each, and median over the turns."""
+        ours, theirs = ([x[clock] for x in found[n]] for n in ("moe", peer))
+        return {
+            "least": min(ours) / min(theirs),
+            "median": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        }
+
+    peers = [n for n in made if n != "moe"]
     flops = 3 * 6 * given.tokens * given.top_k * given.width * given.hidden
     value = {
         "setting": {k: v for k, v in vars(given).items() if k != "out"},
         "gflop": flops / 1e9,
-        "ms": {
-            name: {"least": min(v), "median": statistics.median(v)} for name, v in found.items()
-        },
-        "moe_over": ratios,
+        "wall_ms": {n: min(x[0] for x in v) for n, v in found.items()},
+        "cpu_ms": {n: min(x[1] for x in v) for n, v in found.items()},
+        "moe_over": {p: {"wall": over(p, 0), "cpu": over(p, 1)} for p in peers},
         "machine": machine(),
     }
     with atomic_file(given.out) as file:

@@ -35,7 +35,10 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
         found[f"{name} varied"] = min(a - b for a, b in by_layer)
         return EXPERTS * (1 - found[f"{name} tls"])
 
-    window = {"warmup": steps // 6, "window": max(1, steps // 60)}  # as in the paper, of 60,000 steps
+    window = {
+        "warmup": steps // 6,
+        "window": max(1, steps // 60),
+    }  # as in the paper, of 60,000 steps
     active = arm("blockffn", "blockffn", hidden=HIDDEN, **LOSSES, **window)
     arm("without losses", "blockffn", hidden=HIDDEN, locality=0.0, chunks=0.0)
     arm("without locality", "blockffn", hidden=HIDDEN, **{**LOSSES, "locality": 0.0}, **window)
