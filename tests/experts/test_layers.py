@@ -16,7 +16,7 @@ from sparseworks.core.errors import InvalidArgument
 from sparseworks.experts.banks import ACTIVATIONS, Experts
 from sparseworks.experts.layers import MoE, mixtures
 from sparseworks.experts.losses import load_balance, z_loss
-from sparseworks.experts.products import reference, segments
+from sparseworks.experts.products import grouped, reference, segments
 from sparseworks.experts.routers import TopK
 from sparseworks.experts.routing import Routing, limit, rank_of, top
 
@@ -79,6 +79,21 @@ def test_segments_equal_the_reference_for_any_counts(counts, gated, bias):
     ours, wanted = (torch.autograd.grad(y.sin().sum(), leaves, allow_unused=True) for y in found)
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_grouped_product_equals_the_reference(gated, monkeypatch):
+    monkeypatch.setattr("sparseworks.experts.products._grouped_mm", lambda x, w: True)
+    bank = Experts(4, 8, 16, gated=gated, bias=True)
+    counts = [3, 0, 5, 8]
+    x = torch.randn(16, 8, requires_grad=True)
+    leaves = [x, *bank.parameters()]
+    ours = grouped(x, torch.tensor(counts), bank.weights, F.silu, gated)
+    wanted = reference(x, counts, bank.weights, F.silu, gated)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    grads = (torch.autograd.grad(y.sin().sum(), leaves) for y in (ours, wanted))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_training_and_evaluation_compute_the_same():
