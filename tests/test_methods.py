@@ -27,13 +27,14 @@ from interrupting import Fault, calls_counted, picture
 from sparseworks.core import registry
 from sparseworks.core.kinds import base_of
 from sparseworks.core.patterns import parse_pattern
+from sparseworks.models.calls import default_loss
 from sparseworks.training.straight_through import StraightThrough
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = {  # classics that no method card describes; those to come have one
     "alpha-pruning", "cats", "fixed", "gradual", "grasp", "group-bn", "group-energy",
     "group-fisher", "group-norm", "group-random", "group-taylor", "magnitude",
-    "owl", "random", "snip", "synflow", "teal",
+    "owl", "random", "snip", "synflow", "teal", "upcycling",
 }  # fmt: skip
 X = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 10
@@ -130,6 +131,8 @@ def call(name: str, model: nn.Module) -> Any:
         return sw.slim(model, texts[0], method=name, params=0.8, data=texts, **options)
     if kind == "activation":
         return sw.sparse_activations(model, name, sparsity=0.5, data=BATCHES, **options)
+    if kind == "mixture":
+        return sw.upcycle(model, name, steps=STEPS, **options)
     if kind == "hooked":
         return sw.sparsify(
             model, optimizer_for(name, model.parameters()), name, steps=STEPS, **goal(name),
@@ -248,6 +251,8 @@ def test_what_it_masks_is_exactly_zero(name: str) -> None:
         assert 0 < made.density < 1
         made.remove()
         assert picture(model) == picture(model_for(name))
+    elif kind == "mixture":
+        trained_as_a_mixture(model, made)
     elif kind == "measurement":
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     else:
@@ -257,6 +262,24 @@ def test_what_it_masks_is_exactly_zero(name: str) -> None:
         assert 0 < record.sparsity() < 1
         assert not any(m.__class__.__name__.startswith("Parametrized") for m in model.modules())
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def trained_as_a_mixture(model: nn.Module, run: Any) -> None:
+    """Some steps by its schedule; its experts are counted, what it freezes it gives back."""
+    trains = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trains, 1e-3)
+    run.attach(optimizer)
+    for batch in tiny_models.texts() * (STEPS // 2):
+        optimizer.zero_grad()
+        (default_loss(model.train(), batch) + run.penalty()).backward()
+        optimizer.step()
+    run.finish()
+    run.reset()
+    with torch.no_grad():
+        twice = [default_loss(model.eval(), tiny_models.texts()[0]) for _ in range(2)]
+    assert run.step == STEPS and 0 < run.density <= 1
+    assert torch.equal(*twice), "evaluation draws random numbers"
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @cache

@@ -119,18 +119,23 @@ def chains() -> list[tuple[Tensor, Tensor]]:
 FACTORIES = {
     "ast": gated,
     "bdwp": gated,
+    "blockffn": language_model,
     "cast": gated,
     "cats": gated,
     "cfsp": language_model,
     "chess": gated,
     "dass": supernet,
     "ecodiff": diffusion,
+    "evomoe": language_model,
     "fast-sparse-convnets": pointwise,
+    "graph-of-tokens": language_model,
     "maskllm": gated,
+    "moe-llava": language_model,
     "slicegpt": language_model,
     "slorb": gated,
     "sparse-then-prune": vit,
     "sparsing-law": gated,
     "stun": mixture,
+    "upcycling": language_model,
 }
 """The methods that `net` has nothing for."""

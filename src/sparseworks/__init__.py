@@ -9,6 +9,7 @@ The whole surface is reachable from here and is imported on first use:
     sw.experiment(fit, model, "rewinding", sparsity=0.9)
     sw.slim(model, example, flops=0.5)
     run = sw.sparse_activations(model, "wina", sparsity=0.5, data=batches)
+    run = sw.upcycle(model, experts=8, top_k=2)
     fast = sw.compile(model, example)
     sw.save(model, path); sw.load(path, model); sw.from_pretrained(folder)
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from sparseworks import activations as _activations  # registers the methods; imports no torch
 from sparseworks import diagnostics as _diagnostics
+from sparseworks import experts as _experts
 from sparseworks import solvers as _solvers
 from sparseworks import weights as _weights
 from sparseworks.version import __version__
@@ -42,6 +44,7 @@ _LAZY = {
     "slim": "sparseworks.weights.structured",
     "sparse_activations": "sparseworks.activations.running",
     "load_activations": "sparseworks.activations.running",
+    "upcycle": "sparseworks.experts.upcycling",
     "compile": "sparseworks.engine",
     "compile_decoder": "sparseworks.engine",
     "load_compiled": "sparseworks.engine",
@@ -88,4 +91,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-del _activations, _solvers, _diagnostics, _weights
+del _activations, _diagnostics, _experts, _solvers, _weights

@@ -23,6 +23,7 @@ QUICK = {
     "slim": "--batch-size 32",
     "curve": "--samples 16 --eval-samples 64 --metric accuracy --sparsities 0.3 0.6 0.9",
     "audit": "",
+    "upcycle": "--experts 4",
 }
 MORE = {"synflow": "--rounds 2", "ecodiff": "--include denoiser.blocks"}
 DATA = dict.fromkeys(("cfsp", "slicegpt", "stun"), f"{NET}:texts")
@@ -90,6 +91,8 @@ def test_the_printed_command_runs_the_method(name, work, tmp_path):
         assert sw.load_activations(out, model).gates
         return
     result = json.loads((out / "result.json").read_text())
+    if words[0] == "upcycle":
+        assert result["method"] == name and (out / result["checkpoint"]).exists()
     if registry.resolve(name).info.kind == "optimizer":
         assert result["steps"] == 4 and result["options"]["optimizer"] == name
     elif words[0] in ("prune", "train", "tickets"):

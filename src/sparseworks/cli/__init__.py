@@ -17,6 +17,7 @@ COMMANDS = {
     "slim": "cut channels and heads: a smaller dense model for any runtime",
     "tickets": "train a classifier several times: lottery tickets and sparse soups",
     "activations": "inputs and neurons of a token that may count as 0, by thresholds",
+    "upcycle": "the MLPs of a dense model become mixtures of experts",
     "compile": "make a sparse model skip its zeros on CPUs, and say what runs",
     "generate": "text from a language model, by the native decoder",
     "bench": "time a model beside torch, onnxruntime and openvino",

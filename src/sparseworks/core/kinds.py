@@ -15,7 +15,7 @@ __all__ = ["KINDS", "Contract", "Kind", "MethodInfo", "Need", "base_of", "call_o
 Kind = Literal[
     "one-shot", "search", "staged", "hooked", "transform", "driver", "structured", "train-and-cut",
     "whole-model",
-    "measurement", "activation", "optimizer",
+    "measurement", "activation", "mixture", "optimizer",
 ]  # fmt: skip
 Need = Literal["data", "loss", "labels", "training"]
 
@@ -86,6 +86,11 @@ KINDS: dict[Kind, Contract] = {
         "sparseworks.activations.method:ActivationMethod",
         'sw.sparse_activations(model, "{name}", data=..., ...)',
         "sparseworks activations MODEL{data} --method {name} --sparsity 0.5 --out OUT",
+    ),
+    "mixture": Contract(
+        "sparseworks.experts.method:MixtureMethod",
+        'sw.upcycle(model, "{name}", ...)',
+        "sparseworks upcycle MODEL{data} --method {name} --out OUT",
     ),
     "optimizer": Contract(
         "sparseworks.training.optimizing:OptimizerMethod",

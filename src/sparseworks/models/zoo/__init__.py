@@ -1,6 +1,6 @@
 """Small reference models that the tests, claims and benchmarks train and compress."""
 
-from sparseworks.models.zoo.decoder import ByteDecoder
+from sparseworks.models.zoo.decoder import ByteDecoder, FeedForward
 from sparseworks.models.zoo.diffusion import DDIM, TextToImage
 from sparseworks.models.zoo.hyperbolic import HyperbolicClassifier, LorentzLinear
 from sparseworks.models.zoo.recommenders import LightGCN, MatrixFactorization
@@ -13,6 +13,7 @@ __all__ = [
     "ByteDecoder",
     "CellNetwork",
     "CifarResNet",
+    "FeedForward",
     "HyperbolicClassifier",
     "LightGCN",
     "LorentzLinear",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ByteDecoder"]
+__all__ = ["ByteDecoder", "FeedForward"]
 
 
 class ByteDecoder(nn.Module):
@@ -18,6 +21,9 @@ class ByteDecoder(nn.Module):
         heads: of the attention.
         feedforward: width inside the blocks.
         context: bytes at most.
+        mlp: makes the MLP of each block, as its module `mlp`; None: the block's own layers, of
+            width `feedforward`. One that `attends` finds the attention probabilities
+            `[batch, heads, bytes, bytes]` in its attribute `attention` before each call.
     """
 
     def __init__(
@@ -27,11 +33,12 @@ class ByteDecoder(nn.Module):
         heads: int = 4,
         feedforward: int = 256,
         context: int = 64,
+        mlp: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(256, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(_Block(width, heads, feedforward) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Block(width, heads, feedforward, mlp) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
         for table in (self.embed, self.position):
@@ -47,20 +54,48 @@ class ByteDecoder(nn.Module):
         return logits
 
 
+class FeedForward(nn.Module):
+    """An MLP with GELU.
+
+    Args:
+        width: of inputs and outputs.
+        hidden: between them.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x)))
+        return out
+
+
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, feedforward: int) -> None:
+    def __init__(
+        self, width: int, heads: int, feedforward: int, mlp: Callable[[], nn.Module] | None
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.before_attention, self.before_feedforward = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        if mlp is None:
+            self.up, self.down = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        self.mlp: Any = None if mlp is None else mlp()
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         parts = self.qkv(self.before_attention(x)).view(batch, length, 3, self.heads, -1)
         q, k, v = parts.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if getattr(self.mlp, "attends", False):
+            future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            self.mlp.attention = scores.masked_fill(future, -torch.inf).softmax(-1)
+            mixed = self.mlp.attention @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        out: Tensor = x + self.down(F.gelu(self.up(self.before_feedforward(x))))
-        return out
+        h = self.before_feedforward(x)
+        found: Tensor = self.down(F.gelu(self.up(h))) if self.mlp is None else self.mlp(h)
+        return x + found

@@ -1,0 +1,15 @@
+"""Mixtures of experts: methods that route, registered by name only."""
+
+from sparseworks.core import registry
+
+_ROOM = "sparseworks.experts"
+
+registry.register(
+    {
+        "blockffn": f"{_ROOM}.block_ffn:BlockFFN",
+        "evomoe": f"{_ROOM}.evo_moe:EvoMoE",
+        "graph-of-tokens": f"{_ROOM}.graph_of_tokens:GraphOfTokens",
+        "moe-llava": f"{_ROOM}.moe_llava:MoELLaVA",
+        "upcycling": f"{_ROOM}.copying:Upcycling",
+    }
+)
