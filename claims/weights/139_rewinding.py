@@ -1,7 +1,11 @@
 """Tickets from an early step against tickets from the initialisation, and why: stability.
 
 The quick setting trains a perceptron at a high rate, and to its end: a training that is cut short
-says nothing on accuracy.
+says nothing on accuracy. 600 images are for training and 1,197 for testing, and up to 12 seeds:
+with 597 test images the barrier between two data orders was lost in their noise.
+
+The barrier's verdict is that of the first look, whose three values are alike by chance: over the 12
+seeds that other promises took its mean is 0.04 points (-0.03 to 0.11), that is, open.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from torch import nn
 
 import sparseworks as sw
 from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.diagnostics.judging import LOOKS
 from sparseworks.diagnostics.subjects import (
     digits_subject,
     image_subject,
@@ -28,14 +33,14 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     full = setting == "full"
     # no warm-up and a high rate from the first step: the contrary would hide the need to rewind
     recipe = Recipe(
-        epochs=8 if full else 20, batch_size=64 if full else 50, lr=0.1 if full else 0.2,
+        epochs=8 if full else 40, batch_size=64 if full else 50, lr=0.1 if full else 0.2,
         weight_decay=1e-4, schedule="step", augment=full,
     )  # fmt: skip
     accuracy: Callable[[nn.Module], float]
     if full:
         images, accuracy = image_subject(seed, 10_000)
     else:
-        images, held = digits_subject(seed)
+        images, held = digits_subject(seed, 600)
 
         def accuracy(model: nn.Module) -> float:
             return loss_and_accuracy(model, held)[1]
@@ -84,7 +89,7 @@ CLAIM = Claim(
     title="tickets rewound to an early step beat those rewound to the initialisation",
     model="a 64-256-256-10 perceptron from scratch, 98 % sparse in 3 rounds (full: ResNet-20, "
     "87.5 %)",
-    data="scikit-learn's digits: 1,200 to train for 20 epochs, 597 to test (full: 10,000 images of "
+    data="scikit-learn's digits: 600 to train for 40 epochs, 1,197 to test (full: 10,000 images of "
     "CIFAR-10 for 8)",
     baseline="rewinding to step 0; the same masks on new values, from step k of the schedule",
     metric="test accuracy, points; root mean square distance of final weights",
@@ -94,9 +99,10 @@ CLAIM = Claim(
         Promise("over new values", "accuracy above the same masks on new values", margin=1.0),
         Promise("closer to dense", "the ticket ends closer to the dense weights than with k = 0"),
         Promise("closer between orders", "two data orders end closer than with k = 0"),
-        Promise("lower barrier", "error barrier between two data orders lower than with k = 0"),
+        Promise("lower barrier", "error barrier between two data orders lower than with k = 0",
+                negligible=0.25),
     ),
     measure=measure,
-    looks=(3, 5, 8),
-    version=2,
+    looks=LOOKS,
+    version=3,
 )  # fmt: skip
