@@ -19,6 +19,12 @@ one of `largest` and more (embeddings, heads), gets AdamW.
 The released code keeps chosen columns in the order of their norms, so that without rotation a
 column's moments pass to another one at every step; here they stay in rising order. Its matrix
 route and its FFT route use bases that are transposes of each other; here both are the DCT-II.
+
+In our quick setting (claim 095: a Llama of width 96, 150 steps, r = n / 8, lr 3e-3) a step takes
+38 % less memory than AdamW's and choosing columns a 24th of an SVD's time, but the loss is above
+GaLore's by more than 2 %, and error feedback makes it worse. That is without rotation; with it,
+single runs on other held-out bytes came to 2.58, and to 2.40 at lr 1e-2 (AdamW is at 2.4): try
+`rotate`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,11 @@ product with a gathered input: no scatter, no rebuilt weight, as random entries 
 The split of W0 and the columns are the paper's; that f is SiLU, gamma 0.7 and K about 1 % of the
 inputs is not certain. At that gamma, and behind SiLU, y would be much smaller than x W0^T: with
 `balance` the factors are scaled so that it has the same size for Gaussian inputs.
+
+In our quick setting (claim 089: a Llama of width 96, 120 steps) its layers take about a third of
+the time of SLTrain's and training less than half the memory of dense training, but the loss is
+above SLTrain's and above low rank alone; the columns of a Gaussian start have nearly equal norms,
+so that random channels do as well.
 """
 
 from __future__ import annotations

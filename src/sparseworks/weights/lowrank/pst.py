@@ -19,6 +19,10 @@ The released script trains these alone and leaves its classifier head as it was 
 output head trains too unless `head` is off. It has one learning rate, 3e-5, for all. At larger ones
 the scores drown |W|, which is of the size of 0.05: Adam's steps do not depend on the size of
 gradients, so that a1 = a2 = 0.1 are the scores at a tenth of the learning rate.
+
+In our quick setting (claim 086: a byte decoder of width 64, 90 %, 150 steps) the learned importance
+is worth 0.008 nats; the same number of parameters in the update alone is worth 0.027, and training
+all weights 0.07 more.
 """
 
 from __future__ import annotations

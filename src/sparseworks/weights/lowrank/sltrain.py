@@ -14,6 +14,11 @@ The released code builds W and G whole in every layer and keeps the places as in
 are the same. Its scale is alpha / r: 1/4 at 60M parameters, 1/16 at 130M and 350M, 1/64 at 1B,
 1/128 at 7B, with r a quarter of the width, density 0.03 (7B: 0.05) and a learning rate of 3e-3
 without decay.
+
+In our quick setting (claim 087: a Llama of width 96, 240 steps, r 12) training takes 55 % less
+memory than dense training, W has full rank, and the loss is below that of full rank, which so few
+steps leave undertrained. From B = 0 low rank alone (density 0) does not train a gated MLP at all:
+all its products are 0 and stay so.
 """
 
 from __future__ import annotations

@@ -25,6 +25,10 @@ is a linear layer like others.
 The length of a round, the fresh state and p are as we know the paper, not from code; `every` is
 ours. With Adam the missing factor s_i hardly matters, since its steps do not depend on the size of
 gradients; with SGD it does.
+
+In our quick setting (claim 076: 120 steps of a Llama of width 96) LoRA and ReLoRA of equal rank
+reach a lower loss; in a hyperbolic classifier SST is about 10 points more accurate than LoRA, and
+training takes 46 % less memory than dense training.
 """
 
 from __future__ import annotations
