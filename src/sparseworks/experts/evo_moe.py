@@ -12,6 +12,10 @@ from a share `hard` of them on only the argmax of g stays, with weight softmax(W
 
 is N with all experts active and the mean weight of the top one with one: it pushes to sparsity.
 
+In our quick setting (claim 041: a byte decoder, 300 steps) spawned experts, fresh ones under the
+same gate, and Switch are not told apart at equal steps; at equal multiplications Switch is far
+ahead, for all experts compute in much of the training.
+
 Evaluation is top-1 on clean logits, without noise or drops (released code drops tokens there, and
 keeps the noise with w = g; its switch to hard gating is at step 0 unless set). Train the dense
 model first, for a fifth of all steps, say, then call `upcycle`: copies lose a random share

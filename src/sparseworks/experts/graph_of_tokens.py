@@ -11,6 +11,10 @@ and the plain average over heads are our reading: the paper weighs heads by a po
 mixes in the identity: S = (1 - keep) S + keep I (attention alone makes r~ flat, with near ties that
 flip).
 
+In our quick setting (claim 182: a byte decoder, 240 steps) attention makes first experts change two
+to four times as often late in training, in every seed, at about equal loss; for similarity it goes
+either way, and only its robustness to replaced bytes is shown.
+
 S is causal with `causal=True`. A token's experts depend on all tokens before it, which a cache of
 keys and values does not hold: `use_cache` of a Hugging Face model is turned off.
 """

@@ -9,6 +9,10 @@ and only experts, routers and the MLPs that stay dense train on. An expert takes
 tokens / N) tokens, first choices before second ones. The loss is N sum_i F_i P_i with F the share
 of tokens whose first choice is i.
 
+In our quick setting (claim 044: questions on small images, 72 steps in all) three stages end above
+training everything at once by 0.23 nats (0.14 to 0.32); against dense MLPs in the last stage it is
+open.
+
 The noise is drawn in training only (DeepSpeed draws it in evaluation as well), and evaluation drops
 nothing unless `eval_capacity` says so (2.0 in the released scripts).
 """
