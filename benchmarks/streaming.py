@@ -119,7 +119,7 @@ def one(folder: Path, out: Path, name: str, texts: int, of: str) -> dict[str, An
             peaks["anon"] = max(peaks["anon"], now["RssAnon"] + now["RssShmem"])
             peaks["rss"] = max(peaks["rss"], now["VmRSS"])
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began, cpu = time.perf_counter(), time.process_time()
     found = ready.pop("run")()

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sparseworks.core.errors import CheckpointError
 from sparseworks.core.masks import MaskEntry, Masks, unpack_bits
 from sparseworks.io.atomic import atomic_file
-from sparseworks.io.container import Container
+from sparseworks.io.container import Container, Part, as_bytes, header_bytes
+from sparseworks.io.writing import write_at
 
 __all__ = ["FOLDER", "read_beside", "write_beside"]
 
@@ -23,16 +25,18 @@ _METHOD = "sparseworks.method"
 
 
 def write_beside(path: Path, record: Masks) -> None:
-    """Write some masks as one file."""
-    from safetensors.torch import save_file
-
-    patterns = {n: record.entry(n).pattern for n in record}
-    with atomic_file(path) as temporary:
-        save_file(
-            {n: record.entry(n).packed for n in record},
-            temporary,
-            {**patterns, _METHOD: record.method},
-        )
+    """Write some masks as one file, the same bytes for the same masks."""
+    packed = {n: record.entry(n).packed for n in sorted(record)}
+    parts, position = {}, 0
+    for name, bits in packed.items():
+        parts[name] = Part(name, torch.uint8, (bits.numel(),), position, position + bits.numel())
+        position += bits.numel()
+    patterns = {n: record.entry(n).pattern for n in packed}
+    header = header_bytes(parts, {**patterns, _METHOD: record.method})
+    with atomic_file(path) as temporary, open(temporary, "wb", buffering=0) as file:
+        write_at(file.fileno(), memoryview(header), 0)
+        for name, bits in packed.items():
+            write_at(file.fileno(), as_bytes(bits), len(header) + parts[name].start)
 
 
 def read_beside(folder: Path, model: nn.Module) -> Masks | None:
