@@ -138,9 +138,11 @@ def _digits(seed: int) -> dict[str, float]:
     data = Digits(seed)
     dense, ours = data.model(), data.model()
     finetune(dense, data.batches, epochs=EPOCHS, steps_per_epoch=20, lr=LR)
-    widths = WGSEF(keep=LEVEL / UNITS, lr=LR).fit(
-        ours, data.test[0][:2], data.batches, epochs=EPOCHS, steps_per_epoch=20
-    ).widths
+    widths = (
+        WGSEF(keep=LEVEL / UNITS, lr=LR)
+        .fit(ours, data.test[0][:2], data.batches, epochs=EPOCHS, steps_per_epoch=20)
+        .widths
+    )
     ((_, left),) = widths.values()
     found = {"units": float(left)}
     shrunk, refitted = data.tuned(left, refit=False), data.tuned(left, refit=True)

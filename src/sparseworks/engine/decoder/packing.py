@@ -228,7 +228,7 @@ def _density(dense: Tensor) -> tuple[float, float]:
     """Shares of weights that are not 0, and of groups of 16 columns that hold one."""
     weights = groups = 0
     pad = -dense.shape[1] % _ROWS
-    for rows in dense.split(max(1, _SAMPLE // dense.shape[1])):
+    for rows in torch.split(dense, max(1, _SAMPLE // dense.shape[1])):
         live = torch.nn.functional.pad(rows != 0, (0, pad)).view(rows.shape[0], -1, _ROWS)
         weights += int(live.sum())
         groups += int(live.any(2).sum())
