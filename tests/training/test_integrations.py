@@ -133,7 +133,7 @@ def test_the_best_checkpoint_comes_with_its_masks(trainer, tmp_path):
 def test_the_trainer_refuses_what_cannot_be(trainer, tmp_path):
     with pytest.raises(InvalidArgument, match="did you mean 'rigl'"):
         sw.trainer_callback("rigel", sparsity=0.5)
-    with pytest.raises(InvalidArgument, match="needs a sparsity"):
+    with pytest.raises(InvalidArgument, match="needs `sparsity`"):
         sw.trainer_callback("rigl")
     with pytest.raises(InvalidArgument, match="is one-shot"):
         sw.trainer_callback("wanda", sparsity=0.5)

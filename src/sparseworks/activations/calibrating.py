@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -151,9 +152,11 @@ class Job:
               batches: Sequence[Batch] | None = None) -> None:  # fmt: skip
         """Run the data through the model with hooks on modules, by name."""
         modules = dict(self.model.named_modules())
-        handles = [modules[n].register_forward_pre_hook(h) for n, h in before.items()]
-        handles += [modules[n].register_forward_hook(h) for n, h in after.items()]
-        replay(self.model, self.batches if batches is None else batches, handles)
+        hooks = chain(
+            (modules[n].register_forward_pre_hook(h) for n, h in before.items()),
+            (modules[n].register_forward_hook(h) for n, h in after.items()),
+        )
+        replay(self.model, self.batches if batches is None else batches, hooks)
 
 
 def quantile(values: Tensor, share: float) -> float:

@@ -74,17 +74,21 @@ def collect(
 def replay(
     model: nn.Module,
     batches: Iterable[Batch],
-    handles: Sequence[Any],
+    hooks: Iterable[Any],
     padding: list[Tensor | None] | None = None,
 ) -> None:
     """Run batches through a model whose modules have hooks, and take those off in the end.
 
     Args:
-        handles: of the hooks.
+        hooks: their handles, from a generator that puts one on at a time, so that none stays when
+            the next one fails.
         padding: a list that holds, while a batch runs, the mask of its real tokens, or None.
     """
-    device = device_of(model)
+    handles: list[Any] = []
     try:
+        for handle in hooks:
+            handles.append(handle)
+        device = device_of(model)
         with calibration_mode(model):
             for batch in batches:
                 if padding is not None:

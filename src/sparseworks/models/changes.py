@@ -60,10 +60,8 @@ def block_changes(
 
         return after
 
-    handles = [
-        model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in names
-    ]
-    replay(model, batches, handles, padding)
+    hooks = (model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in names)
+    replay(model, batches, hooks, padding)
     for name, count in counts.items():
         if not count:
             raise ModelError(f"{name}: the calibration data did not use it")

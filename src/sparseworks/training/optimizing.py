@@ -62,10 +62,8 @@ def registered(name: str, options: Mapping[str, Any]) -> OptimizerMethod:
     Raises:
         InvalidArgument: there is none of this name, or it has not these options.
     """
-    try:
-        made: OptimizerMethod = registry.build(name, ("optimizer",), **options)
-    except InvalidArgument as error:
-        raise InvalidArgument(
-            f"optimizer={name!r} is neither sgd nor adamw nor a registered one: {error}"
-        ) from None
+    if name not in registry.names():
+        there = [n for n in registry.names() if registry.resolve(n).info.kind == "optimizer"]
+        raise InvalidArgument(f"optimizer={name!r}: give sgd or adamw, or {', '.join(there)}")
+    made: OptimizerMethod = registry.build(name, ("optimizer",), **options)
     return made

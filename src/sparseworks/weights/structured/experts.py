@@ -131,8 +131,8 @@ def coactivations(
 
         return before
 
-    handles = [b.experts.register_forward_pre_hook(hook(b), with_kwargs=True) for b in banks]
-    replay(model, batches, handles, padding)
+    hooks = (b.experts.register_forward_pre_hook(hook(b), with_kwargs=True) for b in banks)
+    replay(model, batches, hooks, padding)
     return counts
 
 
