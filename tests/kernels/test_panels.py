@@ -96,7 +96,7 @@ def _compare(panels, x):
     wanted = x.double() @ dense.double().T
     # what the rounding of inputs may do: to 16 bits of the largest for integers, to bf16 in batches
     size = x.double().abs() @ dense.double().abs().T
-    many = x.shape[0] > 4 and panels.format != Format.FLOAT
+    many = x.shape[0] > 8 and panels.format != Format.FLOAT
     bound = 2.0**-7 if many else 1e-6
     slack = size * bound
     if panels.format.bits and not many:

@@ -139,7 +139,7 @@ def onnxruntime_candidate(
 
     Args:
         type: int4 or fp32, as the builder names them.
-        tokenizer: what the builder copies; without one it writes the model alone and fails later.
+        tokenizer: what the builder copies; None: one without words, as it refuses a model alone.
 
     Raises:
         MissingDependency: onnxruntime-genai is not installed.
@@ -150,8 +150,7 @@ def onnxruntime_candidate(
     source, made = folder / "source", folder / f"onnxruntime-genai {type}"
     if not source.exists():
         model.save_pretrained(source)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(source)
+        (_no_words() if tokenizer is None else tokenizer).save_pretrained(source)
     command = ["-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(made),
                "-p", type, "-e", "cpu", "-c", str(folder / "cache")]  # fmt: skip
     built = subprocess.run([sys.executable, *command], capture_output=True, text=True)
@@ -165,6 +164,16 @@ def onnxruntime_candidate(
     settings.write_text(json.dumps(about))
     config: Any = model.config
     return _onnxruntime(made, config)
+
+
+def _no_words() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<unk>", eos_token="<unk>"
+    )
 
 
 def _onnxruntime(made: Path, config: Any) -> Candidate:
