@@ -26,6 +26,7 @@ _STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e4ecea;--paper:#121817;--muted:#93a29e;
 --line:#2a3532;--card:#1a2220;--accent:#57c7b6}}
 *{box-sizing:border-box}
+html{scrollbar-gutter:stable}
 body{margin:0 auto;max-width:1080px;padding:40px 24px 64px;background:var(--paper);
 color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 h1{font-size:28px;line-height:1.2;margin:0 0 4px;text-wrap:balance}
