@@ -1,4 +1,7 @@
-"""CHESS: thresholds of a channel against one of a layer, at equal realised shares."""
+"""CHESS: thresholds of a channel against one of a layer, at equal realised shares.
+
+Up to 8 seeds, because 5 left 50 % open.
+"""
 
 from __future__ import annotations
 
@@ -93,5 +96,5 @@ CLAIM = Claim(
         Promise("keys and values 70", "sparse inputs of k and v cost more than of q and o at 70 %"),
     ),
     measure=measure,
-    seeds=(0, 1, 2, 3, 4),
+    looks=(3, 5, 8),
 )

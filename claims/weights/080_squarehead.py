@@ -1,4 +1,7 @@
-"""SquareHead against cross-entropy alone when a pruned byte decoder is tuned on little text."""
+"""SquareHead against cross-entropy alone when a pruned byte decoder is tuned on little text.
+
+Up to 8 seeds: 3 left 90 % open.
+"""
 
 from __future__ import annotations
 
@@ -62,9 +65,10 @@ CLAIM = Claim(
     baseline="cross-entropy alone; divergence of the logits",
     metric="held-out loss, nats a byte",
     promises=(
-        Promise("over cross-entropy 0.8", "80 %: below cross-entropy alone"),
-        Promise("over cross-entropy 0.9", "90 %: below cross-entropy alone"),
+        Promise("over cross-entropy 0.8", "80 %: below cross-entropy alone", negligible=0.01),
+        Promise("over cross-entropy 0.9", "90 %: below cross-entropy alone", negligible=0.01),
         Promise("over divergence", "80 %: below cross-entropy with the logits' divergence"),
     ),
     measure=measure,
+    looks=(3, 5, 8),
 )
