@@ -37,7 +37,7 @@ class Footprint:
     solving: int
     hidden: int
     forward: int
-    kept: int = 160_000_000
+    kept: int = 250_000_000
 
     @property
     def total(self) -> int:
