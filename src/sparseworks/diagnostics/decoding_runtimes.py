@@ -170,10 +170,9 @@ def _no_words() -> Any:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    made: Any = PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<unk>", eos_token="<unk>"
-    )
+    return made(tokenizer_object=words, unk_token="<unk>", bos_token="<unk>", eos_token="<unk>")
 
 
 def _onnxruntime(made: Path, config: Any) -> Candidate:
