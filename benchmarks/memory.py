@@ -20,21 +20,11 @@ from pathlib import Path
 import torch
 
 import sparseworks as sw
+from sparseworks.diagnostics.memory import begin_peak, kilobytes
 
 
 def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def high_water() -> float:
-    """GB, of Linux's own count, which `high_water_from_now` begins anew and returns."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-
-
-def high_water_from_now() -> float:
-    Path("/proc/self/clear_refs").write_text("5")
-    return high_water()
 
 
 def write(rows: dict[str, object], out: Path | None) -> None:
@@ -65,13 +55,14 @@ def main() -> None:
         model = model.to(torch.bfloat16).eval()
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     if options.decoder:
-        before = high_water_from_now()
+        begin_peak()
+        before = kilobytes("VmHWM")
         start = time.perf_counter()
         decoder = sw.compile_decoder(model, dtype=options.decoder)
         write({
             "model_gb": size, "packed_gb": decoder.report.nbytes / 1e9,
-            "beyond_model_gb": high_water() - before, "compile_s": time.perf_counter() - start,
-            "dtype": options.decoder,
+            "beyond_model_gb": (kilobytes("VmHWM") - before) * 1024 / 1e9,
+            "compile_s": time.perf_counter() - start, "dtype": options.decoder,
         }, options.out)  # fmt: skip
         return
     rows = {"model_gb": size, "after_build_gb": peak_gb()}

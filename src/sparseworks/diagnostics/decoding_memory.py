@@ -15,26 +15,22 @@ _LIBRARIES = {
 }
 
 
-def _kilobytes(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return int(next(line for line in file if line.startswith(field)).split()[1])
-
-
 def main(runtime: str, path: str, config: str, threads: str) -> None:
     """Arguments as text, as the command line gives them."""
     import torch
 
     from sparseworks.diagnostics.decoding_runtimes import reopen
+    from sparseworks.diagnostics.memory import kilobytes
 
     for name in _LIBRARIES[runtime]:
         importlib.import_module(name)
     torch.set_num_threads(int(threads))
-    before = _kilobytes("VmRSS")
+    before = kilobytes("VmRSS")
     opened = reopen(runtime, path, SimpleNamespace(**json.loads(config)), int(threads))
     opened.prompt(list(range(3, 67)))
     for token in range(3, 19):
         opened.step(token)
-    print(1024 * (_kilobytes("VmHWM") - before))
+    print(1024 * (kilobytes("VmHWM") - before))
 
 
 if __name__ == "__main__":

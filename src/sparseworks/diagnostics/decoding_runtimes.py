@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import MissingDependency, ModelError
 from sparseworks.diagnostics.decoding import Candidate
+from sparseworks.diagnostics.memory import told
 
 __all__ = [
     "DECODERS", "decoding_peers", "llama_cpp_candidate", "onnxruntime_candidate", "our_candidate",
@@ -244,7 +245,7 @@ def reopen(runtime: str, path: str, config: Any, threads: int) -> Candidate:
 def peak_memory(candidate: Candidate, config: Any, threads: int) -> int | None:
     """Bytes at most in a fresh process that opens a candidate, reads 64 tokens and writes 16,
     beyond what the libraries take; None where it cannot be told."""
-    if candidate.saved is None or not Path("/proc/self/status").exists():
+    if candidate.saved is None or not told():
         return None
     about = {"vocab_size": config.vocab_size,
              "max_position_embeddings": config.max_position_embeddings}  # fmt: skip

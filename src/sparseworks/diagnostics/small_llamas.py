@@ -13,19 +13,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparseworks.core.errors import DataError, InvalidArgument
+from sparseworks.diagnostics.memory import begin_peak, kilobytes, told
 
 __all__ = ["WIDE", "small_llama", "step_memory"]
 
 WIDE = {"width": 768, "layers": 4, "feedforward": 2048, "heads": 8}
 """The model whose steps are measured: 28M parameters in its blocks."""
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def small_llama(
@@ -62,7 +61,7 @@ def step_memory(
         InvalidArgument: the system tells no resident sizes (it is not Linux).
         DataError: the child process failed.
     """
-    if not _STATUS.is_file():
+    if not told():
         raise InvalidArgument("memory is measured on Linux alone (/proc/self/status is missing)")
     given = {"method": method, "optimizer": optimizer, "tokens": tokens, "steps": steps,
              "size": dict(size), "settings": settings}  # fmt: skip
@@ -91,7 +90,7 @@ def _child() -> None:
     torch.optim.AdamW(small.parameters()).step()
     torch.linalg.svd(torch.randn(8, 8))
     del small
-    before = _kilobytes("VmRSS")
+    before = kilobytes("VmRSS")
     model = small_llama(**given["size"]).train()
 
     def build(parameters: Any) -> torch.optim.Optimizer:
@@ -109,15 +108,10 @@ def _child() -> None:
     else:
         sparse = Sparse(given["method"], settings=given["settings"])
         _, optimizer = sparse.begin(model, given["steps"] + 1, build)
-    _RESET.write_text("5")  # the largest resident size starts again
+    begin_peak()
     ids = torch.randint(256, (1, given["tokens"]), generator=torch.Generator().manual_seed(0))
     for _ in range(given["steps"]):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    print((_kilobytes("VmHWM") - before) / 1000)
-
-
-def _kilobytes(name: str) -> int:
-    lines = _STATUS.read_text().splitlines()
-    return int(next(x for x in lines if x.startswith(f"{name}:")).split()[1])
+    print((kilobytes("VmHWM") - before) / 1000)
