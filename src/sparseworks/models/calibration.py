@@ -20,6 +20,7 @@ from sparseworks.core.evidence import Collector
 from sparseworks.core.types import Progress
 from sparseworks.models.blocks import Stack, find_stages
 from sparseworks.models.calls import Batch, call, first_sample, move, token_mask
+from sparseworks.models.modes import hooked
 from sparseworks.models.ranks import Evidence, Ranks
 from sparseworks.models.residence import Residence
 from sparseworks.models.stacked import capture, device_of, placed, run_block
@@ -80,23 +81,15 @@ def replay(
     """Run batches through a model whose modules have hooks, and take those off in the end.
 
     Args:
-        hooks: their handles, from a generator that puts one on at a time, so that none stays when
-            the next one fails.
+        hooks: their handles, as `hooked` takes them.
         padding: a list that holds, while a batch runs, the mask of its real tokens, or None.
     """
-    handles: list[Any] = []
-    try:
-        for handle in hooks:
-            handles.append(handle)
+    with hooked(hooks), calibration_mode(model):
         device = device_of(model)
-        with calibration_mode(model):
-            for batch in batches:
-                if padding is not None:
-                    padding[:] = [token_mask(batch)]
-                call(model, _on(batch, device))
-    finally:
-        for handle in handles:
-            handle.remove()
+        for batch in batches:
+            if padding is not None:
+                padding[:] = [token_mask(batch)]
+            call(model, _on(batch, device))
 
 
 def stream(

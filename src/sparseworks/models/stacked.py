@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparseworks.core.errors import DataError
 from sparseworks.models.blocks import Stack, first_tensor, replace_first
 from sparseworks.models.calls import Batch, call, move
+from sparseworks.models.modes import hooked
 from sparseworks.models.residence import HiddenStates
 
 __all__ = ["capture", "device_of", "placed", "run_block"]
@@ -76,17 +77,12 @@ def capture(
             return before
 
         watched = stack.blocks[:1] if stack.same_arguments else stack.blocks
-        handles = [
+        hooks = (
             b.register_forward_pre_hook(hook(i), with_kwargs=True, prepend=True)
             for i, b in enumerate(watched)
-        ]
-        try:
+        )
+        with suppress(_Stop), hooked(hooks):
             call(model, move(batch, device))
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         captured[index] = seen
     store.passed(0)
     return captured
