@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "image_impl.h"
@@ -100,7 +99,9 @@ struct Sight {
 // Whole vectors, but what lies behind the last query of a window belongs to the next one.
 inline void store_queries(float* p, Vec v, int queries, bool whole) {
   if (whole || queries >= kLanes) return store(p, v);
-  for (int i = 0; i < queries; ++i) p[i] = v[i];
+  float at[kLanes];
+  store(at, v);
+  std::copy_n(at, queries, p);
 }
 
 template <int V>
@@ -218,8 +219,7 @@ void norm_pixels(const Op& op, const int64_t* where, float* arena, int part, int
         const Vec d = load(x + c * g.plane) - mean;
         square += d * d;
       }
-      Vec inverse = square * (1.0f / op.channels) + op.number;
-      for (int i = 0; i < kLanes; ++i) inverse[i] = 1.0f / std::sqrt(inverse[i]);
+      const Vec inverse = inverse_root(square * (1.0f / op.channels) + op.number);
       for (int c = 0; c < op.channels; ++c) {
         const float gamma = op.scale ? op.scale[c] : 1.0f, beta = op.bias ? op.bias[c] : 0.0f;
         store_first(out + c * g.plane, (load(x + c * g.plane) - mean) * (inverse * gamma) + beta, n);
@@ -249,8 +249,7 @@ void norm(const Op& op, const int64_t* where, float* arena, int part, int parts)
       const Vec d = load(x + c * plane) - mean;
       square += d * d;
     }
-    Vec inverse = square * (1.0f / op.channels) + op.number;
-    for (int i = 0; i < kLanes; ++i) inverse[i] = 1.0f / std::sqrt(inverse[i]);
+    const Vec inverse = inverse_root(square * (1.0f / op.channels) + op.number);
     for (int c = 0; c < op.channels; ++c) {
       const float gamma = op.scale ? op.scale[c] : 1.0f, beta = op.bias ? op.bias[c] : 0.0f;
       store(y + c * plane, (load(x + c * plane) - mean) * (inverse * gamma) + beta);

@@ -149,9 +149,9 @@ void multiply(const uint16_t* column, int64_t blocks, const uint16_t* value, con
     for (int p = 0; p < kPairs; ++p, value += R * 32, x += 2 * T) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const Bits w = *reinterpret_cast<const LooseBits*>(value + r * 32);
-        const Vec low = reinterpret_cast<Vec>(w << 16);
-        const Vec high = reinterpret_cast<Vec>(w & 0xffff0000u);
+        const Bits w = loaded<Bits>(value + r * 32);
+        const Vec low = as<Vec>(w << 16);
+        const Vec high = as<Vec>(w & 0xffff0000u);
 #pragma GCC unroll 24
         for (int t = 0; t < T; ++t) {
           sum[t][r] += low * x[t];

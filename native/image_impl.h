@@ -140,7 +140,7 @@ inline void fold_row(const float* in, int stride, int lanes, int count, float* o
     for (; x + kLanes <= count; x += kLanes) store(out + x, f(load(out + x), load(in + x)));
   if (stride == 2)
     for (; x + kLanes <= count; x += kLanes) store(out + x, f(load(out + x), every_second(in + 2 * x)));
-  for (; x < count; ++x) out[x] = f(all(out[x]), all(in[x * stride]))[0];
+  for (; x < count; ++x) out[x] = first(f(all(out[x]), all(in[x * stride])));
 }
 
 // Windows that reach over the edge take what is there; an average divides by what it took, or by
@@ -150,7 +150,7 @@ void pool_of(const Op& op, const int64_t* where, float* arena, int part, int par
   const Geometry &from = op.from, &to = op.to;
   const int lanes = from.lanes, wide = from.width * lanes;
   const auto f = [](Vec a, Vec b) {  // the largest, or what is not a number
-    return Largest ? ((a > b) | (a != a) ? a : b) : a + b;
+    return Largest ? select((a > b) | (a != a), a, b) : a + b;
   };
   const float none = Largest ? -std::numeric_limits<float>::infinity() : 0.0f;
   // one row of windows, already folded in the other direction, between what lies beyond the edges
@@ -316,7 +316,9 @@ inline Vec first_lanes(Vec v, int n) { return n == kLanes ? v : kept(v, (1 << n)
 
 inline void store_first(float* p, Vec v, int n) {
   if (n == kLanes) return store(p, v);
-  for (int i = 0; i < n; ++i) p[i] = v[i];
+  float at[kLanes];
+  store(at, v);
+  std::copy_n(at, n, p);
 }
 
 // y = (x - mean) / sqrt(variance + epsilon) * gamma + beta, mean and variance over the pixels of a
@@ -326,10 +328,7 @@ void group_norm(const Op& op, const int64_t* where, float* arena, int part, int 
   const int size = op.channels / op.groups;
   const float count = static_cast<float>(size) * g.height * g.width;
   const auto summed = [&](Vec v) {  // of images side by side each has its own
-    if (g.lanes > 1) return v;
-    float total = 0.0f;
-    for (int i = 0; i < kLanes; ++i) total += v[i];
-    return all(total);
+    return g.lanes > 1 ? v : all(sum_of(v));
   };
   const auto [begin, end] = share(op.groups, part, parts);
   for (int group = begin; group < end; ++group) {
@@ -344,8 +343,7 @@ void group_norm(const Op& op, const int64_t* where, float* arena, int part, int 
         const Vec d = first_lanes(load(x) - mean, n);
         square += d * d;
       });
-    Vec inverse = summed(square) * (1.0f / count) + op.number;
-    for (int i = 0; i < kLanes; ++i) inverse[i] = 1.0f / std::sqrt(inverse[i]);
+    const Vec inverse = inverse_root(summed(square) * (1.0f / count) + op.number);
     for (int c = 0; c < size; ++c) {
       const int channel = group * size + c;
       const float gamma = op.scale ? op.scale[channel] : 1.0f;

@@ -19,12 +19,12 @@ inline Vec exponential(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + exponent);
+  const IntVec exponent = as<IntVec>(shifted) << 23;
+  return as<Vec>(as<IntVec>(p) + exponent);
 }
 
 inline Vec absolute(Vec x) {
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) & 0x7fffffff);
+  return as<Vec>(as<IntVec>(x) & 0x7fffffff);
 }
 
 // Abramowitz & Stegun 7.1.26.
@@ -36,8 +36,8 @@ inline Vec error_function(Vec x) {
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
   const Vec y = 1.0f - p * t * exponential(-a * a);
-  const IntVec sign = reinterpret_cast<IntVec>(x) & static_cast<int>(0x80000000);
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(y) | sign);
+  const IntVec sign = as<IntVec>(x) & static_cast<int>(0x80000000);
+  return as<Vec>(as<IntVec>(y) | sign);
 }
 
 inline Vec logistic(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -61,7 +61,7 @@ inline Vec activate(Vec x, float slope = 0.0f) {
   if constexpr (A == Activation::kLeakyRelu) return maximum(x, x * slope);
   if constexpr (A == Activation::kQuickGelu) return x * logistic(1.702f * x);
   if constexpr (A == Activation::kElu)
-    return x > 0.0f ? x : slope * (exponential(minimum(Vec{}, x)) - 1.0f);
+    return select(x > 0.0f, x, slope * (exponential(minimum(Vec{}, x)) - 1.0f));
   if constexpr (A == Activation::kMish) {  // x tanh(log(1 + e^x)) = x (n - 1) / (n + 1), n = (1 + e^x)^2
     const Vec e = exponential(minimum(all(20.0f), x)), n = e * (e + 2.0f);
     return x * (n / (n + 2.0f));

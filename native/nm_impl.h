@@ -202,7 +202,7 @@ void convert(const T* x, int64_t columns, int64_t pitch, bool rounding, X* to) {
     alignas(64) T part[kLanes] = {};
     if (left > 0) std::memcpy(part, x + c, left * sizeof *x);
     Vec v = load(part);
-    if (rounding) v = reinterpret_cast<Vec>(rounded(v) << 16);
+    if (rounding) v = as<Vec>(rounded(v) << 16);
     alignas(64) X out[kLanes];
     store(out, v);
     std::memcpy(to + c, out, std::min<int64_t>(kLanes, pitch - c) * sizeof *to);

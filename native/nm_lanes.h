@@ -173,8 +173,8 @@ inline Index pair_positions(const uint32_t* q, int second) {
 }
 
 inline Sum pair_numbers(const uint16_t* p, int second) {
-  const Bits both = *reinterpret_cast<const LooseBits*>(p);
-  return reinterpret_cast<Vec>(second ? Bits(both & 0xffff0000u) : Bits(both << 16));
+  const Bits both = loaded<Bits>(p);
+  return as<Vec>(second ? Bits(both & 0xffff0000u) : Bits(both << 16));
 }
 
 template <int Width>
@@ -184,9 +184,9 @@ inline const float* group(const float* x) {
 
 template <int Width>
 inline Sum pick(const float* x, Index i) {
-  Vec out;
+  float out[kLanes];
   for (int r = 0; r < kLanes; ++r) out[r] = x[i.at[r] & (Width - 1)];
-  return out;
+  return load(out);
 }
 
 #endif

@@ -14,17 +14,16 @@ namespace {
 // thread may be writing.
 inline void shift_run(float* p, int64_t shift, int first, int last, int columns, int width,
                       Vec zero = Vec{}) {
-  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int inside = width - 1 - (columns - 1) * kLanes;  // of the last vector: with a neighbour
   for (int v = first; v < last; v += columns) {
-    Vec before = zero, here = load(p + v * kLanes);
+    Vec left = zero, here = load(p + v * kLanes);
     for (int64_t i = v * kLanes; i < (v + columns) * kLanes; i += kLanes) {
       const bool end = i == (v + columns - 1) * kLanes;
       const Vec after = end ? Vec{} : load(p + i + kLanes);
-      const Vec moved = __builtin_shuffle(here, after, lane + 1);
-      store(p + shift + i, __builtin_shuffle(before, here, lane + 15));
-      store(p + 2 * shift + i, end ? (lane < inside ? moved : zero) : moved);
-      before = here;
+      const Vec moved = next(here, after);
+      store(p + shift + i, previous(left, here));
+      store(p + 2 * shift + i, end ? select(lanes() < inside, moved, zero) : moved);
+      left = here;
       here = after;
     }
   }
@@ -187,7 +186,7 @@ inline void borrow_rows(const Op& op, float* in, int band) {
   const Geometry& g = op.from;
   const int64_t shift = op.planes * g.plane, rows = g.rows() * g.pitch;
   const int columns = static_cast<int>(g.pitch / kLanes);
-  const Vec zero = op.taps.channels == 4 ? reinterpret_cast<Vec>(Bits{} + kZeros) : Vec{};
+  const Vec zero = op.taps.channels == 4 ? as<Vec>(Bits{} + kZeros) : Vec{};
   const auto borrow = [&](const float* row, float* to) {
     for (int64_t i = 0; i < g.pitch; i += kLanes) store(to + i, load(row + i));
     if (op.copies > 1) shift_run(to, shift, 0, columns, columns, g.width, zero);

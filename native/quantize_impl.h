@@ -19,7 +19,7 @@ void range_of_tokens(const float* in, int channels, int64_t plane, float* out) {
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v)
       most[v] = larger(most[v], magnitude(load(in + c * plane + v * kLanes)));
-  for (int v = 0; v < N; ++v) store(out + v * kLanes, reinterpret_cast<Vec>(most[v]));
+  for (int v = 0; v < N; ++v) store(out + v * kLanes, as<Vec>(most[v]));
 }
 
 // The largest magnitudes of a value: of each token, or of 16 images or the lanes of one, where a
@@ -48,7 +48,7 @@ void range(const Op& op, const int64_t* where, float* arena, int part, int parts
         for (; x + kLanes <= width; x += kLanes) most = larger(most, magnitude(load(row + x)));
         if (rest > 0) most = larger(most, magnitude(kept(load(row + x), (1 << rest) - 1)));
       }
-    store(out + slot * kLanes, reinterpret_cast<Vec>(most));
+    store(out + slot * kLanes, as<Vec>(most));
   }
 }
 
@@ -76,7 +76,7 @@ void quads(const Op& op, const int64_t* where, float* arena, int part, int parts
           Bits word = zero;
           for (int k = 0; k < (four() ? 4 : there); ++k)
             word += whole(load(in + k * inner * plane + v * kLanes) * step[v]) << 8 * k;
-          store(words + v * kLanes, reinterpret_cast<Vec>(word));
+          store(words + v * kLanes, as<Vec>(word));
         }
       };
       if (there == 4) write(std::true_type{});
@@ -85,7 +85,7 @@ void quads(const Op& op, const int64_t* where, float* arena, int part, int parts
   }
   if (op.shift > 0)
     for (int i = begin; i < end; ++i)
-      shift_words(plane_at(out, op, op.to, count, i), op.to, op.shift, reinterpret_cast<Vec>(zero));
+      shift_words(plane_at(out, op, op.to, count, i), op.to, op.shift, as<Vec>(zero));
 }
 
 }  // namespace

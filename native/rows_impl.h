@@ -22,9 +22,6 @@ constexpr int kRun = 6, kPair = 3, kQuad = 1;
 constexpr int kRun = 2, kPair = 1, kQuad = 1;
 #endif
 
-// What holds the sums of a block: they stay in registers only where it is part of its caller.
-#define SPARSEWORKS_INLINE inline __attribute__((always_inline))
-
 constexpr int kWorth = 8;  // vectors a piece, below which reading a tap costs more than its products
 
 // What piece `part` of `parts` has of `count` things: [first, last).
@@ -64,9 +61,10 @@ struct Stage {
   int group(int place) const { return order == nullptr ? place : order[place]; }
 };
 
-inline Vec kept(Vec v, int live) {
-  const IntVec bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-  return (bits & live) != 0 ? v : Vec{};
+inline Vec kept(const Vec& v, int live) {
+  alignas(64) static constexpr int32_t kBits[] = {1,   2,   4,    8,    16,   32,   64,    128,
+                                                  256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return select((loaded<IntVec>(kBits) & live) != 0, v, Vec{});
 }
 
 // The same address, as if it were new: else every vector's own is kept from the first use to the last.
@@ -172,18 +170,18 @@ struct Paired : Single {
   static Weight weight(const float* value) {
     int bits;
     std::memcpy(&bits, value, sizeof bits);
-    return bits - IntVec{};
+    return all(bits);
   }
   static Vec add(Vec sum, Weight w, Vec x) {
 #if defined(__AVX512BF16__)
-    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+    return as<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                                                   reinterpret_cast<__m512bh>(w),
                                                   reinterpret_cast<__m512bh>(x)));
 #else
-    const IntVec pair = reinterpret_cast<IntVec>(x);
-    const IntVec high = IntVec{} + static_cast<int>(0xffff0000);
-    sum += reinterpret_cast<Vec>(w << 16) * reinterpret_cast<Vec>(pair << 16);
-    return sum + reinterpret_cast<Vec>(w & high) * reinterpret_cast<Vec>(pair & high);
+    const IntVec pair = as<IntVec>(x);
+    const IntVec high = all(static_cast<int>(0xffff0000));
+    sum += as<Vec>(w << 16) * as<Vec>(pair << 16);
+    return sum + as<Vec>(w & high) * as<Vec>(pair & high);
 #endif
   }
 };
@@ -192,7 +190,7 @@ struct Paired : Single {
 struct Quad {
   using Weight = Four;
   static Vec start(const Target& to, int row) {
-    return reinterpret_cast<Vec>(to.zero[row] - IntVec{});
+    return as<Vec>(all(to.zero[row]));
   }
   static Weight weight(const float* value) {
     int bits;
@@ -200,8 +198,8 @@ struct Quad {
     return Four(bits);
   }
   static Vec add(Vec sum, const Weight& w, Vec x) {
-    return reinterpret_cast<Vec>(
-        w.added(reinterpret_cast<IntVec>(sum), reinterpret_cast<IntVec>(x)));
+    return as<Vec>(
+        w.added(as<IntVec>(sum), as<IntVec>(x)));
   }
   template <int P>
   static void complete(const Target& to, int row, int64_t at, Vec (&sum)[P]) {
@@ -209,7 +207,7 @@ struct Quad {
     const float* range = again(to.range + to.range_step * at);
 #pragma GCC unroll 32
     for (int v = 0; v < P; ++v) {
-      const Vec counted = __builtin_convertvector(reinterpret_cast<IntVec>(sum[v]), Vec);
+      const Vec counted = converted<Vec>(as<IntVec>(sum[v]));
       sum[v] = counted * (scale * load(range + to.range_step * v * kLanes)) + bias;
     }
   }

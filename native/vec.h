@@ -2,32 +2,59 @@
 // Included once per instruction set, so everything here is local to the including file.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "lanes.h"
 
 namespace sparseworks {
 namespace {
 
 constexpr int kLanes = 16;
 
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(64)));
-typedef float LooseVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+using Vec = Numbers<float, kLanes>;
+using IntVec = Numbers<int32_t, kLanes>;
 
-inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-inline Vec all(float x) { return x - Vec{}; }  // 0 + x would have to turn -0 into 0
+SPARSEWORKS_INLINE Vec load(const float* p) { return loaded<Vec>(p); }
+SPARSEWORKS_INLINE void store(float* p, const Vec& v) { stored(p, v); }
+SPARSEWORKS_INLINE Vec all(float x) { return x - Vec{}; }  // 0 + x would have to turn -0 into 0
+SPARSEWORKS_INLINE IntVec all(int x) { return x - IntVec{}; }
 
-typedef int IntVec __attribute__((vector_size(64), aligned(64)));
+// 0, 1, 2, ...
+SPARSEWORKS_INLINE IntVec lanes() {
+  alignas(64) static constexpr int32_t kAt[] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                8, 9, 10, 11, 12, 13, 14, 15};
+  return loaded<IntVec>(kAt);
+}
 
-// What is not a number comes through as the second one.
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
+inline float first(const Vec& v) {
+  float at[kLanes];
+  store(at, v);
+  return at[0];
+}
 
-// Lanes 0, 2, 4, ... of a, then of b.
-inline Vec evens(Vec a, Vec b) {
-  typedef int Index __attribute__((vector_size(64)));
-  const Index at = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  return __builtin_shuffle(a, b, at);
+// From the first lane to the last one.
+inline float sum_of(const Vec& v) {
+  float at[kLanes], sum = 0;
+  store(at, v);
+  for (const float x : at) sum += x;
+  return sum;
+}
+
+inline float largest_of(const Vec& v) {
+  float at[kLanes];
+  store(at, v);
+  float most = at[0];
+  for (const float x : at) most = x > most ? x : most;
+  return most;
+}
+
+inline Vec inverse_root(const Vec& v) {
+  float at[kLanes];
+  store(at, v);
+  for (float& x : at) x = 1.0f / std::sqrt(x);
+  return load(at);
 }
 
 // out[c][t] = in[t][c] for 16 x 16 floats.
@@ -35,7 +62,7 @@ inline void transpose16(const float* in, int64_t in_stride, float* out, int64_t 
 #if defined(__AVX512F__)
   typedef int Index __attribute__((vector_size(64)));
   Vec r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = *reinterpret_cast<const LooseVec*>(in + i * in_stride);
+  for (int i = 0; i < 16; ++i) r[i] = load(in + i * in_stride);
   const Index lo = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
   const Index hi = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
   for (int i = 0; i < 16; i += 2) {
@@ -60,10 +87,30 @@ inline void transpose16(const float* in, int64_t in_stride, float* out, int64_t 
     const Vec b = __builtin_shuffle(r[k], r[4 + k], odd);
     const Vec c = __builtin_shuffle(r[8 + k], r[12 + k], even);
     const Vec d = __builtin_shuffle(r[8 + k], r[12 + k], odd);
-    *reinterpret_cast<LooseVec*>(out + (k)*out_stride) = __builtin_shuffle(a, c, low);
-    *reinterpret_cast<LooseVec*>(out + (4 + k) * out_stride) = __builtin_shuffle(b, d, low);
-    *reinterpret_cast<LooseVec*>(out + (8 + k) * out_stride) = __builtin_shuffle(a, c, high);
-    *reinterpret_cast<LooseVec*>(out + (12 + k) * out_stride) = __builtin_shuffle(b, d, high);
+    store(out + (k)*out_stride, __builtin_shuffle(a, c, low));
+    store(out + (4 + k) * out_stride, __builtin_shuffle(b, d, low));
+    store(out + (8 + k) * out_stride, __builtin_shuffle(a, c, high));
+    store(out + (12 + k) * out_stride, __builtin_shuffle(b, d, high));
+  }
+#elif defined(__AVX2__)
+  for (int part = 0; part < 4; ++part) {
+    const float* from = in + part / 2 * 8 * in_stride + part % 2 * 8;
+    float* to = out + part % 2 * 8 * out_stride + part / 2 * 8;
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * in_stride);
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)  // r[i + k] holds, in 128-bit lane l, column 4 l + k of 4 rows
+      for (int k = 0; k < 2; ++k) {
+        r[i + 2 * k] = _mm256_shuffle_ps(t[i + k], t[i + k + 2], 0x44);
+        r[i + 2 * k + 1] = _mm256_shuffle_ps(t[i + k], t[i + k + 2], 0xee);
+      }
+    for (int k = 0; k < 4; ++k) {
+      _mm256_storeu_ps(to + k * out_stride, _mm256_permute2f128_ps(r[k], r[4 + k], 0x20));
+      _mm256_storeu_ps(to + (4 + k) * out_stride, _mm256_permute2f128_ps(r[k], r[4 + k], 0x31));
+    }
   }
 #else
   for (int c = 0; c < 16; ++c)

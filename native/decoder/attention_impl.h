@@ -13,22 +13,7 @@ namespace {
 
 inline int padded_size(int size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
-inline Vec load_bytes(const int8_t* p) {
-  typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec);
-}
-
-inline float sum_of(Vec v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
-inline float largest_of(Vec v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
+inline Vec load_bytes(const int8_t* p) { return converted<Vec>(loaded<Numbers<int8_t, kLanes>>(p)); }
 
 // One head of one text in one layer.
 template <CacheKind K>
@@ -131,8 +116,6 @@ class Attending {
 
  private:
   void scores(int at, int end) {
-    typedef int Index __attribute__((vector_size(64)));
-    const Index lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int block = at; block < end; block += kLanes) {
       Vec s[N] = {};
       const int64_t start = static_cast<int64_t>(block) * past_.size;
@@ -144,9 +127,9 @@ class Attending {
         Vec v = s[i];
         if (past_.key_scale) v *= load(past_.key_scale + block);
         if (softcap_ > 0) v = activate<Activation::kTanh>(v / softcap_) * softcap_;
-        const Index position = lane + block;
-        const Index seen = (position >= query_[i].first) & (position < query_[i].last);
-        store(score_ + i * kSpan + block - at, seen ? v : all(kNever));
+        const IntVec position = lanes() + block;
+        const IntVec seen = (position >= query_[i].first) & (position < query_[i].last);
+        store(score_ + i * kSpan + block - at, select(seen, v, all(kNever)));
       }
     }
   }
@@ -157,11 +140,11 @@ class Attending {
       Vec most = all(kNever);
       for (int p = 0; p < end - at; p += kLanes) most = maximum(most, load(s + p));
       const float top = std::max(most_[i], largest_of(most));
-      keep_[i] = exponential(all(most_[i] - top))[0];
+      keep_[i] = first(exponential(all(most_[i] - top)));
       Vec total{};
       for (int p = 0; p < end - at; p += kLanes) {
         const Vec v = load(s + p);
-        Vec e = v > kNever * 0.5f ? exponential(v - top) : Vec{};
+        Vec e = select(v > kNever * 0.5f, exponential(v - top), Vec{});
         total += e;
         if (past_.value_scale) e *= load(past_.value_scale + at + p);
         store(s + p, e);

@@ -48,19 +48,15 @@ inline uint16_t to_half(float v) {
 
 inline Vec load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(
+  return as<Vec>(
       _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
-  struct { __m256 part[2]; } wide;
-  for (int i = 0; i < 2; ++i)
-    wide.part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
-  Vec v;
-  std::memcpy(&v, &wide, sizeof v);
-  return v;
+  const auto* eight = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(eight)), _mm256_cvtph_ps(_mm_loadu_si128(eight + 1))};
 #else
-  Vec v;
+  float v[kLanes];
   for (int i = 0; i < kLanes; ++i) v[i] = from_half(p[i]);
-  return v;
+  return load(v);
 #endif
 }
 
@@ -70,12 +66,13 @@ inline void store_half(uint16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
 #elif defined(__F16C__)
-  struct { __m256 part[2]; } wide;
-  std::memcpy(&wide, &v, sizeof v);
-  for (int i = 0; i < 2; ++i)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm256_cvtps_ph(wide.part[i], 0));
+  auto* eight = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(eight, _mm256_cvtps_ph(v.low, 0));
+  _mm_storeu_si128(eight + 1, _mm256_cvtps_ph(v.high, 0));
 #else
-  for (int i = 0; i < kLanes; ++i) p[i] = to_half(v[i]);
+  float at[kLanes];
+  store(at, v);
+  for (int i = 0; i < kLanes; ++i) p[i] = to_half(at[i]);
 #endif
 }
 

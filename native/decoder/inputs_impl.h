@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #include "../bf16.h"
@@ -25,9 +26,8 @@ inline void normalize(const Norm& norm, const float* x, float* y, int size) {
   const auto total = [&](auto&& term) {
     Vec sum{};
     for (int i = 0; i < whole; i += kLanes) sum += term(load(x + i));
-    float found = 0;
-    for (int i = 0; i < kLanes; ++i) found += sum[i];
-    for (int i = whole; i < size; ++i) found += term(all(x[i]))[0];
+    float found = sum_of(sum);
+    for (int i = whole; i < size; ++i) found += first(term(all(x[i])));
     return found;
   };
   const bool centred = norm.kind == NormKind::kLayer;
@@ -64,9 +64,7 @@ struct Vectors {
 inline float largest(const float* x, int columns) {
   Vec most{};
   for (int i = 0; i < columns; i += kLanes) most = maximum(most, absolute(load(x + i)));
-  float top = 0;
-  for (int i = 0; i < kLanes; ++i) top = std::max(top, most[i]);
-  return top;
+  return std::max(0.0f, largest_of(most));
 }
 
 // Integers of 16 bits, unit = max |x| / 32639, in two bytes moved by 128 each.
@@ -79,13 +77,14 @@ inline void make_integers(const Vectors& v, int row, int columns, bool with_sums
   v.unit[row] = top / 32639.0f;
   for (int i = 0; i < columns; i += kLanes) {
     const Vec scaled = load(x + i) * steps + 12582912.0f;  // rounds to nearest in the low bits
-    const IntVec n = reinterpret_cast<IntVec>(scaled) - 0x4b400000 + static_cast<int>(kMiddle);
-    typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
-    *reinterpret_cast<Bytes*>(high + i) = __builtin_convertvector(n >> 8, Bytes);
-    *reinterpret_cast<Bytes*>(low + i) = __builtin_convertvector(n & 255, Bytes);
+    const IntVec n = as<IntVec>(scaled) - 0x4b400000 + static_cast<int>(kMiddle);
+    using Bytes = Numbers<uint8_t, kLanes>;
+    stored(high + i, converted<Bytes>(n >> 8));
+    stored(low + i, converted<Bytes>(n & 255));
     if (with_sums) {
-      int sum = 0;
-      for (int j = 0; j < kLanes; ++j) sum += n[j];
+      int32_t at[kLanes];
+      stored(at, n);
+      const int sum = std::accumulate(at, at + kLanes, 0);
       v.sums[row * v.stride / 16 + i / kLanes] = static_cast<float>(sum);
     }
   }

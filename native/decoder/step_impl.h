@@ -342,7 +342,9 @@ class Run {
 
   static void write(Vec v, float* out, int at, int width) {
     if (at + kPanel <= width) return store(out + at, v);
-    for (int i = 0; at + i < width; ++i) out[at + i] = v[i];
+    float part[kPanel];
+    store(part, v);
+    std::copy_n(part, std::max(0, width - at), out + at);
   }
 
   // Calls work(panel, count) for all panels, `unit` at a time where they belong together, else up
@@ -552,7 +554,7 @@ double run_time(const Matrix& w, int repeats) {
     const auto start = std::chrono::steady_clock::now();
     for (int p = 0; p < w.pieces(); ++p) {
       if (w.by_columns()) tile_product(w, p, 0, w.padded() / w.group, x.input(0), out.data());
-      sum += w.by_columns() ? out[0] : panel_product(w, p, x.input(0))[0];
+      sum += w.by_columns() ? out[0] : first(panel_product(w, p, x.input(0)));
     }
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
     least = std::min(least, taken.count());

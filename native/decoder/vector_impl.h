@@ -288,7 +288,7 @@ inline void panel_product(const Matrix& m, int panel, const Input* x, Vec* y) {
     for (int t = 0; t < T; ++t)
       sum[t] = _mm512_mul_ps(_mm512_fmsub_ps(sum[t], part, moved), _mm512_set1_ps(x[t].unit));
   }
-  for (int t = 0; t < T; ++t) y[t] = reinterpret_cast<Vec>(sum[t]);
+  for (int t = 0; t < T; ++t) y[t] = as<Vec>(sum[t]);
 }
 
 #else
