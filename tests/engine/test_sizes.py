@@ -155,7 +155,7 @@ def test_memory_stays_within_what_was_allowed():
     for length in range(2, 120):
         plan(*texts(1, length))
         assert 0 < plan.recent.bytes + plan.of_sizes.bytes <= 40_000
-        assert max(plan.recent.bytes, plan.of_sizes.bytes) <= 20_000
+        assert plan.of_sizes.bytes <= 10_000
     kept = len(plan.recent)
     assert 1 < kept < 118
     plan(*texts(1, 2))

@@ -65,7 +65,7 @@ def compile(
             a weight (output channel), x likewise for every token or image, found in each call; sums
             are exact, all else fp32. None is fp32.
         threads: of the native kernels; None: as many as torch uses.
-        cache_bytes: of what is kept for sizes that were met, 16 MiB; the least recently used go
+        cache_bytes: of what is kept for sizes that were met, 8 MiB; the least recently used go
             first. To lay a new size out takes milliseconds; weights are packed once for all sizes.
 
     Returns:

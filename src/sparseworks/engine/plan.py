@@ -59,9 +59,12 @@ class Plan:
         self.first = [c for c in calls if c.name in fixed]
         self.rest = [s for s in steps if not (isinstance(s, Call) and s.name in fixed)]
         self.frees = _frees(self.rest, signature)
-        # half for programs; the rest is large sometimes, and quickly made
+        self.read = {o.name for o in signature.outputs if isinstance(o, Ref)}
+        self.read |= {name for s in self.rest for name in _reads(s)}
+        # most for programs; the rest is large sometimes, and quickly made
         self.cache_bytes = cache_bytes
-        self.recent, self.of_sizes = Recent(cache_bytes // 2), Recent(cache_bytes // 2)
+        self.of_sizes = Recent(cache_bytes // 4)
+        self.recent = Recent(cache_bytes - self.of_sizes.limit)
         for part in self.parts:
             part.recent, part.shared.arena = self.recent, self.parts[0].shared.arena
             part.shared.prepare(part.ops)
@@ -123,9 +126,9 @@ class Plan:
             held = {_memory(t) for t in values.values() if isinstance(t, Tensor)}
             for step in self.first:
                 values[step.name] = step(values)
-            made = {_memory(t) for t in values.values() if isinstance(t, Tensor)} - held
-            size = _HELD * len(values) + sum(count for _, count in made)
-            return {n: v for n, v in values.items() if n not in given}, size
+            kept = {n: v for n, v in values.items() if n in self.read and n not in given}
+            made = {_memory(t) for t in kept.values() if isinstance(t, Tensor)} - held
+            return kept, _HELD * len(kept) + sum(count for _, count in made)
 
         shapes = tuple([t.shape for t in given.values() if isinstance(t, Tensor)])
         return self.of_sizes.get(shapes, make)  # type: ignore[no-any-return]
@@ -156,17 +159,20 @@ def _of_sizes(
     return found
 
 
+def _reads(step: Call | Part) -> list[str]:
+    """Names of what a step reads."""
+    if isinstance(step, Call):
+        return [r.name for r in step.reads()]
+    return [*step.inputs, *step.masks]
+
+
 def _frees(steps: Sequence[Call | Part], signature: Signature) -> list[list[str]]:
     """What nothing reads any more after each step."""
     kept = {o.name for o in signature.outputs if isinstance(o, Ref)}
     frees: list[list[str]] = []
     for step in reversed(steps):
-        reads = [r.name for r in step.reads()] if isinstance(step, Call) else None
-        names = (
-            {*reads, step.name}
-            if isinstance(step, Call) and reads is not None
-            else {*step.inputs, *step.masks, *step.outputs}  # type: ignore[union-attr]
-        )
+        makes = [step.name] if isinstance(step, Call) else step.outputs
+        names = {*_reads(step), *makes}
         frees.append(sorted(names - kept))
         kept |= names
     return frees[::-1]

@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["LIMIT", "Recent"]
 
-LIMIT = 16 << 20  # bytes of one model, unless its caller says otherwise
+LIMIT = 8 << 20  # bytes of one model, unless its caller says otherwise
 
 
 class Recent:
