@@ -186,8 +186,12 @@ SPARSEWORKS_INLINE V minimum(const V& a, const V& b) {
 // Numbers first, first + step, ... of a and then b, which fit a register.
 template <int First, int Step, typename V, int... I>
 SPARSEWORKS_INLINE V taken(const V& a, const V& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (First + Step * I)...);
+#else
   const Numbers<int32_t, sizeof...(I)> at = {(First + Step * I)...};
   return __builtin_shuffle(a, b, at);
+#endif
 }
 template <typename V>
 using Places = std::make_integer_sequence<int, Of<V>::count>;

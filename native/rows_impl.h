@@ -16,7 +16,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kRun = 16, kPair = 8, kQuad = 6;  // vectors a block, by rows a block
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int kRun = 6, kPair = 3, kQuad = 1;
 #else
 constexpr int kRun = 2, kPair = 1, kQuad = 1;
