@@ -75,7 +75,8 @@ struct Matrix {
 };
 
 // One vector that matrices are multiplied with. Integers: value = unit * ((high - 128) * 256 +
-// (low - 128)). Filled up with zeros to a multiple of `kWidest` columns.
+// (low - 128)); with AVX2 value = unit * q, where each q of 16 bits of an even column is in `high`, of
+// an odd one in `low`. Filled up with zeros to a multiple of `kWidest` columns.
 //
 // Where columns are gathered, high and low are signed and hold only the entries that are not zero,
 // those of each group filled up to a multiple of 4: value[column[i]] = unit * (high[i] * 256 +
@@ -86,7 +87,7 @@ struct Input {
   const float* value;
   const uint8_t* high;
   const uint8_t* low;
-  const float* sums;  // of high * 256 + low, over 16 columns each
+  const float* sums;  // of high * 256 + low, or q, over 16 columns each
   float unit;
   const int32_t* column;
   const int32_t* start;

@@ -291,7 +291,7 @@ inline void panel_product(const Matrix& m, int panel, const Input* x, Vec* y) {
   for (int t = 0; t < T; ++t) y[t] = as<Vec>(sum[t]);
 }
 
-#else
+#elif !defined(__AVX2__)
 
 constexpr bool kIntegers = false;
 
@@ -300,7 +300,21 @@ inline void panel_product(const Matrix& m, int panel, const Input* x, Vec* y) {
   for (int t = 0; t < T; ++t) y[t] = panel_plainly(m, panel, x[t]);
 }
 
+#else
+
+constexpr bool kIntegers = true;
+
 #endif
+
+}  // namespace
+}  // namespace sparseworks
+
+#if defined(__AVX2__) && !defined(__AVX512VBMI2__)
+#include "vector_avx2_impl.h"
+#endif
+
+namespace sparseworks {
+namespace {
 
 inline Vec panel_product(const Matrix& m, int panel, const Input& x) {
   Vec y;

@@ -23,7 +23,7 @@ from sparseworks.engine.compiled import Compiled, Eager
 from sparseworks.engine.explaining import left_dense
 from sparseworks.engine.graph import Captured, capture
 from sparseworks.engine.ir import Precision
-from sparseworks.engine.layers import by_layers
+from sparseworks.engine.layers import LayerPlan, by_layers
 from sparseworks.engine.measuring import difference, interleaved_ms, tensors_of
 from sparseworks.engine.origin import Origin
 from sparseworks.engine.outside import outside
@@ -120,20 +120,19 @@ def compile(
     times = _times(runs, args, kwargs)
     best = min(times, key=lambda way: times[way])
     shown = Attributes.of(quiet)
+    layers: list[LayerPlan] = []
+    if not isinstance(runs[best], Plan):
+        twin, layers, found = by_layers(model, given, threads)
+        if any(p.kernel != "dense" for p in layers):
+            runs["layers"], errors["layers"] = Eager(twin), difference(expected, found)
+            times = _times(runs, args, kwargs)
+            best = min(times, key=lambda way: times[way])
     run = runs[best]
+    kind, kept, spent = best, tuple(layers), None
     if isinstance(run, Plan):
-        left = left_dense(model, "program", run, ())
-        spent = outside(run, args, kwargs)
-        return Compiled(run, "program", errors[best], times, notes, (), shown, origin, left, spent)
-    twin, layers, found = by_layers(model, given, threads)
-    if any(p.kernel != "dense" for p in layers):
-        runs["layers"], errors["layers"] = Eager(twin), difference(expected, found)
-        times = _times(runs, args, kwargs)
-        best = min(times, key=lambda way: times[way])
-    kind = "program" if isinstance(runs[best], Plan) else best
-    kept = () if kind == "program" else tuple(layers)
-    left = left_dense(model, kind, runs[best], kept)
-    return Compiled(runs[best], kind, errors[best], times, notes, kept, shown, origin, left)
+        kind, kept, spent = "program", (), outside(run, args, kwargs)
+    left = left_dense(model, kind, run, kept)
+    return Compiled(run, kind, errors[best], times, notes, kept, shown, origin, left, spent)
 
 
 def _way(name: str, precision: Precision) -> str:
