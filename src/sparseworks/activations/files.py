@@ -15,6 +15,7 @@ from torch import Tensor
 from sparseworks.activations.chess import OutputGate
 from sparseworks.activations.r_sparse import LowRankGate
 from sparseworks.activations.rotation import RotatedGate
+from sparseworks.activations.spark import StatisticalGate
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.io.atomic import atomic_file
 from sparseworks.models.active import ActiveInputs, Gate, InputGate, RuledGate
@@ -35,6 +36,8 @@ def write_gates(path: str | os.PathLike[str], method: str, options: Mapping[str,
         line: dict[str, Any] = {"kind": type(gate).__name__}
         if isinstance(gate, OutputGate):
             parts["tau"] = gate.tau
+        elif isinstance(gate, StatisticalGate):
+            line["k"] = gate.k
         elif isinstance(gate, RuledGate):
             rule = gate.rule
             line |= {"threshold": rule.threshold, "keep": rule.keep, "share": rule.share}
@@ -79,6 +82,8 @@ def read_gates(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dict[
 def _gate(name: str, line: dict[str, Any], tensors: Mapping[str, Tensor]) -> Gate:
     if line["kind"] == "OutputGate":
         return OutputGate(tensors[f"{name}.tau"])
+    if line["kind"] == "StatisticalGate":
+        return StatisticalGate(int(line["k"]))
     rule = ActiveInputs(float(line["threshold"]), int(line["keep"]), tensors.get(f"{name}.weight"),
                         float(line["share"]))  # fmt: skip
     if line["kind"] == "InputGate":
