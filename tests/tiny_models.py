@@ -117,6 +117,7 @@ def chains() -> list[tuple[Tensor, Tensor]]:
 
 
 FACTORIES = {
+    "activation-gate": language_model,
     "ast": gated,
     "bdwp": gated,
     "blockffn": language_model,

@@ -6,6 +6,7 @@ _ROOM = "sparseworks.experts"
 
 registry.register(
     {
+        "activation-gate": f"{_ROOM}.activation_gate:ActivationGate",
         "blockffn": f"{_ROOM}.block_ffn:BlockFFN",
         "evomoe": f"{_ROOM}.evo_moe:EvoMoE",
         "graph-of-tokens": f"{_ROOM}.graph_of_tokens:GraphOfTokens",
