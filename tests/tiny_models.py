@@ -125,6 +125,7 @@ FACTORIES = {
     "cats": gated,
     "cfsp": language_model,
     "chess": gated,
+    "comet": language_model,
     "dass": supernet,
     "ecodiff": diffusion,
     "evomoe": language_model,

@@ -8,6 +8,7 @@ registry.register(
     {
         "activation-gate": f"{_ROOM}.activation_gate:ActivationGate",
         "blockffn": f"{_ROOM}.block_ffn:BlockFFN",
+        "comet": f"{_ROOM}.comet:COMET",
         "evomoe": f"{_ROOM}.evo_moe:EvoMoE",
         "graph-of-tokens": f"{_ROOM}.graph_of_tokens:GraphOfTokens",
         "moe-llava": f"{_ROOM}.moe_llava:MoELLaVA",
