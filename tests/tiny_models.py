@@ -139,6 +139,7 @@ FACTORIES = {
     "spark": gated,
     "sparse-then-prune": vit,
     "sparsing-law": gated,
+    "ss-moe": language_model,
     "stun": mixture,
     "upcycling": language_model,
 }

@@ -12,6 +12,7 @@ registry.register(
         "evomoe": f"{_ROOM}.evo_moe:EvoMoE",
         "graph-of-tokens": f"{_ROOM}.graph_of_tokens:GraphOfTokens",
         "moe-llava": f"{_ROOM}.moe_llava:MoELLaVA",
+        "ss-moe": f"{_ROOM}.sampled_space:SampledSpace",
         "upcycling": f"{_ROOM}.copying:Upcycling",
     }
 )
