@@ -105,9 +105,11 @@ class TreeRouter(Router):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """`[..., k, m]`, in fp32 at least."""
-        z = F.linear(x, weight.flatten(0, 1).to(x.dtype)).unflatten(-1, weight.shape[:2])
+        z = F.linear(x, weight.flatten(0, 1).to(x.dtype))
+        z = z.view(*z.shape[:-1], *weight.shape[:2])
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return z + bias.to(z.dtype)
+        out: Tensor = z + bias.to(z.dtype)
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "entropy": None}  # a graph can be neither copied nor written

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ class GaussianMixture:
         """Of this shape, with other values."""
         shapes = [getattr(self, f).shape for f in _FIELDS]
         parts = torch.split(values, [math.prod(s) for s in shapes])
-        return GaussianMixture(*(p.view(s) for p, s in zip(parts, shapes)), gate=self.gate)
+        named: dict[str, Any] = {f: p.view(s) for f, p, s in zip(_FIELDS, parts, shapes)}
+        return replace(self, **named)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the gate, `[n, k]`, for x `[n, d]`."""
