@@ -25,6 +25,8 @@ class ActivationMethod(ABC):
     """What `sparse_activations` calls."""
 
     info: ClassVar[MethodInfo]
+    layouts: ClassVar[tuple[str, ...]] = ("linear", "transposed")
+    """Of the layers that may take part."""
 
     @abstractmethod
     def gates(self, job: Job) -> dict[str, Gate]:
