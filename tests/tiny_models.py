@@ -131,6 +131,7 @@ FACTORIES = {
     "evomoe": language_model,
     "fast-sparse-convnets": pointwise,
     "graph-of-tokens": language_model,
+    "hecate": language_model,
     "lazy-neuron": gated,
     "maskllm": gated,
     "moe-llava": language_model,

@@ -8,7 +8,8 @@ parts, part i goes to expert i. After every optimizer step all experts move at o
     w_i <- (1 - beta) w_i + beta / (N - 1) sum_(j != i) w_j,   beta = rate * min(1, step / ramp),
 
 so that what they differ from their mean shrinks by 1 - beta N / (N - 1); beta = (N - 1) / N is the
-mean. Evaluation and `finish` take one MLP with the mean weights.
+mean. Evaluation and `finish` take one MLP with the mean weights; a file of it is read into a model
+that was upcycled in the same way and finished.
 
 Released code makes new parameters in each of these steps, which the optimizer does not know, so
 that experts stop learning, merges with N - 1 / N for (N - 1) / N, and one after the other; here
