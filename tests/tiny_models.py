@@ -117,6 +117,7 @@ def chains() -> list[tuple[Tensor, Tensor]]:
 
 
 FACTORIES = {
+    "activation-gate": language_model,
     "ast": gated,
     "bdwp": gated,
     "blockffn": language_model,
@@ -124,17 +125,22 @@ FACTORIES = {
     "cats": gated,
     "cfsp": language_model,
     "chess": gated,
+    "comet": language_model,
     "dass": supernet,
     "ecodiff": diffusion,
     "evomoe": language_model,
     "fast-sparse-convnets": pointwise,
     "graph-of-tokens": language_model,
+    "hecate": language_model,
+    "lazy-neuron": gated,
     "maskllm": gated,
     "moe-llava": language_model,
     "slicegpt": language_model,
     "slorb": gated,
+    "spark": gated,
     "sparse-then-prune": vit,
     "sparsing-law": gated,
+    "ss-moe": language_model,
     "stun": mixture,
     "upcycling": language_model,
 }

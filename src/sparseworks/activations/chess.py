@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.activations.calibrating import Job, quantile
-from sparseworks.activations.method import ActivationMethod
-from sparseworks.core.errors import ModelError
+from sparseworks.activations.method import ActivationMethod, gated_mlps
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.active import ActiveInputs, Gate, InputGate
 
@@ -53,24 +52,6 @@ class OutputGate(Gate):
         mask = output.detach().float().abs() >= self.tau.to(output.device)
         self.count(mask)
         return output * mask
-
-
-def _feed_forwards(model: nn.Module) -> list[tuple[str, str]]:
-    """(activation module, up projection) of every gated MLP, by name."""
-    found = []
-    for name, module in model.named_modules():
-        act = getattr(module, "act_fn", None)
-        if (
-            isinstance(act, nn.Module)
-            and hasattr(module, "gate_proj")
-            and hasattr(module, "up_proj")
-        ):
-            found.append((f"{name}.act_fn".lstrip("."), f"{name}.up_proj".lstrip(".")))
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no gated MLP with modules gate_proj, up_proj and act_fn"
-        )
-    return found
 
 
 def _sizes(job: Job, outputs: list[str], inputs: list[str]) -> dict[str, Tensor]:
@@ -111,7 +92,7 @@ class CATS(ActivationMethod):
     )
 
     def gates(self, job: Job) -> dict[str, Gate]:
-        acts = [a for a, _ in _feed_forwards(job.model)]
+        acts = [a for a, _ in gated_mlps(job.model)]
         sizes = _sizes(job, acts, [])
         return {a: OutputGate(torch.tensor([quantile(sizes[a], job.sparsity)])) for a in acts}
 
@@ -143,7 +124,7 @@ class CHESS(ActivationMethod):
     )
 
     def gates(self, job: Job) -> dict[str, Gate]:
-        pairs = _feed_forwards(job.model)
+        pairs = gated_mlps(job.model)
         read = [
             v.module_name for v in job.views
             if v.module_name.rpartition(".")[2] in (*_QUERIES, *_OUTPUTS)

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparseworks.activations.chess import OutputGate
+from sparseworks.activations.delta import DeltaGate
 from sparseworks.activations.r_sparse import LowRankGate
 from sparseworks.activations.rotation import RotatedGate
+from sparseworks.activations.spark import StatisticalGate
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.io.atomic import atomic_file
 from sparseworks.models.active import ActiveInputs, Gate, InputGate, RuledGate
@@ -35,6 +37,11 @@ def write_gates(path: str | os.PathLike[str], method: str, options: Mapping[str,
         line: dict[str, Any] = {"kind": type(gate).__name__}
         if isinstance(gate, OutputGate):
             parts["tau"] = gate.tau
+        elif isinstance(gate, StatisticalGate):
+            line["k"] = gate.k
+        elif isinstance(gate, DeltaGate):
+            line |= {"frames": gate.frames, "weight": gate.weight, "reverse": gate.reverse}
+            parts["theta"] = gate.theta
         elif isinstance(gate, RuledGate):
             rule = gate.rule
             line |= {"threshold": rule.threshold, "keep": rule.keep, "share": rule.share}
@@ -79,6 +86,12 @@ def read_gates(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dict[
 def _gate(name: str, line: dict[str, Any], tensors: Mapping[str, Tensor]) -> Gate:
     if line["kind"] == "OutputGate":
         return OutputGate(tensors[f"{name}.tau"])
+    if line["kind"] == "StatisticalGate":
+        return StatisticalGate(int(line["k"]))
+    if line["kind"] == "DeltaGate":
+        return DeltaGate(
+            tensors[f"{name}.theta"], int(line["frames"]), float(line["weight"]), line["reverse"]
+        )
     rule = ActiveInputs(float(line["threshold"]), int(line["keep"]), tensors.get(f"{name}.weight"),
                         float(line["share"]))  # fmt: skip
     if line["kind"] == "InputGate":

@@ -6,21 +6,27 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseworks.activations.calibrating import Family, Job, Reader, quantile
 from sparseworks.activations.rotation import RotatedGate, rotations
-from sparseworks.core.errors import InvalidArgument
+from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.active import ActiveInputs, Gate, InputGate
+from sparseworks.models.matrix import View
 
-__all__ = ["ActivationMethod", "ByInputs", "InputMethod", "column_norms"]
+__all__ = ["ActivationMethod", "ByInputs", "InputMethod", "column_norms",
+           "gated_mlps", "mlp_ends"]  # fmt: skip
+
+_ENDS = ("down_proj", "down", "fc2", "c_proj", "dense_4h_to_h", "w2")
 
 
 class ActivationMethod(ABC):
     """What `sparse_activations` calls."""
 
     info: ClassVar[MethodInfo]
+    layouts: ClassVar[tuple[str, ...]] = ("linear", "transposed")
+    """Of the layers that may take part."""
 
     @abstractmethod
     def gates(self, job: Job) -> dict[str, Gate]:
@@ -131,3 +137,37 @@ def column_norms(weight: Tensor) -> Tensor:
     """||W_:,i||_2 `[in]`."""
     norms: Tensor = weight.float().norm(dim=0)
     return norms
+
+
+def mlp_ends(job: Job) -> list[View]:
+    """The last matrix of every MLP, by its name.
+
+    Raises:
+        ModelError: no name tells one.
+    """
+    found = [v for v in job.views if v.module_name.rpartition(".")[2] in _ENDS]
+    if not found:
+        raise ModelError(f"no layer named as one of {', '.join(_ENDS)} ends an MLP here")
+    return found
+
+
+def gated_mlps(model: nn.Module) -> list[tuple[str, str]]:
+    """(activation module, up projection) of every gated MLP, by name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = []
+    for name, module in model.named_modules():
+        act = getattr(module, "act_fn", None)
+        if (
+            isinstance(act, nn.Module)
+            and hasattr(module, "gate_proj")
+            and hasattr(module, "up_proj")
+        ):
+            found.append((f"{name}.act_fn".lstrip("."), f"{name}.up_proj".lstrip(".")))
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no gated MLP with modules gate_proj, up_proj and act_fn"
+        )
+    return found

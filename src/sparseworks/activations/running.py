@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseworks.activations.allocation import greedy
 from sparseworks.activations.calibrating import Job
@@ -88,6 +88,18 @@ class SparseActivations:
         for gate in self.gates.values():
             gate.passed = gate.seen = 0
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the gates learn, for an optimizer beside the model's."""
+        for gate in self.gates.values():
+            yield from gate.parameters()
+
+    def penalty(self) -> Tensor:
+        """What the last forward pass adds to a loss; 0 of gates that have none."""
+        found = [p for g in self.gates.values() if (p := g.penalty()) is not None]
+        if found:
+            return torch.stack(found).sum()
+        return torch.zeros((), device=next(self.model.parameters()).device)
+
     def layers(self) -> list[LayerShare]:
         """What each gate let through since `reset`."""
         found = []
@@ -143,11 +155,13 @@ def sparse_activations(
     progress: Progress | None = None,
     **options: Any,
 ) -> SparseActivations:
-    """Set the entries of activations that matter least to 0, token by token, without training.
+    """Set the entries of activations that matter least to 0, token by token.
 
     Thresholds are calibrated on the model as it is, block by block. Hooks apply them, to prompts
     and single tokens alike; `compile_decoder` then reads only the columns of active inputs (rules
-    for inputs of `teal`, `wina` and `sparsing-law`, with `per="input"` where layers share theirs).
+    for inputs of `teal`, `wina`, `sparsing-law` and `lazy-neuron`, with `per="input"` where layers
+    share theirs). Those made for training stay on while the model trains; what they learn is in
+    `parameters()` of what is returned, what they add to the loss in `penalty()`.
 
     Args:
         model: any module with linear layers; weights are not changed.
@@ -185,10 +199,10 @@ def sparse_activations(
         raise ModelError(f"{taken} has a gate already; remove() the first ones")
     views = [
         v for v in find_prunable(model, include, exclude)
-        if v.layout in ("linear", "transposed") and v.groups == 1
+        if v.layout in made.layouts and v.groups == 1
     ]  # fmt: skip
     if not views:
-        raise ModelError(f"{type(model).__name__} has no linear layer to make sparse inputs for")
+        raise ModelError(f"{type(model).__name__} has no layer to make sparse inputs for")
     batches = list(data)
     if not batches:
         raise DataError("data= has no batch")

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from sparseworks.activations.calibrating import Job, Reader
-from sparseworks.activations.method import ActivationMethod, column_norms
-from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.activations.method import ActivationMethod, column_norms, mlp_ends
+from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.active import ActiveInputs, Gate, InputGate, attached
 from sparseworks.models.calls import default_loss
@@ -36,7 +36,6 @@ __all__ = ["CETT", "Layer"]
 
 _STEPS = 65_536
 _TOP = 0.99
-_DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2")
 
 
 class Layer:
@@ -122,9 +121,7 @@ class CETT(ActivationMethod):
         def visit(reader: Reader) -> None:
             layers[reader.names[0]] = Layer(reader)
 
-        down = [v.module_name for v in job.views if v.module_name.rpartition(".")[2] in _DOWN]
-        if not down:
-            raise ModelError(f"no layer named as one of {', '.join(_DOWN)} ends an MLP here")
+        down = [v.module_name for v in mlp_ends(job)]
         job.each(False, visit, lambda name: name in down)
 
         def made(c: float) -> dict[str, Gate]:

@@ -25,7 +25,7 @@ class Options:
     model: Annotated[str, tyro.conf.Positional] = ""
     """Hugging Face folder or hub name, `minilm`, file.py:factory."""
     method: str = "wina"
-    """teal, wina, r-sparse, cats, chess or sparsing-law; `sparseworks methods` describes them."""
+    """teal, wina, r-sparse, cats, chess, spark, ...; `sparseworks methods` describes them."""
     sparsity: float = 0.5
     """Share of the entries that is set to 0, in [0, 1)."""
     allocation: str = "uniform"

@@ -57,7 +57,7 @@ class MoE(nn.Module):
         dense: bool = False,
     ) -> None:
         super().__init__()
-        if gate.weight.shape != (experts.count, experts.width):
+        if gate.weight.shape[-2:] != (experts.count, experts.width):
             raise InvalidArgument(
                 f"a router of shape {tuple(gate.weight.shape)} for {experts.count} experts of "
                 f"width {experts.width}"

@@ -95,6 +95,14 @@ class Gate:
         """Handles that undo it."""
         raise NotImplementedError
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What it learns."""
+        return iter(())
+
+    def penalty(self) -> Tensor | None:
+        """What its last use adds to a loss."""
+        return None
+
 
 class RuledGate(Gate):
     """A gate on what a linear layer reads.

@@ -24,6 +24,8 @@ class ByteDecoder(nn.Module):
         mlp: makes the MLP of each block, as its module `mlp`; None: the block's own layers, of
             width `feedforward`. One that `attends` finds the attention probabilities
             `[batch, heads, bytes, bytes]` in its attribute `attention` before each call.
+        attention: makes the causal attention of each block, as its module `attention`, from
+            `[batch, bytes, width]` to the same shape; None: softmax over all earlier bytes.
     """
 
     def __init__(
@@ -34,11 +36,14 @@ class ByteDecoder(nn.Module):
         feedforward: int = 256,
         context: int = 64,
         mlp: Callable[[], nn.Module] | None = None,
+        attention: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(256, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(_Block(width, heads, feedforward, mlp) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            _Block(width, heads, feedforward, mlp, attention) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
         for table in (self.embed, self.position):
@@ -55,39 +60,54 @@ class ByteDecoder(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """An MLP with GELU.
+    """An MLP of two layers.
 
     Args:
         width: of inputs and outputs.
         hidden: between them.
+        activation: of the hidden units.
+        bias: of both layers.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(
+        self, width: int, hidden: int, activation: Callable[[Tensor], Tensor] = F.gelu,
+        bias: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.up, self.down = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.gelu(self.up(x)))
+        out: Tensor = self.down(self.activation(self.up(x)))
         return out
 
 
 class _Block(nn.Module):
     def __init__(
-        self, width: int, heads: int, feedforward: int, mlp: Callable[[], nn.Module] | None
-    ) -> None:
+        self, width: int, heads: int, feedforward: int, mlp: Callable[[], nn.Module] | None,
+        attention: Callable[[], nn.Module] | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.heads = heads
         self.before_attention, self.before_feedforward = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.attention: Any = None if attention is None else attention()
+        if attention is None:
+            self.qkv = nn.Linear(width, 3 * width, bias=False)
+            self.out = nn.Linear(width, width, bias=False)
         if mlp is None:
             self.up, self.down = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
         self.mlp: Any = None if mlp is None else mlp()
 
     def forward(self, x: Tensor) -> Tensor:
+        h = self.before_attention(x)
+        x = x + (self._attended(h) if self.attention is None else self.attention(h))
+        h = self.before_feedforward(x)
+        found: Tensor = self.down(F.gelu(self.up(h))) if self.mlp is None else self.mlp(h)
+        return x + found
+
+    def _attended(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        parts = self.qkv(self.before_attention(x)).view(batch, length, 3, self.heads, -1)
-        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if getattr(self.mlp, "attends", False):
             future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
             scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -95,7 +115,5 @@ class _Block(nn.Module):
             mixed = self.mlp.attention @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        h = self.before_feedforward(x)
-        found: Tensor = self.down(F.gelu(self.up(h))) if self.mlp is None else self.mlp(h)
-        return x + found
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return out
