@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparseworks.engine.emitting import Emitter, Kind
 from sparseworks.engine.geometry import Geometry, arrange
 from sparseworks.engine.ir import (
     Attention,
@@ -35,12 +36,7 @@ from sparseworks.kernels.native import module
 
 __all__ = ["Instance", "build", "lone_product"]
 
-(
-    _LOAD, _STORE, _PRODUCT, _POOL, _MEAN, _COMBINE, _PHASES, _NORM, _ATTENTION, _SHIFT, _PAIRS,
-    _GATHER, _UPSAMPLE, _RANGE, _QUADS, _MOVE, _GROUP_NORM,
-) = range(17)  # fmt: skip
 _HELD = 300  # bytes of Python's about a product or tensor
-_SMALL = 4_000  # vector multiply-adds below which one thread does an operation alone
 
 
 @dataclass
@@ -110,26 +106,7 @@ def lone_product(
     return build([Load(x, "x"), product, Store(y, "y")], {"x": size}, 1, 1)
 
 
-@dataclass
-class _Builder:
-    ops: Sequence[Op]
-    sizes: Mapping[str, tuple[int, ...]]
-    lanes: int
-    threads: int
-    shared: Shared
-    layout: Layout = field(init=False)
-    buffers: dict[Any, int] = field(default_factory=dict)
-    floats: list[int] = field(default_factory=list)
-    lives: list[list[int]] = field(default_factory=list)
-    native: list[dict[str, Any]] = field(default_factory=list)
-    tensors: list[str] = field(default_factory=list)
-    products: dict[int, tuple[Product, int]] = field(default_factory=dict)
-    tensor_shapes: list[tuple[int, ...]] = field(default_factory=list)
-    groups: dict[int, int] = field(default_factory=dict)
-    inputs: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    last: dict[Value, Op] = field(default_factory=dict)  # who reads a value last
-
+class _Builder(Emitter):
     def instance(self) -> Instance:
         self.layout = Layout(self.ops, self.sizes, self.lanes, self.threads)
         for op in self.ops:
@@ -146,55 +123,29 @@ class _Builder:
             self.inputs, self.outputs,
         )  # fmt: skip
 
-    def _buffer(self, key: Any, floats: int = 0) -> int:
-        """The buffer of a value, which lives until the operation that is being made."""
-        now = len(self.native)
-        if key not in self.buffers:
-            self.buffers[key] = len(self.floats)
-            if isinstance(key, Value):
-                floats = key.channels * self.layout.of(key).plane + 2 * self.layout.shift(key)
-            self.floats.append(floats)
-            self.lives.append([now, now])
-        at = self.buffers[key]
-        self.lives[at][1] = now
-        return at
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> int:
-        self.tensors.append(name)
-        self.tensor_shapes.append(shape)
-        return len(self.tensors) - 1
-
-    def _add(self, kind: int, work: int = 0, **fields: Any) -> None:
-        fields["kind"] = kind
-        fields["parts"] = 1 if work < _SMALL or self.threads == 1 else self.threads
-        for name in ("to", "from"):
-            if name in fields:
-                fields[name] = fields[name].numbers()
-        self.native.append(fields)
-
     def _emit(self, op: Op) -> None:
         emit = getattr(self, "_" + type(op).__name__.lower())
         emit(op)
         shift = 0 if isinstance(op, Store | Product) else self.layout.shift(op.out)
         if shift:
-            self._add(
-                _SHIFT, shift // 8, out=self._buffer(op.out), to=self.layout.of(op.out),
+            self.add(
+                Kind.SHIFT, shift // 8, out=self.buffer(op.out), to=self.layout.of(op.out),
                 channels=op.out.channels, shift=shift,
             )  # fmt: skip
 
     def _load(self, op: Load) -> None:
         g = self.layout.of(op.out)
-        self._add(
-            _LOAD, op.out.channels * g.size // 16, out=self._buffer(op.out), to=g,
-            channels=op.out.channels, tensor=self._tensor(op.source, self._shape(op)),
+        self.add(
+            Kind.LOAD, op.out.channels * g.size // 16, out=self.buffer(op.out), to=g,
+            channels=op.out.channels, tensor=self.tensor(op.source, self._shape(op)),
             layout=_layout(op),
         )  # fmt: skip
 
     def _store(self, op: Store) -> None:
         g, channels = self.layout.of(op.out), op.out.channels
-        self._add(
-            _STORE, channels * g.size // 16, **{"in": self._buffer(op.out), "from": g},
-            channels=channels, tensor=self._tensor(op.target, self._shape(op)),
+        self.add(
+            Kind.STORE, channels * g.size // 16, **{"in": self.buffer(op.out), "from": g},
+            channels=channels, tensor=self.tensor(op.target, self._shape(op)),
             layout=_layout(op),
         )  # fmt: skip
         self.outputs[op.target] = self._shape(op)[1:]
@@ -208,12 +159,12 @@ class _Builder:
 
     def _product(self, op: Product) -> None:
         made, given = self.layout.of(op.out), self.layout.of(op.x)
-        source, stride = self._buffer(op.x), op.stride
+        source, stride = self.buffer(op.x), op.stride
         if self.layout.phased(op):
-            given, source, stride = self._phase(op, source)
+            given, source, stride = self.phase(op, source)
         whole = self.layout.whole((given.height, given.width)) if op.x.kind == "image" else False
         if op.precision != Precision.FP32:
-            source = self._words(op, source, given)
+            source = self.words(op, source, given)
         taps = self.shared.product(op)
         step, near = places(op, taps.inputs, given, self.layout.phased(op), whole)
         fields: dict[str, Any] = {
@@ -226,9 +177,9 @@ class _Builder:
             if max(op.weight.shape[2:], default=1) > 1:
                 fields["copies"] = 3 if self.layout.copied(op, op.precision) else 1
         if op.precision == Precision.INT8:
-            fields |= self._range(op.x)
+            fields |= self.range(op.x)
         if op.residual is not None:
-            fields["other"] = self._buffer(op.residual)
+            fields["other"] = self.buffer(op.residual)
         flat = made.lanes == 1 and made.pitch == given.pitch and stride == 1
         if made.lanes == 1 and len(self.layout.shape[op.out]) == 2 and made.pitch != made.width:
             fields["live"] = 1
@@ -244,88 +195,38 @@ class _Builder:
         self.products[len(self.native)] = (op, taps.values * positions * op.precision)
         self.groups[len(self.native)] = taps.group
         self.inputs[len(self.native)] = self.layout.shape[op.x]
-        self._add(
-            _PRODUCT, work, out=self._buffer(op.out), to=made, channels=op.out.channels,
+        self.add(
+            Kind.PRODUCT, work, out=self.buffer(op.out), to=made, channels=op.out.channels,
             stride=stride, flat=int(flat), activation=int(op.activation), number=op.slope,
             shift=self.layout.shift(op.out), **fields,
         )  # fmt: skip
 
-    def _phase(self, op: Product, source: int) -> tuple[Geometry, int, int]:
-        g = self.layout.geometry(self.layout.read_size(op))
-        planes = op.x.channels * op.stride**2
-        key = self.layout.read(op)
-        done = key in self.buffers
-        shift = planes * g.plane if self.layout.copied(op, Precision.FP32) else 0
-        buffer = self._buffer(key, planes * g.plane + 2 * shift)
-        if not done:
-            self._add(
-                _PHASES, planes * g.size // 4, **{"in": source, "from": self.layout.of(op.x)},
-                out=buffer, to=g, channels=op.x.channels, stride=op.stride, shift=shift,
-            )  # fmt: skip
-            self._buffer(key)
-        return g, buffer, 1
-
-    def _words(self, op: Product, source: int, given: Geometry) -> int:
-        """The input of a product in bf16 or int8, several channels in 32 bits."""
-        inner = self.layout.phases(op)
-        key = (op.precision, self.layout.read(op))
-        done = key in self.buffers
-        fields: dict[str, Any] = {"in": source}
-        if op.precision == Precision.INT8:
-            fields |= self._range(op.x)
-            self.lives[source][1] = len(self.native)
-        floats = -(-op.x.channels // op.precision) * inner * given.plane
-        shift = floats if self.layout.copied(op, op.precision) else 0
-        buffer = self._buffer(key, floats + 2 * shift)
-        if not done:
-            kind = _PAIRS if op.precision == Precision.BF16 else _QUADS
-            self._add(
-                kind, (floats + shift) * given.bands // 4, out=buffer, to=given, window=inner,
-                channels=op.x.channels, shift=shift, **fields,
-            )  # fmt: skip
-            self._buffer(key)
-        return buffer
-
-    def _range(self, x: Value) -> dict[str, Any]:
-        """Fields of an operation that reads the largest magnitudes of a value."""
-        key, g = ("range", x), self.layout.of(x)
-        slots = 0 if x.kind == "tokens" else self.threads
-        done = key in self.buffers
-        buffer = self._buffer(key, 16 * slots if slots else g.plane)
-        if not done:
-            self._add(
-                _RANGE, x.channels * g.size // 16, **{"in": self._buffer(x), "from": g},
-                out=buffer, channels=x.channels, slots=slots,
-            )  # fmt: skip
-            self._buffer(key)
-        return {"extra": buffer, "slots": slots}
-
     def _pool(self, op: Pool) -> None:
         given = self.layout.of(op.x)
-        self._add(
-            _POOL, op.x.channels * given.size * op.window // 16,
-            **{"in": self._buffer(op.x), "from": given}, out=self._buffer(op.out),
+        self.add(
+            Kind.POOL, op.x.channels * given.size * op.window // 16,
+            **{"in": self.buffer(op.x), "from": given}, out=self.buffer(op.out),
             to=self.layout.of(op.out), channels=op.out.channels, stride=op.stride, window=op.window,
             padding=op.padding, flag=int(op.largest), broadcast=int(op.count_padding),
         )  # fmt: skip
 
     def _mean(self, op: Mean) -> None:
         given = self.layout.of(op.x)
-        self._add(
-            _MEAN, op.x.channels * given.size // 16,
-            **{"in": self._buffer(op.x), "from": given}, out=self._buffer(op.out),
+        self.add(
+            Kind.MEAN, op.x.channels * given.size // 16,
+            **{"in": self.buffer(op.x), "from": given}, out=self.buffer(op.out),
             to=self.layout.of(op.out), channels=op.out.channels,
         )  # fmt: skip
 
     def _combine(self, op: Combine) -> None:
         made = self.layout.of(op.out)
-        fields: dict[str, Any] = {"in": self._buffer(op.x)}
+        fields: dict[str, Any] = {"in": self.buffer(op.x)}
         if op.y is not None:
-            fields["other"] = self._buffer(op.y)
+            fields["other"] = self.buffer(op.y)
             fields["from"] = self.layout.of(op.y)
             fields["broadcast"] = int(self.layout.shape[op.y] != self.layout.shape[op.x])
-        self._add(
-            _COMBINE, op.out.channels * made.size // 8, out=self._buffer(op.out), to=made,
+        self.add(
+            Kind.COMBINE, op.out.channels * made.size // 8, out=self.buffer(op.out), to=made,
             channels=op.out.channels, flag=int(op.multiply), activation=int(op.activation),
             number=op.slope, **fields,
         )  # fmt: skip
@@ -333,9 +234,9 @@ class _Builder:
     def _gather(self, op: Gather) -> None:
         made, done = self.layout.of(op.out), 0
         for value, first, count in op.parts:
-            self._add(
-                _GATHER, count * made.size // 8, **{"in": self._buffer(value)}, to=made,
-                out=self._buffer(op.out), channels=count, q=first, k=done,
+            self.add(
+                Kind.GATHER, count * made.size // 8, **{"in": self.buffer(value)}, to=made,
+                out=self.buffer(op.out), channels=count, q=first, k=done,
             )  # fmt: skip
             done += count
 
@@ -343,55 +244,55 @@ class _Builder:
         made = self.layout.of(op.out)
         for number, part in enumerate(op.parts):
             given = self.layout.of(part.value)
-            fields: dict[str, Any] = {"in": self._buffer(part.value), "from": given, "to": made}
+            fields: dict[str, Any] = {"in": self.buffer(part.value), "from": given, "to": made}
             fields["sources"] = _offsets(part.sources, given)
             fields["places"] = _offsets(part.places, made)
             if part.weights is not None:
                 fields["shares"] = part.weights.float().flatten().contiguous()
-            self._add(
-                _MOVE, part.count * part.sources.numel() * made.lanes // 4, channels=part.count,
-                out=self._buffer(op.out), q=part.first, q_step=part.step, flag=int(number == 0),
+            self.add(
+                Kind.MOVE, part.count * part.sources.numel() * made.lanes // 4, channels=part.count,
+                out=self.buffer(op.out), q=part.first, q_step=part.step, flag=int(number == 0),
                 **fields,
             )  # fmt: skip
 
     def _groupnorm(self, op: GroupNorm) -> None:
         made = self.layout.of(op.out)
-        fields = {"in": self._buffer(op.x)}
+        fields = {"in": self.buffer(op.x)}
         for name, tensor in (("scale", op.gamma), ("bias", op.beta)):
             if tensor is not None:
                 fields[name] = tensor.float().contiguous()  # type: ignore[assignment]
-        self._add(
-            _GROUP_NORM, op.out.channels * made.plane // 4, out=self._buffer(op.out), to=made,
+        self.add(
+            Kind.GROUP_NORM, op.out.channels * made.plane // 4, out=self.buffer(op.out), to=made,
             channels=op.out.channels, groups=op.groups, number=op.epsilon, **fields,
         )  # fmt: skip
 
     def _upsample(self, op: Upsample) -> None:
         made = self.layout.of(op.out)
-        self._add(
-            _UPSAMPLE, op.out.channels * made.size // 8, **{"in": self._buffer(op.x)}, to=made,
-            **{"from": self.layout.of(op.x)}, out=self._buffer(op.out), channels=op.out.channels,
+        self.add(
+            Kind.UPSAMPLE, op.out.channels * made.size // 8, **{"in": self.buffer(op.x)}, to=made,
+            **{"from": self.layout.of(op.x)}, out=self.buffer(op.out), channels=op.out.channels,
             window=op.factor,
         )  # fmt: skip
 
     def _norm(self, op: Norm) -> None:
         made = self.layout.of(op.out)
-        fields = {"in": self._buffer(op.x), "weights": self.shared.norm(op)}
-        self._add(
-            _NORM, op.out.channels * made.plane // 4, out=self._buffer(op.out), to=made,
+        fields = {"in": self.buffer(op.x), "weights": self.shared.norm(op)}
+        self.add(
+            Kind.NORM, op.out.channels * made.plane // 4, out=self.buffer(op.out), to=made,
             channels=op.out.channels, number=op.epsilon, flag=int(not op.centred), **fields,
         )  # fmt: skip
 
     def _attention(self, op: Attention) -> None:
         queries, keys = self.layout.of(op.q.value), self.layout.of(op.k.value)
-        fields: dict[str, Any] = {"from": queries, "to": keys, "in": self._buffer(op.q.value)}
-        fields["other"], fields["extra"] = self._buffer(op.k.value), self._buffer(op.v.value)
+        fields: dict[str, Any] = {"from": queries, "to": keys, "in": self.buffer(op.q.value)}
+        fields["other"], fields["extra"] = self.buffer(op.k.value), self.buffer(op.v.value)
         if op.mask is not None:
-            fields["mask"] = self._tensor(op.mask, (0,))
+            fields["mask"] = self.tensor(op.mask, (0,))
         if op.bias is not None:
-            fields["added"] = self._tensor(op.bias, (0,))
-        self._add(
-            _ATTENTION, op.q.heads * op.q.size * queries.plane * keys.width // (8 * op.windows),
-            out=self._buffer(op.out), heads=op.q.heads, groups=op.k.heads, window=op.q.size,
+            fields["added"] = self.tensor(op.bias, (0,))
+        self.add(
+            Kind.ATTENTION, op.q.heads * op.q.size * queries.plane * keys.width // (8 * op.windows),
+            out=self.buffer(op.out), heads=op.q.heads, groups=op.k.heads, window=op.q.size,
             q=op.q.first, k=op.k.first, v=op.v.first, number=op.scale,
             keys=keys.width // op.windows, windows=op.windows, flag=int(op.causal), **fields,
         )  # fmt: skip
