@@ -33,6 +33,7 @@ _LAZY = {
     "load": "sparseworks.io",
     "from_pretrained": "sparseworks.io",
     "export_dense": "sparseworks.io",
+    "export_quantized": "sparseworks.io",
     "sparsify": "sparseworks.training",
     "trainer_callback": "sparseworks.training.integrations",
     "lightning_callback": "sparseworks.training.integrations",

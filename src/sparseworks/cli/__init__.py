@@ -20,6 +20,7 @@ COMMANDS = {
     "upcycle": "the MLPs of a dense model become mixtures of experts",
     "compile": "make a sparse model skip its zeros on CPUs, and say what runs",
     "generate": "text from a language model, by the native decoder",
+    "export": "write a model as other runtimes read it: integers, GGUF, dense",
     "bench": "time a model beside torch, onnxruntime and openvino",
     "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
     "compare": "methods x sparsities on one model and metric: table, CSV, plot",
