@@ -50,6 +50,7 @@ _LAZY = {
     "compile_decoder": "sparseworks.engine",
     "load_compiled": "sparseworks.engine",
     "load_decoder": "sparseworks.engine",
+    "evaluate": "sparseworks.diagnostics.harness",
     "audit": "sparseworks.diagnostics.audit",
     "masks": "sparseworks.core.masks",
     "attach": "sparseworks.core.masks",

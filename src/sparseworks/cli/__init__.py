@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "text from a language model, by the native decoder",
     "export": "write a model as other runtimes read it: integers, GGUF, dense",
     "bench": "time a model beside torch, onnxruntime and openvino",
+    "evaluate": "score a language model on tasks of lm-evaluation-harness",
     "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
     "compare": "methods x sparsities on one model and metric: table, CSV, plot",
     "curve": "how much one-shot pruning removes for free: the metric over the sparsity",
