@@ -20,6 +20,7 @@ __all__ = [
     "one_metric",
     "own_batches",
     "parse_options",
+    "prompts_of",
 ]
 
 
@@ -208,6 +209,19 @@ def make_metrics(
             )
         )
     return made
+
+
+def prompts_of(loaded: Any, options: Any) -> Any:
+    """Held-out prompts for a causal language model that generates; else None."""
+    from sparseworks.diagnostics.continuations import held_out_prompts
+
+    if options.continuations < 0:
+        raise InvalidArgument(f"--continuations {options.continuations}: a number of texts, or 0")
+    if loaded.kind != "causal":
+        return None
+    return held_out_prompts(
+        loaded.model, loaded.tokenizer, options.eval_data, count=options.continuations
+    )
 
 
 def one_metric(options: Any, loaded: Any) -> Any:
