@@ -11,6 +11,7 @@ from sparseworks.core.errors import ModelError, PatternError
 from sparseworks.core.patterns import NM, Block, Group, Unstructured
 from sparseworks.weights.oneshot.obs import (
     column_solve,
+    energy,
     inverse_factor,
     prepare_hessian,
     row_grid,
@@ -193,3 +194,11 @@ def test_refit_is_least_squares_on_the_kept_weights(rows, columns, seed):
         if len(kept):
             exact[kept] = torch.linalg.solve(h[kept][:, kept], (h @ w[r])[kept])
         torch.testing.assert_close(got[r], exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [7, 512, 1300])
+def test_energy_is_the_loss_of_removing_everything(columns):
+    g = torch.Generator().manual_seed(columns)
+    w, x = torch.randn(9, columns, generator=g), torch.randn(40, columns, generator=g)
+    found = energy(w, x.t() @ x)
+    assert found == pytest.approx(float((x.double() @ w.double().t()).square().sum()) / 2, rel=1e-4)

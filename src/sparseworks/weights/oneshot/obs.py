@@ -21,9 +21,10 @@ from sparseworks.core.errors import ModelError, PatternError
 from sparseworks.core.patterns import NM, Block, Pattern, Unstructured
 from sparseworks.core.selection import keep_top, keep_top_per_row
 
-__all__ = ["column_solve", "inverse_factor", "prepare_hessian"]
+__all__ = ["column_solve", "energy", "inverse_factor", "prepare_hessian"]
 
 _SUB = 32
+_BAND = 512  # columns of which `energy` multiplies at once
 Quantize = Callable[[Tensor], Tensor]
 
 
@@ -38,6 +39,26 @@ def prepare_hessian(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     diagonal[dead] = 1.0
     diagonal += damping * diagonal.mean()
     return damped, dead
+
+
+def energy(weight: Tensor, hessian: Tensor) -> float:
+    """1/2 tr(W H W^T), the loss of a matrix whose weights are all removed.
+
+    H is symmetric, so one side of its diagonal is enough: half of the multiply-adds of W H.
+
+    Args:
+        weight: `[out, in]` fp32.
+        hessian: `[in, in]`.
+    """
+    total = 0.0
+    for start in range(0, weight.shape[1], _BAND):
+        end = min(start + _BAND, weight.shape[1])
+        band = weight[:, start:end]
+        product = (band @ hessian[start:end, start:end]).mul_(0.5)
+        if start:
+            product.addmm_(weight[:, :start], hessian[:start, start:end])
+        total += float(torch.sum(product.mul_(band)))
+    return total
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
