@@ -84,12 +84,12 @@ class SparseGPT(OneShot):
             vanishing = float(gram.diagonal().mean()) < _VANISHING
             if group in unseen or vanishing:  # nothing to go by: fall back to magnitude
                 gram = torch.eye(gram.shape[0], device=gram.device)
-            hessian, dead = prepare_hessian(gram, self.damping)
+            hessian, dead = prepare_hessian(gram, self.damping, overwrite=True)
             whole += energy(part, hessian)
             allowed = target.allowed
             new, mask, cost = column_solve(
                 torch.where(dead[None, :], 0.0, part),
-                inverse_factor(hessian),
+                inverse_factor(hessian, overwrite=True),
                 target.pattern,
                 share + (1 if group < target.keep - share * groups else 0),
                 allowed=None if allowed is None else allowed[group * rows : (group + 1) * rows],
