@@ -65,7 +65,9 @@ def batches(texts: int) -> list[Any]:
 
 def ours(folder: Path, out: Path, name: str, texts: int) -> dict[str, Any]:
     """Ready to be run: returns the call, which returns what else is known of it."""
+    import transformers.conversion_mapping
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers import core_model_loading  # noqa: F401
 
     import sparseworks as sw
 
@@ -182,6 +184,7 @@ def main() -> None:
                 ]
                 done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
                 row = json.loads(done.stdout.splitlines()[-1])
+                row["cpu_seconds_per_block"] = row["cpu_seconds"] / options.layers
                 rows[name if of == "ours" else f"{name}, llm-compressor"] = row
                 print(name, of, json.dumps(row), flush=True)
                 shutil.rmtree(work / "out")

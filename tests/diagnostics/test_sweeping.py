@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 
 import pytest
@@ -246,3 +247,10 @@ def test_claims_over_ray_judge_the_same_seeds(two_workers, tmp_path, monkeypatch
     claims.run(files["a01"], runs=tmp_path / "ray" / "runs")
     log = (tmp_path / "ray" / "claims" / "weights" / "log").read_text().split()
     assert sorted(log) == results[1][1]
+
+
+def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(words("curve", tmp_path / "out", "--ray")) == 1
+    assert "pip install 'sparseworks[ray]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -156,16 +156,15 @@ class Measured:
         from sparseworks.cli.running import plain_options, progress_bar
         from sparseworks.diagnostics.sweeping import Cluster, abandon, begin, sweep
 
-        folder = None
-        if self.out is not None:
-            folder = self.out / "tasks"
-            aside = ("out", "force", "resume", "ray", "json")  # of which no answer depends
-            asked = {k: v for k, v in plain_options(self).items() if k not in aside}
-            begin(folder, asked, resume=self.resume)
+        folder = None if self.out is None else self.out / "tasks"
         with (
             Cluster() if self.ray else nullcontext() as cluster,
             progress_bar(what, quiet=self.json) as progress,
         ):
+            if folder is not None:
+                aside = ("out", "force", "resume", "ray", "json")  # no answer depends on these
+                asked = {k: v for k, v in plain_options(self).items() if k not in aside}
+                begin(folder, asked, resume=self.resume)
             try:
                 return sweep(
                     partial(make, self), tasks, folder=folder, cluster=cluster, progress=progress

@@ -47,7 +47,6 @@ class Cluster:
         self.ray = ray
         self.joined = not ray.is_initialized()
         if self.joined:
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         self.threads = torch.get_num_threads()
         sizes = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
