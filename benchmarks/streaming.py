@@ -65,7 +65,9 @@ def batches(texts: int) -> list[Any]:
 
 def ours(folder: Path, out: Path, name: str, texts: int) -> dict[str, Any]:
     """Ready to be run: returns the call, which returns what else is known of it."""
+    import transformers.conversion_mapping
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers import core_model_loading  # noqa: F401
 
     import sparseworks as sw
 
@@ -86,11 +88,13 @@ def peer(folder: Path, out: Path, name: str, texts: int) -> dict[str, Any]:
     """llm-compressor, its sequential pipeline, saved as it saves."""
     import llmcompressor
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from tokenizers import Tokenizer, models
     from torch.utils.data import DataLoader
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     kind = WandaPruningModifier if name.startswith("wanda") else SparseGPTModifier
     loader: Any = DataLoader(batches(texts), batch_size=None)
+    unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"x": 0})))
 
     def run() -> dict[str, Any]:
         model = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
@@ -99,7 +103,7 @@ def peer(folder: Path, out: Path, name: str, texts: int) -> dict[str, Any]:
         )
         llmcompressor.oneshot(
             model=model, dataset=loader, recipe=recipe, pipeline="sequential",
-            num_calibration_samples=texts,
+            num_calibration_samples=texts, processor=unused,
         )  # fmt: skip
         model.save_pretrained(out)
         weight = model.model.layers[0].mlp.up_proj.weight
@@ -167,9 +171,20 @@ def main() -> None:
             for of, python in pythons.items():
                 if of == "peer" and name not in ("wanda", "sparsegpt"):
                     continue
-                words = [python, *again, "--one", str(work / "model"), str(work / "out"), name, of]
+                # -P: else transformers takes kernels.py beside this file for a package of hers
+                words = [
+                    python,
+                    "-P",
+                    *again,
+                    "--one",
+                    str(work / "model"),
+                    str(work / "out"),
+                    name,
+                    of,
+                ]
                 done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
                 row = json.loads(done.stdout.splitlines()[-1])
+                row["cpu_seconds_per_block"] = row["cpu_seconds"] / options.layers
                 rows[name if of == "ours" else f"{name}, llm-compressor"] = row
                 print(name, of, json.dumps(row), flush=True)
                 shutil.rmtree(work / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -92,6 +93,23 @@ def test_prune_writes_a_checkpoint_that_loads(workplace, tmp_path, capsys):
         optimizer.step()
     run.finish()
     assert sw.masks(model).violations(model) == {}
+
+
+def test_the_report_has_texts_of_both_models(workplace, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prune(workplace, "llama", out, "--method", "wanda", "--sparsity", 0.5) == 0
+    rows = json.loads((out / "result.json").read_text())["continuations"]
+    page = (out / "report.html").read_text()
+    assert len(rows) == 3 and "What it says" in page
+    for row in rows:
+        assert row["prompt"] and html.escape(row["prompt"]) in page
+        assert html.escape(row["dense"]) in page and html.escape(row["pruned"]) in page
+    none = tmp_path / "none"
+    assert prune(workplace, "llama", none, "--sparsity", 0.5, "--continuations", 0) == 0
+    assert "What it says" not in (none / "report.html").read_text()
+    wrong = tmp_path / "wrong"
+    assert prune(workplace, "llama", wrong, "--sparsity", 0.5, "--continuations", -1) == 1
+    assert "--continuations -1" in capsys.readouterr().err and not wrong.exists()
 
 
 def test_options_json_repeats_the_run(workplace, tmp_path):

@@ -28,3 +28,15 @@ def test_streams_equal_formulas(cuts, seed):
         torch.testing.assert_close(
             moments.variance[1], x.var(0, unbiased=False), rtol=1e-3, atol=1e-4
         )
+
+
+def test_a_hessian_of_several_bands_is_whole_and_symmetric():
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(6, 2100, generator=g) for _ in range(3)]
+    hessian = Hessian(1, 2100)
+    for part in rows:
+        hessian.samples += 1
+        hessian.update(part, 0)
+    found, every = hessian.hessian(0), torch.cat(rows).double()
+    torch.testing.assert_close(found.double(), every.t() @ every * 2 / 3, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, found.t())

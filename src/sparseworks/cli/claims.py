@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -30,6 +30,10 @@ class Options:
     """The paper's budget instead of a few minutes."""
     seeds: tuple[int, ...] = ()
     """Seeds to run, judged together; default: the claim's own, with its looks."""
+    runs: Path = Path("runs/claims")
+    """Where measured seeds are kept; none of them is measured again."""
+    ray: bool = False
+    """Spread the seeds over a Ray cluster (RAY_ADDRESS, else the processors of this machine)."""
     json: bool = False
     """Print as JSON."""
 
@@ -49,26 +53,48 @@ def run(options: Options) -> None:
     if unknown or not options.cards:
         what = f"no claim {unknown[0]!r}" if unknown else "which claim?"
         raise InvalidArgument(f"{what}; there are {', '.join(files)}")
-    from sparseworks.cli.running import progress_bar
+    if not options.ray:
+        for card in options.cards:
+            _show(_measured(files[card], options, None), options)
+        return
+    from concurrent.futures import ThreadPoolExecutor
 
-    for card in options.cards:
-        with progress_bar(f"claim {card}", quiet=options.json) as progress:
-            result = claims.run(
-                files[card],
-                setting="full" if options.full else "quick",
-                seeds=options.seeds or None,
-                progress=progress,
-            )
-        if options.json:
-            json.dump(result, sys.stdout, indent=1)
-            print()
-            continue
-        print(f"{card} {result['title']}: {result['verdict']} ({result['seconds']:.0f} s)")
-        for p in result["promises"]:
-            interval = p["interval"]
-            shown = f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "one value"
-            seeds = f"{p['seeds']} seeds"
-            print(f"  {p['verdict']:<13} {p['mean']:.4g} {shown}, {seeds}  {p['statement']}")
+    # a thread a claim: they wait for the workers, which measure seeds of all of them
+    with claims.Cluster() as cluster, ThreadPoolExecutor(len(options.cards)) as pool:
+        paths = [files[card] for card in options.cards]
+        for result in pool.map(lambda path: _measured(path, options, cluster), paths):
+            _show(result, options)
+
+
+def _measured(path: Path, options: Options, cluster: Any) -> dict[str, Any]:
+    from sparseworks.cli.running import progress_bar
+    from sparseworks.diagnostics import claims
+
+    with progress_bar(
+        f"claim {path.stem[:3]}", quiet=options.json or (options.ray and len(options.cards) > 1)
+    ) as progress:
+        return claims.run(
+            path,
+            setting="full" if options.full else "quick",
+            seeds=options.seeds or None,
+            runs=options.runs,
+            cluster=cluster,
+            progress=progress,
+        )
+
+
+def _show(result: dict[str, Any], options: Options) -> None:
+    if options.json:
+        json.dump(result, sys.stdout, indent=1)
+        print()
+        return
+    card = result["card"]
+    print(f"{card} {result['title']}: {result['verdict']} ({result['seconds']:.0f} s)")
+    for p in result["promises"]:
+        interval = p["interval"]
+        shown = f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "one value"
+        seeds = f"{p['seeds']} seeds"
+        print(f"  {p['verdict']:<13} {p['mean']:.4g} {shown}, {seeds}  {p['statement']}")
 
 
 def _list(options: Options) -> None:

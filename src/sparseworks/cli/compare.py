@@ -29,58 +29,71 @@ class Options(Measured):
     """Sparsities, or N:M patterns."""
 
 
+class _Subject:
+    """A model and its metric, that prunes a copy for every cell of the table and measures it."""
+
+    def __init__(self, options: Options) -> None:
+        from sparseworks.cli.loading import load_model
+
+        self.options = options
+        self.loaded = load_model(options.model, options.dtype)
+        self.metric = one_metric(options, self.loaded)
+        self.drawn: tuple[Any, Any] = None, None  # calibration batches of the last method and seed
+
+    def __call__(self, seed: int, method: str, amount: str) -> dict[str, Any]:
+        import sparseworks as sw
+
+        if not method:
+            metric = self.metric
+            return {
+                "model": self.loaded.name, "metric": metric.name, "unit": metric.unit,
+                "higher_is_better": metric.higher_is_better, "dense": metric(self.loaded.model),
+            }  # fmt: skip
+        if self.drawn[0] != (seed, method):
+            self.drawn = (seed, method), self.options.batches(self.loaded, method, seed)
+        twin = copy.deepcopy(self.loaded.model)
+        result = sw.prune(
+            twin, method, data=self.drawn[1], seed=seed, include=self.options.include or None,
+            exclude=self.options.exclude or None, **parse_amount(amount),
+        )  # fmt: skip
+        return {
+            "method": method,
+            "amount": amount,
+            "sparsity": result.sparsity,
+            "seed": seed,
+            self.metric.name: self.metric(twin),
+            "seconds": result.seconds,
+        }
+
+
 def run(options: Options) -> dict[str, Any]:
     """Prune a copy for every cell of the table and measure it."""
-    import sparseworks as sw
-    from sparseworks.cli.loading import load_model
-    from sparseworks.cli.running import plain_options, progress_bar
+    from sparseworks.cli.running import plain_options
     from sparseworks.core import registry
     from sparseworks.diagnostics.claims import machine
+    from sparseworks.diagnostics.sweeping import finish
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks compare minilm")
-    cells = [parse_amount(s) for s in options.sparsities]
+    for text in options.sparsities:
+        parse_amount(text)
     for method in options.methods:
         registry.resolve(method)
     options.checked()
-    loaded = load_model(options.model, options.dtype)
-    metric = one_metric(options, loaded)
-    dense = metric(loaded.model)
-    rows = []
-    total = len(cells) * len(options.methods) * len(options.seeds)
-    with progress_bar("comparing", quiet=options.json) as progress:
-        for seed in options.seeds:
-            for method in options.methods:
-                batches = options.batches(loaded, method, seed)
-                for text, amount in zip(options.sparsities, cells):
-                    twin = copy.deepcopy(loaded.model)
-                    result = sw.prune(
-                        twin, method, data=batches, seed=seed, include=options.include or None,
-                        exclude=options.exclude or None, **amount,
-                    )  # fmt: skip
-                    rows.append(
-                        {
-                            "method": method,
-                            "amount": text,
-                            "sparsity": result.sparsity,
-                            "seed": seed,
-                            metric.name: metric(twin),
-                            "seconds": result.seconds,
-                        }
-                    )
-                    progress(len(rows), total, f"{method} {text}")
+    cells = {
+        f"{seed}-{method}-{text.replace(':', 'of')}": (seed, method, text)
+        for seed in options.seeds for method in options.methods for text in options.sparsities
+    }  # fmt: skip
+    dense, *rows = options.swept(_Subject, {"dense": (0, "", ""), **cells}, "comparing").values()
     found = {
-        "model": loaded.name,
-        "metric": metric.name,
-        "unit": metric.unit,
-        "higher_is_better": metric.higher_is_better,
-        "dense": dense,
+        **dense,
         "rows": rows,
         "options": plain_options(options),
         "machine": machine(),
     }
     if options.out is not None:
         _write(options.out, found)
+        finish(options.out / "tasks")
     _show(found, options)
     return found
 

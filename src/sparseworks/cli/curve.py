@@ -38,48 +38,57 @@ class Options(Measured):
     """uniform, erk or global."""
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Measure the curves, say where they end to be free, write them."""
-    from sparseworks.cli.loading import load_model
-    from sparseworks.cli.running import plain_options, progress_bar
-    from sparseworks.diagnostics.claims import machine
+class _Subject:
+    """A model and its metric, that measures the curve of a method."""
+
+    def __init__(self, options: Options) -> None:
+        from sparseworks.cli.loading import load_model
+
+        self.options = options
+        self.loaded = load_model(options.model, options.dtype)
+        self.metric = one_metric(options, self.loaded)
+
+    def __call__(self, seed: int, method: str) -> dict[str, Any]:
+        options, metric = self.options, self.metric
+        curve = _measures(options)[method](
+            self.loaded.model,
+            metric,
+            data=options.batches(self.loaded, method, seed),
+            include=options.include or None,
+            exclude=options.exclude or None,
+            seed=seed,
+        )
+        about = {
+            "model": self.loaded.name, "metric": metric.name, "unit": metric.unit,
+            "higher_is_better": metric.higher_is_better,
+        }  # fmt: skip
+        return {"about": about, "curve": {"method": method, "seed": seed, **_plain(curve)}}
+
+
+def _measures(options: Options) -> dict[str, Any]:
     from sparseworks.diagnostics.essential_sparsity import EssentialSparsity
 
-    if not options.model:
-        raise InvalidArgument("no model given; for example: sparseworks curve minilm")
-    measures = {
+    return {
         method: EssentialSparsity(method, options.budget, options.tolerance, options.sparsities)
         for method in options.methods
     }
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure the curves, say where they end to be free, write them."""
+    from sparseworks.cli.running import plain_options
+    from sparseworks.diagnostics.claims import machine
+    from sparseworks.diagnostics.sweeping import finish
+
+    if not options.model:
+        raise InvalidArgument("no model given; for example: sparseworks curve minilm")
+    _measures(options)  # or what is wrong is said now
     options.checked()
-    loaded = load_model(options.model, options.dtype)
-    metric = one_metric(options, loaded)
-    curves: list[dict[str, Any]] = []
-    points = 1 + len(options.sparsities)
-    total = points * len(measures) * len(options.seeds)
-    with progress_bar("measuring", quiet=options.json) as progress:
-        for seed in options.seeds:
-            for method, measure in measures.items():
-                before = points * len(curves)
-
-                def told(done: int, _: int, what: str, before: int = before) -> None:
-                    progress(before + done, total, what)
-
-                curve = measure(
-                    loaded.model,
-                    metric,
-                    data=options.batches(loaded, method, seed),
-                    include=options.include or None,
-                    exclude=options.exclude or None,
-                    seed=seed,
-                    progress=told,
-                )
-                curves.append({"method": method, "seed": seed, **_plain(curve)})
+    tasks = {f"{s}-{m}": (s, m) for s in options.seeds for m in options.methods}
+    answers = list(options.swept(_Subject, tasks, "measuring").values())
+    curves = [a["curve"] for a in answers]
     found = {
-        "model": loaded.name,
-        "metric": metric.name,
-        "unit": metric.unit,
-        "higher_is_better": metric.higher_is_better,
+        **answers[0]["about"],
         "tolerance": options.tolerance,
         "curves": curves,
         "options": plain_options(options),
@@ -87,6 +96,7 @@ def run(options: Options) -> dict[str, Any]:
     }
     if options.out is not None:
         _write(options.out, found)
+        finish(options.out / "tasks")
     _show(found, options)
     return found
 

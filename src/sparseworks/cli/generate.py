@@ -68,8 +68,13 @@ def run(options: Options) -> dict[str, Any]:
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         raise InvalidArgument("--max-new-tokens is at least 1, --temperature at least 0, "
                               "--top-p between 0 and 1")  # fmt: skip
+    from sparseworks.cli.decoders import decoder_of, notes_of
+
     start = time.perf_counter()
-    decoder, tokenizer = _decoder(options)
+    decoder, tokenizer = decoder_of(
+        options.model, weights=options.weights, tokenizer=options.tokenizer, dtype=options.dtype,
+        head=options.head, cache=options.cache, threads=options.threads,
+    )  # fmt: skip
     ready = time.perf_counter() - start
     torch.manual_seed(options.seed)
     if options.chat:
@@ -84,7 +89,7 @@ def run(options: Options) -> dict[str, Any]:
     text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
     result = {"model": options.model, "dtype": options.dtype, "prompt": options.prompt,
               "text": text, "tokens": new, "tokens_per_second": new / seconds,
-              "seconds_to_load": ready, "notes": list(_notes(decoder))}  # fmt: skip
+              "seconds_to_load": ready, "notes": notes_of(decoder)}  # fmt: skip
     if options.json:
         import json
 
@@ -92,50 +97,6 @@ def run(options: Options) -> dict[str, Any]:
     else:
         print(f"[{new} tokens, {new / seconds:.1f} a second with the prompt]", file=sys.stderr)
     return result
-
-
-def _decoder(options: Options) -> tuple[Any, Any]:
-    import sparseworks as sw
-    from sparseworks.cli.loading import load_model
-
-    path = Path(options.model)
-    tokenizer: Any = None
-    if path.suffix == ".safetensors":
-        if options.weights is not None:
-            raise InvalidArgument("--weights go into a model; a compiled decoder has its own")
-        decoder = sw.load_decoder(path, threads=options.threads, cache=options.cache)
-        named = options.tokenizer or decoder.tokenizer_name
-        if not named:
-            raise InvalidArgument(f"{path} names no tokenizer; give --tokenizer FOLDER")
-        return decoder, _tokenizer(named)
-    loaded = load_model(options.model)
-    if loaded.kind != "causal":
-        raise InvalidArgument(f"{options.model} is not a causal language model")
-    tokenizer = loaded.tokenizer if options.tokenizer is None else _tokenizer(options.tokenizer)
-    if tokenizer is None:
-        raise InvalidArgument(f"{options.model} has no tokenizer; give --tokenizer FOLDER")
-    if options.weights is not None:
-        sw.load(options.weights, loaded.model)
-    decoder = sw.compile_decoder(
-        loaded.model, dtype=options.dtype, head=options.head, cache=options.cache,
-        threads=options.threads,
-    )  # fmt: skip
-    for note in _notes(decoder):
-        print(f"[{note}]", file=sys.stderr)
-    return decoder, tokenizer
-
-
-def _notes(decoder: Any) -> list[str]:
-    return list(getattr(decoder, "notes", []))
-
-
-def _tokenizer(name: str) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"--tokenizer {name}: {str(error).splitlines()[0]}") from None
 
 
 def _generate(decoder: Any, tokenizer: Any, ids: Any, options: Options) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ __all__ = [
     "one_metric",
     "own_batches",
     "parse_options",
+    "prompts_of",
 ]
 
 
@@ -125,6 +128,10 @@ class Measured:
     """Output folder; it must not exist yet, unless --force."""
     force: bool = False
     """Write into a folder that exists."""
+    resume: bool = False
+    """Go on with a sweep into --out that was interrupted, with the same options."""
+    ray: bool = False
+    """Spread the work over a Ray cluster (RAY_ADDRESS, else the processors of this machine)."""
     json: bool = False
     """Print as JSON."""
 
@@ -136,8 +143,36 @@ class Measured:
         """
         if not self.methods or not self.seeds:
             raise InvalidArgument("give at least one of --methods and one of --seeds")
-        check_output(self.out, self.force)
+        if self.resume and self.out is None:
+            raise InvalidArgument("--resume goes on in a folder: give --out")
+        check_output(self.out, self.force or self.resume)
         check_inputs(self)
+
+    def swept(self, make: Any, tasks: Mapping[str, tuple[Any, ...]], what: str) -> dict[str, Any]:
+        """What the subject that `make(self)` makes answers to every task.
+
+        Each answer is written into the folder "tasks" of --out as soon as it is there.
+        """
+        from sparseworks.cli.running import plain_options, progress_bar
+        from sparseworks.diagnostics.sweeping import Cluster, abandon, begin, sweep
+
+        folder = None if self.out is None else self.out / "tasks"
+        with (
+            Cluster() if self.ray else nullcontext() as cluster,
+            progress_bar(what, quiet=self.json) as progress,
+        ):
+            if folder is not None:
+                aside = ("out", "force", "resume", "ray", "json")  # no answer depends on these
+                asked = {k: v for k, v in plain_options(self).items() if k not in aside}
+                begin(folder, asked, resume=self.resume)
+            try:
+                return sweep(
+                    partial(make, self), tasks, folder=folder, cluster=cluster, progress=progress
+                )
+            except BaseException:
+                if folder is not None:
+                    abandon(folder)
+                raise
 
     def batches(self, loaded: Any, method: str, seed: int) -> list[Any] | None:
         """Calibration batches for one method."""
@@ -208,6 +243,19 @@ def make_metrics(
             )
         )
     return made
+
+
+def prompts_of(loaded: Any, options: Any) -> Any:
+    """Held-out prompts for a causal language model that generates; else None."""
+    from sparseworks.diagnostics.continuations import held_out_prompts
+
+    if options.continuations < 0:
+        raise InvalidArgument(f"--continuations {options.continuations}: a number of texts, or 0")
+    if loaded.kind != "causal":
+        return None
+    return held_out_prompts(
+        loaded.model, loaded.tokenizer, options.eval_data, count=options.continuations
+    )
 
 
 def one_metric(options: Any, loaded: Any) -> Any:

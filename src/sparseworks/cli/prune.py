@@ -49,6 +49,8 @@ class Options:
     """Evaluation data of the metrics; default: built-in text."""
     eval_samples: int | None = None
     """Evaluation windows, sentences or images; default: 64 windows, 500 sentences, all images."""
+    continuations: int = 3
+    """Of a language model: held-out texts that it continues, dense and pruned, for the report."""
     include: tuple[str, ...] = ()
     """Name patterns of the only weights to prune."""
     exclude: tuple[str, ...] = ()
@@ -106,6 +108,7 @@ def run_on(options: Options, group: Any) -> dict[str, Any]:
         check_output,
         make_metrics,
         parse_options,
+        prompts_of,
     )
     from sparseworks.cli.running import progress_bar
     from sparseworks.core import registry
@@ -138,6 +141,8 @@ def run_on(options: Options, group: Any) -> dict[str, Any]:
     batches = calibration(loaded, options)
     metrics = make_metrics(names, loaded, options.eval_data, options.eval_samples)
     before = {m.name: m(loaded.model) for m in metrics}
+    prompts = prompts_of(loaded, options) if options.out is not None else None
+    said = [] if prompts is None else prompts.continued(loaded.model)
     with progress_bar("pruning", quiet=options.json) as progress:
         result = sw.prune(
             loaded.model,
@@ -159,6 +164,8 @@ def run_on(options: Options, group: Any) -> dict[str, Any]:
         )
     after = {m.name: m(loaded.model) for m in metrics}
     summary = summarize(options, loaded, result, metrics, before, after)
+    if prompts is not None:
+        summary["continuations"] = prompts.beside(said, prompts.continued(loaded.model))
     if options.out is not None and (group is None or group.rank() == 0):
         write_output(options, loaded, result, summary)
     show(summary, options.json)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sparseworks.core.errors import DataError
 
+_BAND = 1024  # columns of a Hessian that are summed at once
+
 __all__ = ["Collector", "Hessian", "InputMoments", "InputNorm"]
 
 
@@ -130,18 +132,29 @@ class InputMoments(Collector):
 
 
 class Hessian(Collector):
-    """H = (2 / samples) sum x x^T, `[groups, in, in]`: the Hessian of ||W x - W' x||^2."""
+    """H = (2 / samples) sum x x^T, `[groups, in, in]`: the Hessian of ||W x - W' x||^2.
+
+    Attributes:
+        gram: sum x x^T in bands of columns, each from its square on the diagonal down; 0 above.
+    """
 
     def __init__(self, groups: int, inputs: int, device: torch.device | str = "cpu") -> None:
         super().__init__(groups, inputs, device)
         self.gram = torch.zeros(groups, inputs, inputs, device=self.device)
 
     def _add(self, inputs: Tensor, group: int) -> None:
-        self.gram[group].addmm_(inputs.t(), inputs)
+        gram = self.gram[group]
+        for start in range(0, self.inputs, _BAND):  # what is above the diagonal follows from below
+            end = min(start + _BAND, self.inputs)
+            gram[start:, start:end].addmm_(inputs[:, start:].t(), inputs[:, start:end])
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.gram,)
 
     def hessian(self, group: int) -> Tensor:
         """H of one group, `[in, in]`, a new tensor."""
-        return self.gram[group] * (2.0 / max(1, self.samples))
+        hessian = self.gram[group] * (2.0 / max(1, self.samples))
+        for start in range(0, self.inputs, _BAND):
+            end = min(start + _BAND, self.inputs)
+            hessian[start:end, end:] = hessian[end:, start:end].t()
+        return hessian

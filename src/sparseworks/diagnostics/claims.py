@@ -19,20 +19,24 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.diagnostics.judging import judge
+from sparseworks.diagnostics.machines import machine
+from sparseworks.diagnostics.sweeping import Cluster, sweep
 from sparseworks.io.atomic import atomic_file
 
-__all__ = ["Claim", "Promise", "data_root", "find_claims", "load_claim", "results", "run", "table"]
+__all__ = [
+    "Claim", "Cluster", "Promise", "data_root", "find_claims", "load_claim", "machine", "results",
+    "run", "table",
+]  # fmt: skip
 
 Setting = Literal["quick", "full"]
 _SHIPPED = Path(__file__).with_name("results.json")
@@ -147,40 +151,56 @@ def load_claim(path: Path) -> Claim:
     return claim
 
 
+class _Measure:
+    """A claim that measures its seeds."""
+
+    def __init__(self, path: Path, setting: Setting) -> None:
+        self.claim, self.setting = load_claim(path), setting
+
+    def __call__(self, seed: int) -> dict[str, Any]:
+        began, worked = time.perf_counter(), time.process_time()
+        values = {k: float(v) for k, v in self.claim.measure(seed, self.setting).items()}
+        return {
+            "values": values,
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - worked,  # what it costs on a shared machine
+        }
+
+
 def run(
     path: Path,
     *,
     setting: Setting = "quick",
     seeds: tuple[int, ...] | None = None,
     runs: str | os.PathLike[str] = "runs/claims",
+    cluster: Cluster | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every seed that is not on disk yet, judge, and write the result beside the claim.
 
-    Seeds that are given are judged together, without looks.
+    Seeds that are given are judged together, without looks. Over a cluster the seeds up to the next
+    look are measured at once; the result is the same.
     """
     claim = load_claim(path)
     chosen = claim.planned if seeds is None else seeds
     looks = claim.looks if seeds is None else ()
     folder = Path(runs) / f"{path.stem}-{claim.digest(setting)}"
-    folder.mkdir(parents=True, exist_ok=True)
     measured: dict[int, dict[str, Any]] = {}
-    for done, seed in enumerate(chosen):
-        kept = folder / f"{seed}.json"
-        if kept.is_file():
-            measured[seed] = json.loads(kept.read_text())
-        else:
-            began, worked = time.perf_counter(), time.process_time()
-            values = {k: float(v) for k, v in claim.measure(seed, setting).items()}
-            measured[seed] = {
-                "values": values,
-                "seconds": time.perf_counter() - began,
-                "cpu_seconds": time.process_time() - worked,  # what it costs on a shared machine
-            }
-            _write(kept, measured[seed])
-        if progress is not None:
-            progress(done + 1, len(chosen), f"{claim.card} seed {seed}")
-        if done + 1 in looks[:-1] and _decided(claim, looks, measured):
+    for start, end in pairwise((0, *looks) if looks else (0, len(chosen))):
+        begun = len(measured)
+
+        def told(done: int, _: int, seed: str, begun: int = begun) -> None:
+            if progress is not None:
+                progress(begun + done, len(chosen), f"{claim.card} seed {seed}")
+
+        measured |= {
+            int(seed): found for seed, found in sweep(
+                partial(_Measure, path.resolve(), setting),
+                {str(seed): (seed,) for seed in chosen[start:end]},
+                folder=folder, cluster=cluster, progress=told,
+            ).items()
+        }  # fmt: skip
+        if end in looks[:-1] and _decided(claim, looks, measured):
             break
     result = _judge(claim, setting, looks, measured)
     _write(path.with_suffix(".json"), result)
@@ -237,24 +257,6 @@ def _judge(
         "seconds": sum(m["seconds"] for m in measured.values()),
         "cpu_seconds": None if None in spent else sum(spent),
         "machine": machine(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads and versions, for the record."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    from sparseworks.version import __version__
-
-    return {
-        "cpu": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sparseworks": __version__,
     }
 
 

@@ -5,6 +5,7 @@ sw.load("model.safetensors", model)        # fill a model: values, buffers, mask
 sw.save(model, "folder", tokenizer=tok)    # a Hugging Face folder, weights packed
 model = sw.from_pretrained("folder")       # build the model from any Hugging Face folder
 sw.export_dense(model, "plain")            # for tools that know nothing of sparsity
+sw.export_quantized(model, "int4")         # integers, as compressed-tensors stores them
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from sparseworks.io.folders import export_dense as export_dense
     from sparseworks.io.huggingface import from_pretrained as from_pretrained
     from sparseworks.io.loading import load as load
+    from sparseworks.io.quantized import export_quantized as export_quantized
     from sparseworks.io.saving import save as save
     from sparseworks.io.summary import CheckpointInfo as CheckpointInfo
     from sparseworks.io.summary import TensorInfo as TensorInfo
@@ -28,6 +30,7 @@ _LAZY = {
     "inspect": "summary",
     "save": "saving",
     "export_dense": "folders",
+    "export_quantized": "quantized",
     "load": "loading",
     "from_pretrained": "huggingface",
     "infer_masks": "zeros",

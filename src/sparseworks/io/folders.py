@@ -8,16 +8,18 @@ random numbers; so it says that there are no weights instead.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument, MissingDependency, ModelError
 from sparseworks.core.masks import masks
@@ -29,7 +31,10 @@ from sparseworks.io.records import FORMAT_VERSION
 from sparseworks.io.summary import CheckpointInfo
 from sparseworks.io.writing import refuse_pickle_target, write_dense, write_packed
 
-__all__ = ["export_dense", "save_folder", "write_side_files"]
+__all__ = [
+    "export_dense", "require_transformers_model", "save_folder", "write_plain_folder",
+    "write_side_files",
+]  # fmt: skip
 
 _SIDE_FILES = (
     "added_tokens.json",
@@ -61,7 +66,7 @@ def save_folder(
     signed_zeros: bool = True,
 ) -> CheckpointInfo:
     """Write a packed Hugging Face folder; see `save` for the arguments."""
-    _require_transformers_model(model, path)
+    require_transformers_model(model, path)
     others = _other_weights(path, keep=(PACKED_NAME,))
     if others:
         raise InvalidArgument(
@@ -107,24 +112,45 @@ def export_dense(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: A
         with atomic_file(path) as temporary:
             write_dense(model, temporary)
         return path
-    _require_transformers_model(model, path)
+    require_transformers_model(model, path)
+    with write_plain_folder(model, path, tokenizer):
+        pass
+    return path
+
+
+@contextlib.contextmanager
+def write_plain_folder(
+    model: Any, path: Path, tokenizer: Any, state: Mapping[str, Tensor] | None = None
+) -> Iterator[Path]:
+    """A folder as transformers writes it, complete when the block ends well.
+
+    Args:
+        model: of transformers.
+        path: of the folder.
+        tokenizer: as in `save`.
+        state: what is stored; None: the model's own tensors.
+
+    Yields:
+        The temporary folder with all files in it, to be changed.
+    """
     if (path / PACKED_NAME).exists():
         raise InvalidArgument(
             f"{path}: holds {PACKED_NAME}, which would be read instead; export to a new folder"
         )
-    config: Any = model.config
+    config = model.config
     note = config.__dict__.pop("sparseworks", None)
     try:
         with atomic_folder(path, last="model.safetensors") as temporary:
-            model.save_pretrained(temporary)  # type: ignore[operator]
+            model.save_pretrained(temporary, state_dict=None if state is None else dict(state))
             _write_tokenizer(model, temporary, tokenizer)
+            yield temporary
     finally:
         if note is not None:
             config.sparseworks = note
-    return path
 
 
-def _require_transformers_model(model: nn.Module, path: Path) -> None:
+def require_transformers_model(model: nn.Module, path: Path) -> None:
+    """Raise unless it is a model of transformers with floating weights."""
     try:
         from transformers import PreTrainedModel
     except ImportError as error:

@@ -15,6 +15,7 @@ from sparseworks.core.masks import masks
 from sparseworks.io.atomic import atomic_file
 from sparseworks.models.views import View, recorded_views
 from sparseworks.report.text import megabytes
+from sparseworks.report.texts import TEXT_STYLE, side_by_side
 
 __all__ = ["COLORS", "document", "layout", "plot", "versions", "write_report"]
 
@@ -69,7 +70,7 @@ def document(path: Path, title: str, sections: list[str]) -> None:
     page = (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}{TEXT_STYLE}</style>"
         f"<script>{_plotly()}</script></head><body>{''.join(sections)}</body></html>"
     )
     with atomic_file(path) as file:
@@ -95,6 +96,7 @@ def _sections(summary: Mapping[str, Any], model: nn.Module, title: str) -> list[
         f"{len(result['tensors'])} tensors pruned, {len(result['skipped'])} left dense</p>",
         _cards(summary),
         _warnings(result),
+        *side_by_side(summary.get("continuations", ())),
         "<h2>Sparsity of each tensor</h2>",
         plot(_sparsity_figure(result["tensors"]), "sparsity"),
     ]

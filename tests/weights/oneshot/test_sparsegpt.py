@@ -11,6 +11,7 @@ from sparseworks.core.errors import ModelError, PatternError
 from sparseworks.core.patterns import NM, Block, Group, Unstructured
 from sparseworks.weights.oneshot.obs import (
     column_solve,
+    energy,
     inverse_factor,
     prepare_hessian,
     row_grid,
@@ -193,3 +194,28 @@ def test_refit_is_least_squares_on_the_kept_weights(rows, columns, seed):
         if len(kept):
             exact[kept] = torch.linalg.solve(h[kept][:, kept], (h @ w[r])[kept])
         torch.testing.assert_close(got[r], exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [7, 512, 1300])
+def test_energy_is_the_loss_of_removing_everything(columns):
+    g = torch.Generator().manual_seed(columns)
+    w, x = torch.randn(9, columns, generator=g), torch.randn(40, columns, generator=g)
+    found = energy(w, x.t() @ x)
+    assert found == pytest.approx(float((x.double() @ w.double().t()).square().sum()) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [5, 256, 257, 700])
+def test_the_factor_in_place_is_the_same_to_the_bit(size):
+    g = torch.Generator().manual_seed(size)
+    x = torch.randn(2 * size, size, generator=g)
+    hessian, _ = prepare_hessian(x.t() @ x, 0.01)
+    hessian = (hessian + hessian.t()) / 2
+    before = hessian.clone()
+    factor = inverse_factor(hessian)
+    assert torch.equal(hessian, before)
+    place = hessian.data_ptr()
+    again = inverse_factor(hessian, overwrite=True)
+    assert again.data_ptr() == place and torch.equal(again, factor)
+    identity = factor.double() @ before.double() @ factor.double().t()
+    torch.testing.assert_close(identity, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-3)
+    assert bool((factor.tril(-1) == 0).all())

@@ -21,18 +21,23 @@ from sparseworks.core.errors import ModelError, PatternError
 from sparseworks.core.patterns import NM, Block, Pattern, Unstructured
 from sparseworks.core.selection import keep_top, keep_top_per_row
 
-__all__ = ["column_solve", "inverse_factor", "prepare_hessian"]
+__all__ = ["column_solve", "energy", "inverse_factor", "prepare_hessian"]
 
 _SUB = 32
+_PIECE = 1 << 20  # numbers that are moved at once
+_BAND = 512  # columns of which `energy` multiplies at once
 Quantize = Callable[[Tensor], Tensor]
 
 
-def prepare_hessian(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def prepare_hessian(
+    hessian: Tensor, damping: float, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """The damped Hessian and the dead columns (inputs that are always zero).
 
-    H_jj = 0 is set to 1 first; then damping * mean(diag H) is added to the diagonal.
+    H_jj = 0 is set to 1 first; then damping * mean(diag H) is added to the diagonal, in place where
+    `overwrite`.
     """
-    damped = hessian.clone()
+    damped = hessian if overwrite else hessian.clone()
     diagonal = damped.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1.0
@@ -40,39 +45,81 @@ def prepare_hessian(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return damped, dead
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
+def energy(weight: Tensor, hessian: Tensor) -> float:
+    """1/2 tr(W H W^T), the loss of a matrix whose weights are all removed.
+
+    H is symmetric, so one side of its diagonal is enough: half of the multiply-adds of W H.
+
+    Args:
+        weight: `[out, in]` fp32.
+        hessian: `[in, in]`.
+    """
+    total = 0.0
+    for start in range(0, weight.shape[1], _BAND):
+        end = min(start + _BAND, weight.shape[1])
+        band = weight[:, start:end]
+        product = (band @ hessian[start:end, start:end]).mul_(0.5)
+        if start:
+            product.addmm_(weight[:, :start], hessian[:start, start:end])
+        total += float(torch.sum(product.mul_(band)))
+    return total
+
+
+def inverse_factor(hessian: Tensor, *, overwrite: bool = False) -> Tensor:
     """U, upper triangular, with H^-1 = U^T U.
 
     With J the reversal of the axes and J H J = L L^T, R = J L J is upper and H = R R^T; U = R^-1.
     The result is stored by columns: its transpose is contiguous.
 
+    Args:
+        hessian: `[in, in]`, symmetric.
+        overwrite: it may be destroyed: the result, and all on the way, then takes its place, and
+            memory holds one matrix instead of two.
+
     Raises:
         ModelError: H is not positive definite even after damping.
     """
-    lower: Tensor
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    work = hessian if overwrite and hessian.is_contiguous() else hessian.clone(
+        memory_format=torch.contiguous_format
+    )  # fmt: skip
+    _reverse(work)
+    info = torch.empty((), dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(work.mT, out=(work.mT, info))  # work: L^T, by rows
     if int(info):
         raise ModelError(
             "the Hessian of the calibration inputs is not positive definite; "
             "give more calibration data or a larger `damping`"
         )
-    inverse = torch.zeros_like(lower.mT, memory_format=torch.contiguous_format)
-    _invert_lower(lower.mT.flip(0, 1), inverse)
-    return inverse.mT
+    _reverse(work)  # R^T
+    _invert_lower(work)
+    return work.mT
 
 
-def _invert_lower(lower: Tensor, inverse: Tensor) -> None:
-    """Inverse of a lower triangular matrix, by halves: n^3 / 3 multiply-adds, mostly products."""
+def _reverse(matrix: Tensor) -> None:
+    """J M J in place: the numbers of a contiguous matrix from last to first."""
+    flat = matrix.view(-1)
+    half, size = flat.numel() // 2, flat.numel()
+    for start in range(0, half, _PIECE):
+        end = min(start + _PIECE, half)
+        front, back = flat[start:end], flat[size - end : size - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Inverse of a lower triangular matrix in its place, by halves: n^3 / 3 multiply-adds, mostly
+    products."""
     size = lower.shape[0]
     if size <= 256:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
         return
     half = (size // 2 + 63) // 64 * 64
-    _invert_lower(lower[:half, :half], inverse[:half, :half])
-    _invert_lower(lower[half:, half:], inverse[half:, half:])
-    product = inverse[half:, half:] @ lower[half:, :half]
-    inverse[half:, :half].addmm_(product, inverse[:half, :half], beta=0.0, alpha=-1.0)
+    _invert_lower(lower[:half, :half])
+    _invert_lower(lower[half:, half:])
+    product = lower[half:, half:] @ lower[half:, :half]
+    lower[half:, :half].addmm_(product, lower[:half, :half], beta=0.0, alpha=-1.0)
 
 
 def column_solve(

@@ -21,6 +21,7 @@ from sparseworks.core.registry import MethodInfo
 from sparseworks.weights.oneshot.base import OneShot, Solution, Target
 from sparseworks.weights.oneshot.obs import (
     column_solve,
+    energy,
     inverse_factor,
     prepare_hessian,
     row_grid,
@@ -75,7 +76,7 @@ class SparseGPT(OneShot):
         rows = weight.shape[0] // groups
         unseen = set(evidence.unseen_groups())
         weights, masks = [], []
-        loss, energy = 0.0, 0.0
+        loss, whole = 0.0, 0.0
         share = target.keep // groups
         for group in range(groups):
             part = weight[group * rows : (group + 1) * rows]
@@ -83,12 +84,12 @@ class SparseGPT(OneShot):
             vanishing = float(gram.diagonal().mean()) < _VANISHING
             if group in unseen or vanishing:  # nothing to go by: fall back to magnitude
                 gram = torch.eye(gram.shape[0], device=gram.device)
-            hessian, dead = prepare_hessian(gram, self.damping)
-            energy += float(torch.sum((part @ hessian) * part)) / 2
+            hessian, dead = prepare_hessian(gram, self.damping, overwrite=True)
+            whole += energy(part, hessian)
             allowed = target.allowed
             new, mask, cost = column_solve(
                 torch.where(dead[None, :], 0.0, part),
-                inverse_factor(hessian),
+                inverse_factor(hessian, overwrite=True),
                 target.pattern,
                 share + (1 if group < target.keep - share * groups else 0),
                 allowed=None if allowed is None else allowed[group * rows : (group + 1) * rows],
@@ -98,4 +99,4 @@ class SparseGPT(OneShot):
             weights.append(new)
             masks.append(mask)
             loss += cost
-        return Solution(torch.cat(weights), torch.cat(masks), loss / energy if energy > 0 else 0.0)
+        return Solution(torch.cat(weights), torch.cat(masks), loss / whole if whole > 0 else 0.0)
