@@ -7,7 +7,8 @@ of their own. Whatever is read is compared with the model on a text before it is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.engine.decoder.rotary import Rotary, read_rotary
 from sparseworks.engine.decoder.spec import (
     AttentionSpec,
+    Integers,
     LayerSpec,
     LinearSpec,
     MixtureSpec,
@@ -26,7 +28,9 @@ from sparseworks.engine.decoder.spec import (
     Weight,
     interleaved,
 )
+from sparseworks.kernels.grids import Grid
 from sparseworks.models.active import ActiveInputs, gates, input_rule
+from sparseworks.models.quantized import Quantized, grids
 
 __all__ = ["read_model"]
 
@@ -76,6 +80,7 @@ class _Reader:
         config: Any = model.config
         self.config: Any = config.get_text_config(decoder=True)
         self.names: dict[int, str] = {id(m): n for n, m in model.named_modules()}
+        self.grids: Mapping[str, Quantized] = grids(model) or {}
 
     def name(self, module: nn.Module) -> str:
         return self.names[id(module)]
@@ -112,9 +117,32 @@ class _Reader:
         if any((r is not None) if first is None else not first.same(r) for r in rules):
             raise ModelError(f"{' and '.join(names)} read the same inputs by rules of their own")
         weight = Weight(
-            rows, matrix(modules[0]).shape[1], lambda: joined([matrix(m) for m in modules]), names
-        )
+            rows, matrix(modules[0]).shape[1], lambda: joined([matrix(m) for m in modules]), names,
+            self.integers(modules, names, joined),
+        )  # fmt: skip
         return LinearSpec(" + ".join(names), weight, bias, rules[0])
+
+    def integers(
+        self, modules: Any, names: tuple[str, ...], joined: Callable[[list[Tensor]], Tensor]
+    ) -> Callable[[], Integers] | None:
+        """What the layers' weights were quantized to, where all were, in the same way."""
+        found = [self.grids.get(f"{n}.weight") for n in names]
+        if any(q is None or not q.holds(m.weight) for q, m in zip(found, modules, strict=True)):
+            return None
+        given = [q for q in found if q is not None]
+        if len({(q.bits, q.group, q.grid.zero is None) for q in given}) > 1:
+            return None
+        group = given[0].group
+
+        def make() -> Integers:
+            codes = joined([q.grid.codes.flatten(1) for q in given])
+            zeros = [q.grid.zero for q in given if q.grid.zero is not None]
+            zero = joined(zeros) if zeros else None
+            scale = joined([q.grid.scale for q in given])
+            grid = Grid(codes.view(codes.shape[0], -1, group), scale, zero)
+            return Integers(grid, given[0].bits)
+
+        return make
 
     def norm(self, module: Any) -> NormSpec:
         if module is None or isinstance(module, nn.Identity):
@@ -210,8 +238,7 @@ def _mlp(r: _Reader, m: Any, activation: str) -> MlpSpec:
         up = r.linear(m.gate_up_proj, order=turned)
         assert isinstance(up.weight, Weight)
         hidden = up.weight.rows // 2
-        up.weight = Weight(2 * (hidden + -hidden % 16), up.weight.columns, up.weight.make,
-                           up.weight.names)  # fmt: skip
+        up.weight = replace(up.weight, rows=2 * (hidden + -hidden % 16))
     else:
         up = r.linear(m.gate_proj, m.up_proj, gated=True)
     return MlpSpec(up, r.linear(m.down_proj), True, activation)
