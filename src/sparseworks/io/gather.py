@@ -127,5 +127,5 @@ def masks_by_tensor(
 
 def integers_by_tensor(model: nn.Module, found: ModelTensors) -> dict[str, Quantized]:
     """First name of a tensor -> the integers that the model's record has for it."""
-    record = grids(model) or {}
+    record = grids(model) or Grids()
     return {found.first(n): q for n, q in record.items() if found.first(n) in found.tensors}

@@ -226,9 +226,7 @@ class PackedCheckpoint(Checkpoint):
         record, parts = self.records[name], self._parts[name]
         found = read_grid(record, lambda part: self._file.elements(parts[part]))
         if found is None:
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r}: its bits do not match its record"
-            )
+            raise CheckpointError(f"{self.path}: tensor {name!r}: its bits do not match its record")
         return found
 
     def _mask(self, name: str) -> MaskEntry:

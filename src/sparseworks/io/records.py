@@ -5,7 +5,7 @@
 | dense | `name` |
 | bitmask | `name::values` (flat order), `name::bitmask` (1 bit a weight: stored or not) |
 | nm | `name::values`, `name::codes` (one code a run of m, see `codes`) |
-| grid | `name::integers` (`bits` each), `name::scales`, `name::zeros`, `name::live` (a bit a group) |
+| grid | `name::integers`, `name::scales`, `name::zeros`, `name::live` (1 bit a group) |
 
 A weight that is not stored is +0.0 (all bits zero), or -0.0 (only the top bit set) where
 `name::signs` holds a 1; that part has one bit per weight not stored and is left out when there is

@@ -35,11 +35,12 @@ class Grid:
         return (codes * self.scale.float()[..., None]).flatten(1)
 
     def fits(self, rows: int, columns: int, group: int, bits: int) -> bool:
-        """Is this a matrix of so many rows and columns in such groups, and codes of so many bits?"""
+        """Is this a matrix of that size in such groups, of codes of so many bits?"""
         if columns % group or self.codes.shape != (rows, columns // group, group) or not bits:
             return False
         top = 2 ** (bits - 1)
-        return bool((self.codes >= -top).all()) and bool((self.codes < top).all())
+        lowest, highest = int(self.codes.min()), int(self.codes.max())
+        return -top <= lowest and highest < top
 
     def part(self, first: int, count: int, fill: int = 0) -> Grid:
         """Some rows, and `fill` rows of zeros after them."""

@@ -41,8 +41,8 @@ def pack_panels(
         grid: the integers of the matrix, in the groups of `format`, which are packed as they are.
 
     Raises:
-        InvalidArgument: integers that the format does not take; not a matrix, a mask or importance of another shape, weights that are not
-            finite.
+        InvalidArgument: integers that the format does not take; not a matrix, a mask or
+            importance of another shape, weights that are not finite.
     """
     if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise InvalidArgument(f"a matrix is packed, not {weight.dtype} {list(weight.shape)}")
@@ -112,9 +112,7 @@ def _packed(
         live = kept.view(-1, columns // 16, 16).any(2)
         grid = held or round_groups(weight, kept, 16, 4, importance, zeros, steps)
         return *_grouped(grid, live, panels), grid.weight() * live.repeat_interleave(16, 1)
-    grid = held or round_groups(
-        weight, kept, format.group, format.bits, importance, False, steps
-    )
+    grid = held or round_groups(weight, kept, format.group, format.bits, importance, False, steps)
     codes = grid.codes.view(weight.shape)
     if format.by_columns:
         return *_tiles(codes, grid.scale, format), grid.weight()

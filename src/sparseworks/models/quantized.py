@@ -48,7 +48,9 @@ class Quantized:
         if kept is not None:
             zero = None if grid.zero is None else grid.zero.cpu() * kept
             grid = Grid(grid.codes.cpu() * kept[..., None], grid.scale.cpu() * kept, zero)
-        cpu = Grid(grid.codes.cpu(), grid.scale.cpu(), None if grid.zero is None else grid.zero.cpu())
+        cpu = Grid(
+            grid.codes.cpu(), grid.scale.cpu(), None if grid.zero is None else grid.zero.cpu()
+        )
         return cls(cpu, bits, kept, tuple(view.parameter.shape), view.layout)
 
     @property
@@ -75,7 +77,9 @@ class Quantized:
 
     def mask(self) -> Tensor:
         """Bool, of the parameter's shape: weights of kept groups."""
-        live = torch.ones(self.grid.scale.shape, dtype=torch.bool) if self.live is None else self.live
+        live = (
+            torch.ones(self.grid.scale.shape, dtype=torch.bool) if self.live is None else self.live
+        )
         kept = live.repeat_interleave(self.group, 1)
         return of_matrix(kept, self.shape, self.layout).contiguous()
 

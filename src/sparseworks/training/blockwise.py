@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from sparseworks.models.blocks import Stack, find_stages
 from sparseworks.models.calls import Batch, first_sample, token_mask
 from sparseworks.models.matrix import View
+from sparseworks.models.residence import HiddenStates
 from sparseworks.models.stacked import capture, run_block
 from sparseworks.models.tap import calibration_mode
-from sparseworks.models.residence import HiddenStates
 
 __all__ = ["BlockAtWork", "walk_blocks"]
 

@@ -2,8 +2,8 @@
 
     W_q = s (q - z),   q = clamp(round(W / s) + z, -2^(b-1), 2^(b-1) - 1),   z = round(zero)
 
-with one s (fp16, as it is stored) and z for each group of consecutive columns; groups that are
-pruned are 0. Rounding is passed straight through, so that the gradient reaches W, s and zero; a
+with one s (fp16, as it is stored) and z for each group of consecutive columns; pruned weights are
+0. Rounding is passed straight through, so that the gradient reaches W, s and zero; a
 clamped weight moves s and z alone (LSQ: Esser et al. 2020, Learned Step Size Quantization). Frozen,
 the integers q and z rest and s trains alone.
 """
@@ -59,16 +59,17 @@ class FakeQuantized(nn.Module):
         view: of the weight, whose values give the first scales and zeros (min and max of a group).
         bits: of a code, 2 to 8.
         group: consecutive columns that share a scale.
-        live: bool `[rows, groups]`, False where a group is pruned; None: none is.
+        kept: bool matrix, False where a weight is pruned and stays 0; None: none is. A group
+            without kept weights is not stored.
 
     Raises:
         InvalidArgument: the columns are not whole groups.
     """
 
-    live: Tensor
+    kept: Tensor
     codes: Tensor | None
 
-    def __init__(self, view: View, bits: int, group: int, live: Tensor | None = None) -> None:
+    def __init__(self, view: View, bits: int, group: int, kept: Tensor | None = None) -> None:
         super().__init__()
         rows, columns = view.shape
         if columns % group or not 2 <= bits <= 8:
@@ -77,15 +78,14 @@ class FakeQuantized(nn.Module):
                 "groups and 2 to 8 bits"
             )
         weight = view.matrix().float()
-        flags = torch.ones(rows, columns // group, dtype=torch.bool, device=weight.device)
-        flags = flags if live is None else live.to(weight.device)
-        kept = flags.repeat_interleave(group, 1)
-        grid = round_groups(torch.where(kept, weight, 0.0), kept, group, bits, zeros=True)
+        mask = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept
+        mask = mask.to(weight.device)
+        grid = round_groups(torch.where(mask, weight, 0.0), mask, group, bits, zeros=True)
         assert grid.zero is not None
         self.view, self.bits, self.group = view, bits, group
         self.scale = nn.Parameter(grid.scale.float().clamp_min(_LEAST))
         self.zero = nn.Parameter(grid.zero.float())
-        self.register_buffer("live", flags)
+        self.register_buffer("kept", mask.view(rows, -1, group))
         self.register_buffer("codes", None)
 
     def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,21 +95,21 @@ class FakeQuantized(nn.Module):
         if self.codes is not None:
             return self.codes.float(), scale, self.zero.detach().round()[..., None]
         zero: Tensor = _Round.apply(self.zero.clamp(low, high))[..., None]  # type: ignore[no-untyped-call]
-        matrix = self.view.matrix(weight).float().view(*self.live.shape, self.group)
+        matrix = self.view.matrix(weight).float().view(self.kept.shape)
         rounded: Tensor = _Round.apply(matrix / scale)  # type: ignore[no-untyped-call]
         return (rounded + zero).clamp(low, high), scale, zero
 
     def forward(self, weight: Tensor) -> Tensor:
         codes, scale, zero = self._grid(weight)
-        matrix = (scale * (codes - zero) * self.live[..., None]).flatten(1)
+        matrix = (scale * (codes - zero) * self.kept).flatten(1)
         return self.view.from_matrix(matrix).to(weight.dtype)
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> None:
         """The integers of this weight are the final ones; scales go on training."""
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        codes, _, _ = self._grid(weight)
-        self.codes = codes.to(torch.int8)
+        codes, _, zero = self._grid(weight)
+        self.codes = torch.where(self.kept, codes, zero).to(torch.int8)
         self.zero.copy_(self.zero.clamp(low, high).round())
         self.zero.requires_grad_(False)
 
@@ -124,7 +124,7 @@ class FakeQuantized(nn.Module):
             raise InvalidArgument(f"{self.view.name}: freeze the integers first")
         scale = self.scale.clamp_min(_LEAST).half()
         grid = Grid(self.codes, scale, self.zero.round().to(torch.int8))
-        return Quantized.of(self.view, grid, self.bits, self.live)
+        return Quantized.of(self.view, grid, self.bits, self.kept.any(2))
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from sparseworks.kernels.grids import Grid
 from sparseworks.kernels.panels import Format, Panels
 from sparseworks.models.active import ActiveInputs
 
-__all__ = ["AttentionSpec", "Integers", "LayerSpec", "LinearSpec", "MixtureSpec", "MlpSpec", "ModelSpec",
-           "NormSpec", "Weight", "interleaved"]  # fmt: skip
+__all__ = ["AttentionSpec", "Integers", "LayerSpec", "LinearSpec", "MixtureSpec", "MlpSpec",
+           "ModelSpec", "NormSpec", "Weight", "interleaved"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Integers:
 
     def packed_as(self) -> tuple[Format, Grid] | None:
         """The format whose groups hold these very integers, and they in its groups; None: none."""
-        if self.grid.zero is None and 4 < self.bits:
+        if self.grid.zero is None and self.bits > 4:
             return _with(Format.INT8, self.grid)
         if self.bits > 4:
             return None  # the decoder has no zero points for bytes

@@ -15,12 +15,12 @@ The unit of sparsity is that of quantization, so that a kept group is whole in i
 
 Stored are a bit a group, and of kept groups the codes, an fp16 scale and z of b bits:
 (1 - p) (b + (16 + b) / G) + 1 / G bits a weight (the paper's row pointers and 16-bit columns of
-groups take (1 - p) 16 / G instead of the last term). The decoder's panels of 16 rows give every
-group the same work, wherever in the rows it lies.
+groups take (1 - p) 16 / G instead of the last term). The decoder takes them as `group-int4`.
 
-The code that the paper names is at an anonymous address that is gone; H^-1 squared and G = 16 are
-from the paper's text, the learning rates and epochs our own: a zero point moves in units of codes,
-so it has its own rate.
+The paper names code at an anonymous address, which we could not read, so learning rates and epochs
+are our own; a zero point moves in units of codes, so it has its own rate. [H^-1]_jj^2 is as the
+paper writes it; with [H^-1]_jj the groups are as good. The paper's engine, which hands equal
+numbers of groups to its workers, is not built here.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.core.masks import Masks, attach, masks
-from sparseworks.core.patterns import check_sparsity
+from sparseworks.core.patterns import check_sparsity, parse_pattern
 from sparseworks.core.random import generator_for
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.calls import Loss, default_loss
 from sparseworks.models.hooks import duplicate
 from sparseworks.models.modes import evaluating
 from sparseworks.models.tap import calibration_mode
-from sparseworks.models.views import View
 from sparseworks.training.blockwise import BlockAtWork, walk_blocks
 from sparseworks.training.distilling import Distillation
 from sparseworks.training.fake_quantization import FakeQuantized, quantized_weights
@@ -59,6 +58,7 @@ class GQSA(Quantization):
 
     Args:
         sparsity: share of pruned groups; 0: quantization alone, with the same two stages.
+        pattern: what is pruned: whole "groups"; or weights inside of them, "2:4" and the like.
         bits: of a code.
         group: G.
         damping: of H, relative to the mean of its diagonal.
@@ -71,6 +71,7 @@ class GQSA(Quantization):
     """
 
     sparsity: float = 0.5
+    pattern: str = "groups"
     bits: int = 4
     group: int = 16
     damping: float = 0.01
@@ -107,6 +108,8 @@ class GQSA(Quantization):
                 f"gqsa: block_epochs={self.block_epochs} and tune_epochs={self.tune_epochs} from "
                 "0, damping and the learning rates above 0"
             )
+        if self.pattern != "groups" and parse_pattern(self.pattern).fixed_density is None:
+            raise InvalidArgument(f"gqsa: pattern={self.pattern!r}; 'groups' or N:M")
         if self.targets not in ("compressed", "dense"):
             raise InvalidArgument(f"gqsa: targets={self.targets!r}; 'compressed' or 'dense'")
 
@@ -117,15 +120,17 @@ class GQSA(Quantization):
         views = work.fitting(self.group)
         dense = duplicate(work.model).requires_grad_(False)
         if self.sparsity > 0:
-            score = HessianSaliency(pattern=f"block1x{self.group}", damping=self.damping)
+            whole = self.pattern == "groups"
+            legal = f"block1x{self.group}" if whole else self.pattern
             prune(
-                work.model, score, sparsity=self.sparsity, data=work.batches,
+                work.model, HessianSaliency(pattern=legal, damping=self.damping),
+                sparsity=self.sparsity if whole else None, data=work.batches,
                 include=[v.name for v in views], seed=work.seed,
             )  # fmt: skip
             record = masks(work.model)
             assert record is not None
             attach(work.model, Masks({n: record.entry(n) for n in record}, self.info.name))
-        parts = {v.name: self._part(work, v) for v in views}
+        parts = {v.name: FakeQuantized(v, self.bits, self.group, work.kept(v)) for v in views}
         total = len(views) * (1 + self.tune_epochs)
         if self.block_epochs:
             self._rebuild(work, dense, parts, total)
@@ -139,10 +144,6 @@ class GQSA(Quantization):
             self._tune(work, list(parts.values()), loss, total)
             for part in parts.values():
                 work.put(part.view, part.quantized())
-
-    def _part(self, work: Work, view: View) -> FakeQuantized:
-        live = work.kept(view).view(view.shape[0], -1, self.group).any(2)
-        return FakeQuantized(view, self.bits, self.group, live)
 
     def _rebuild(
         self, work: Work, dense: nn.Module, parts: dict[str, FakeQuantized], total: int
@@ -165,7 +166,9 @@ class GQSA(Quantization):
                 work.tell(done, total, at.name)
         work.figures["block errors before and after"] = errors
 
-    def _train_block(self, at: BlockAtWork, parts: Sequence[FakeQuantized], seed: int) -> list[float]:
+    def _train_block(
+        self, at: BlockAtWork, parts: Sequence[FakeQuantized], seed: int
+    ) -> list[float]:
         groups = [
             {"params": [p.view.parameter for p in parts], "lr": self.weight_lr},
             {"params": [p.scale for p in parts], "lr": self.scale_lr},

@@ -106,7 +106,7 @@ def _batches(method: Quantization, data: Iterable[Batch] | None) -> list[Batch] 
         if "data" in method.info.needs:
             raise InvalidArgument(f"{method.info.name} needs calibration batches: give `data=`")
         return None
-    batches = [data] if isinstance(data, (Tensor, Mapping)) else list(data)
+    batches: list[Batch] = [data] if isinstance(data, (Tensor, Mapping)) else list(data)
     if not batches:
         raise DataError("the calibration data is empty: at least one batch is needed")
     return batches
