@@ -128,6 +128,7 @@ FACTORIES = {
     "ecodiff": diffusion,
     "evomoe": language_model,
     "fast-sparse-convnets": pointwise,
+    "cptquant": language_model,
     "gqsa": language_model,
     "graph-of-tokens": language_model,
     "maskllm": gated,

@@ -21,15 +21,16 @@ INT4, INT3 = 4 + 20 / 64, 3 + 19 / 64  # bits a weight in groups of 64
 
 
 def at_most(bits: float) -> float:
-    """The sparsity at which 4 bits in groups of 16 take so many bits a weight, or a little less."""
-    return math.ceil(1e3 * (1 - (bits - 1 / 16) / (4 + 20 / 16))) / 1e3
+    """The sparsity at which 4 bits in groups of 16 take a little less than so many bits a weight:
+    the next thousandth but one, as tensors keep whole groups, rounded up."""
+    return (math.ceil(1e3 * (1 - (bits - 1 / 16) / (4 + 20 / 16))) + 1) / 1e3
 
 
 ARMS = {
     "W4S50 stage 0": {"block_epochs": 0, "tune_epochs": 0},
     "W4S50 stage 1": {"tune_epochs": 0},
     "W4S50": {},
-    "2:4 W4": {"pattern": "2:4"},
+    "2:4 W4": {"within": "2:4"},
     "W4 as int4": {"sparsity": at_most(INT4)},
     "W4 as int3": {"sparsity": at_most(INT3)},
     "W2": {"sparsity": 0.0, "bits": 2, "weight_lr": 1e-4},
@@ -104,4 +105,5 @@ CLAIM = Claim(
         ),
     ),
     measure=measure,
+    version=2,
 )

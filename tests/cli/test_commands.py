@@ -27,7 +27,7 @@ QUICK = {
     "upcycle": "--experts 4",
 }
 MORE = {"synflow": "--rounds 2", "ecodiff": "--include denoiser.blocks"}
-DATA = dict.fromkeys(("cfsp", "gqsa", "slicegpt", "stun"), f"{NET}:texts")
+DATA = dict.fromkeys(("cfsp", "cptquant", "gqsa", "slicegpt", "stun"), f"{NET}:texts")
 OPTIONS = {
     "ast": "every=2",
     "cast": "every=2",

@@ -39,8 +39,7 @@ class Grid:
         if columns % group or self.codes.shape != (rows, columns // group, group) or not bits:
             return False
         top = 2 ** (bits - 1)
-        lowest, highest = int(self.codes.min()), int(self.codes.max())
-        return -top <= lowest and highest < top
+        return bool(-top <= int(self.codes.min()) and int(self.codes.max()) < top)
 
     def part(self, first: int, count: int, fill: int = 0) -> Grid:
         """Some rows, and `fill` rows of zeros after them."""

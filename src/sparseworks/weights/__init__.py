@@ -17,6 +17,7 @@ registry.register(
         "gradual": f"{_ROOM}.dynamic.gradual:Gradual",
         "granet": f"{_ROOM}.dynamic.granet:GraNet",
         "iss-p": f"{_ROOM}.dynamic.iss_p:ISSP",
+        "cptquant": f"{_ROOM}.quantization.cptquant:CPTQuant",
         "gqsa": f"{_ROOM}.quantization.gqsa:GQSA",
         "rounding": f"{_ROOM}.quantization.rounding:Rounding",
         "maskllm": f"{_ROOM}.semistructured.maskllm:MaskLLM",

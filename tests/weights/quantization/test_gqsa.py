@@ -100,7 +100,7 @@ def test_masks_stay_and_bits_are_those_of_the_formula(targets):
 
 
 def test_two_of_four_inside_of_groups():
-    done = quantized(pattern="2:4")
+    done = quantized(within="2:4")
     for name, mask in sw.masks(done.model).items():
         kept = mask.view(-1, 4).sum(1)
         assert (kept == 2).all()
@@ -115,7 +115,7 @@ def test_distillation_and_equal_calls_give_equal_weights():
 
 @pytest.mark.parametrize("options", [
     {"bits": 1}, {"group": 0}, {"sparsity": 1.0}, {"tune_epochs": -1}, {"tune_lr": 0.0},
-    {"targets": "x"}, {"pattern": "unstructured"},
+    {"targets": "x"}, {"within": "unstructured"},
 ])  # fmt: skip
 def test_bad_options_are_refused(options):
     with pytest.raises(InvalidArgument):

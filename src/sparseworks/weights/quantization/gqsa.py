@@ -58,7 +58,7 @@ class GQSA(Quantization):
 
     Args:
         sparsity: share of pruned groups; 0: quantization alone, with the same two stages.
-        pattern: what is pruned: whole "groups"; or weights inside of them, "2:4" and the like.
+        within: prune weights inside of the groups instead, N:M ("2:4"), which tells the sparsity.
         bits: of a code.
         group: G.
         damping: of H, relative to the mean of its diagonal.
@@ -71,7 +71,7 @@ class GQSA(Quantization):
     """
 
     sparsity: float = 0.5
-    pattern: str = "groups"
+    within: str | None = None
     bits: int = 4
     group: int = 16
     damping: float = 0.01
@@ -108,8 +108,8 @@ class GQSA(Quantization):
                 f"gqsa: block_epochs={self.block_epochs} and tune_epochs={self.tune_epochs} from "
                 "0, damping and the learning rates above 0"
             )
-        if self.pattern != "groups" and parse_pattern(self.pattern).fixed_density is None:
-            raise InvalidArgument(f"gqsa: pattern={self.pattern!r}; 'groups' or N:M")
+        if self.within is not None and parse_pattern(self.within).fixed_density is None:
+            raise InvalidArgument(f"gqsa: within={self.within!r}; N:M, or None for whole groups")
         if self.targets not in ("compressed", "dense"):
             raise InvalidArgument(f"gqsa: targets={self.targets!r}; 'compressed' or 'dense'")
 
@@ -119,12 +119,11 @@ class GQSA(Quantization):
             raise InvalidArgument("gqsa chooses groups by itself: give a model without masks")
         views = work.fitting(self.group)
         dense = duplicate(work.model).requires_grad_(False)
-        if self.sparsity > 0:
-            whole = self.pattern == "groups"
-            legal = f"block1x{self.group}" if whole else self.pattern
+        if self.sparsity > 0 or self.within is not None:
+            legal = self.within or f"block1x{self.group}"
             prune(
                 work.model, HessianSaliency(pattern=legal, damping=self.damping),
-                sparsity=self.sparsity if whole else None, data=work.batches,
+                sparsity=self.sparsity if self.within is None else None, data=work.batches,
                 include=[v.name for v in views], seed=work.seed,
             )  # fmt: skip
             record = masks(work.model)
