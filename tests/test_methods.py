@@ -153,6 +153,9 @@ def call(name: str, model: nn.Module) -> Any:
         noise, words = tiny_models.chains()[0]
         example: Any = (noise, torch.full((2,), 0.5), words) if name == "ecodiff" else X[:2]
         return sw.slim(model, example, method=name, flops=0.6, data=data, **options)
+    if name == "pat":
+        texts = tiny_models.texts()
+        return sw.slim(model, texts[0], method=name, data=texts, epochs=4, **options)
     if kind == "train-and-cut":
         return sw.slim(model, X[:2], method=name, data=BATCHES, epochs=1, **options)
     assert kind == "measurement"

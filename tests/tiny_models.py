@@ -133,6 +133,7 @@ FACTORIES = {
     "graph-of-tokens": language_model,
     "maskllm": gated,
     "moe-llava": language_model,
+    "pat": language_model,
     "rounding": language_model,
     "slicegpt": language_model,
     "slorb": gated,

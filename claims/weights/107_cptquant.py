@@ -46,11 +46,13 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     found["uniform"] = loss(uniform.model)
     for name, per in MEASURES.items():
         data = wide if name == "correlation" else calibration
+        given_to = None
         for reverse in (False, True):
             done = sw.quantize(
                 dense, "cptquant", data=data, copy=True, bits=MEAN, levels=LEVELS, measure=name,
-                per=per, sparsities=GRID, reverse=reverse,
+                per=per, sparsities=GRID, reverse=reverse, given=given_to,
             )  # fmt: skip
+            given_to = done.figures["sensitivity"]
             label = f"{name} reversed" if reverse else name
             found[label] = loss(done.model)
             found[f"{label} bits"] = sum(t.bits * t.total for t in done.tensors) / sum(

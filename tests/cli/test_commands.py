@@ -27,7 +27,7 @@ QUICK = {
     "upcycle": "--experts 4",
 }
 MORE = {"synflow": "--rounds 2", "ecodiff": "--include denoiser.blocks"}
-DATA = dict.fromkeys(("cfsp", "cptquant", "gqsa", "slicegpt", "stun"), f"{NET}:texts")
+DATA = dict.fromkeys(("cfsp", "cptquant", "gqsa", "pat", "slicegpt", "stun"), f"{NET}:texts")
 OPTIONS = {
     "ast": "every=2",
     "cast": "every=2",
@@ -71,7 +71,7 @@ def words_of(name, work, out):
     assert not [w for w in words if w.isupper()], "a word in capitals that nobody knows"
     quick = f"{QUICK[command]} {MORE.get(name, '')}".split()
     if "--epochs" in words:
-        words[words.index("--epochs") + 1] = "1"
+        words[words.index("--epochs") + 1] = "4" if name == "pat" else "1"
         quick += ["--samples", "96", "--no-augment"]
     own = OPTIONS.get(name, "").split()
     if "--option" in words:

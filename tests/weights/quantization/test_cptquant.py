@@ -117,6 +117,9 @@ def test_bits_follow_the_measure_and_the_mean_holds(measure):
     assert bits[max(s, key=s.get)] == 8
     again = quantized(measure=measure, bits=6.0, levels=(8, 4), reverse=True).figures["bits"]
     assert again == {name: 12 - b for name, b in bits.items()}
+    assert quantized(measure="taylor", bits=6.0, levels=(8, 4), given=s).figures["bits"] == bits
+    with pytest.raises(InvalidArgument, match="differ in"):
+        quantized(given={"model.layers.0": 1.0})
     mean = sum(t.bits * t.total for t in done.tensors) / sum(t.total for t in done.tensors)
     assert mean == 6.0
 

@@ -13,13 +13,14 @@ scale for each output row:
 
     s = max |w| / (2^(b - 1) - 1) or a little less,   W_q = s clamp(round(W / s)).
 
-16 bits leave a layer as it is. We found no official code, and the paper's formulas and constants were
-not to be read by us: the pairing of the correlation, the grid and the levels are ours.
+16 bits leave a layer as it is. We found no official code and of the paper the abstract alone: the
+pairing of the correlation, the noise, the grid and the levels are ours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sparseworks.core.bits import bits_by_sensitivity
@@ -48,6 +49,7 @@ class CPTQuant(Quantization):
         sparsities: the grid of "pruning".
         damping: of the covariances of "correlation".
         reverse: the least sensitive layers get the most bits: the control.
+        given: s_l that an earlier call measured (its `figures["sensitivity"]`); None: measured.
     """
 
     bits: float = 6.0
@@ -57,6 +59,7 @@ class CPTQuant(Quantization):
     sparsities: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     damping: float = 1e-4
     reverse: bool = False
+    given: Mapping[str, float] | None = field(default=None, repr=False, compare=False)
 
     info: ClassVar[MethodInfo] = MethodInfo(
         name="cptquant",
@@ -95,7 +98,10 @@ class CPTQuant(Quantization):
         for view in work.fitting(None):
             name = view.module_name if self.per == "tensor" else block_of(view)
             layers.setdefault(view.module_name if name == view.name else name, []).append(view)
-        found = self.sensitivity(work, layers)
+        found = dict(self.sensitivity(work, layers) if self.given is None else self.given)
+        if set(found) != set(layers):
+            odd = min(set(found) ^ set(layers))
+            raise InvalidArgument(f"cptquant: `given` and the layers differ in {odd!r}")
         used = {n: -s for n, s in found.items()} if self.reverse else found
         least = min(used.values())
         used = {n: s - least for n, s in used.items()} if self.reverse else used
