@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.engine.decoder.integers import integers_of
 from sparseworks.engine.decoder.rotary import Rotary, read_rotary
 from sparseworks.engine.decoder.spec import (
     AttentionSpec,
-    Integers,
     LayerSpec,
     LinearSpec,
     MixtureSpec,
@@ -28,7 +28,6 @@ from sparseworks.engine.decoder.spec import (
     Weight,
     interleaved,
 )
-from sparseworks.kernels.grids import Grid
 from sparseworks.models.active import ActiveInputs, gates, input_rule
 from sparseworks.models.quantized import Quantized, grids
 
@@ -118,31 +117,9 @@ class _Reader:
             raise ModelError(f"{' and '.join(names)} read the same inputs by rules of their own")
         weight = Weight(
             rows, matrix(modules[0]).shape[1], lambda: joined([matrix(m) for m in modules]), names,
-            self.integers(modules, names, joined),
+            integers_of(self.grids, dict(zip(names, modules, strict=True)), joined),
         )  # fmt: skip
         return LinearSpec(" + ".join(names), weight, bias, rules[0])
-
-    def integers(
-        self, modules: Any, names: tuple[str, ...], joined: Callable[[list[Tensor]], Tensor]
-    ) -> Callable[[], Integers] | None:
-        """What the layers' weights were quantized to, where all were, in the same way."""
-        found = [self.grids.get(f"{n}.weight") for n in names]
-        if any(q is None or not q.holds(m.weight) for q, m in zip(found, modules, strict=True)):
-            return None
-        given = [q for q in found if q is not None]
-        if len({(q.bits, q.group, q.grid.zero is None) for q in given}) > 1:
-            return None
-        group = given[0].group
-
-        def make() -> Integers:
-            codes = joined([q.grid.codes.flatten(1) for q in given])
-            zeros = [q.grid.zero for q in given if q.grid.zero is not None]
-            zero = joined(zeros) if zeros else None
-            scale = joined([q.grid.scale for q in given])
-            grid = Grid(codes.view(codes.shape[0], -1, group), scale, zero)
-            return Integers(grid, given[0].bits)
-
-        return make
 
     def norm(self, module: Any) -> NormSpec:
         if module is None or isinstance(module, nn.Identity):

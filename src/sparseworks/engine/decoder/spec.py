@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sparseworks.engine.decoder.integers import Integers
 from sparseworks.engine.decoder.rotary import Rotary
-from sparseworks.kernels.grids import Grid
-from sparseworks.kernels.panels import Format, Panels
+from sparseworks.kernels.panels import Panels
 from sparseworks.models.active import ActiveInputs
 
-__all__ = ["AttentionSpec", "Integers", "LayerSpec", "LinearSpec", "MixtureSpec", "MlpSpec",
+__all__ = ["AttentionSpec", "LayerSpec", "LinearSpec", "MixtureSpec", "MlpSpec",
            "ModelSpec", "NormSpec", "Weight", "interleaved"]  # fmt: skip
 
 
@@ -37,35 +37,6 @@ class Weight:
     make: Callable[[], Tensor]
     names: tuple[str, ...] = ()
     integers: Callable[[], Integers] | None = None
-
-
-@dataclass(frozen=True)
-class Integers:
-    """A quantized matrix, its rows in the order of the decoder.
-
-    Args:
-        grid: codes, scales and zeros.
-        bits: of a code.
-    """
-
-    grid: Grid
-    bits: int
-
-    def packed_as(self) -> tuple[Format, Grid] | None:
-        """The format whose groups hold these very integers, and they in its groups; None: none."""
-        if self.grid.zero is None and self.bits > 4:
-            return _with(Format.INT8, self.grid)
-        if self.bits > 4:
-            return None  # the decoder has no zero points for bytes
-        plain = self.grid.zero is None and bool((self.grid.scale != 0).all())
-        return (_with(Format.INT4, self.grid) if plain else None) or _with(
-            Format.GROUP_INT4, self.grid
-        )
-
-
-def _with(format: Format, grid: Grid) -> tuple[Format, Grid] | None:
-    finer = grid.finer(format.group)
-    return None if finer is None else (format, finer)
 
 
 @dataclass
