@@ -41,8 +41,8 @@ def pack_panels(
         grid: the integers of the matrix, in the groups of `format`, which are packed as they are.
 
     Raises:
-        InvalidArgument: integers that the format does not take; not a matrix, a mask or
-            importance of another shape, weights that are not finite.
+        InvalidArgument: not a matrix, a mask or importance of another shape, integers that the
+            format does not take, weights that are not finite.
     """
     if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise InvalidArgument(f"a matrix is packed, not {weight.dtype} {list(weight.shape)}")
@@ -53,9 +53,8 @@ def pack_panels(
         raise InvalidArgument(f"importance {list(importance.shape)} for {columns} columns")
     if grid is not None:
         zeros = grid.zero is not None
-        if (zeros and format != Format.GROUP_INT4) or not grid.fits(
-            rows, columns, format.group, format.bits
-        ):
+        fitting = grid.fits(rows, columns, format.group, format.bits)
+        if not fitting or (zeros and format != Format.GROUP_INT4):
             raise InvalidArgument(f"format {format.text} does not take these integers")
     steps = row_steps(weight) if format.bits and grid is None else None
     height = _TILE if format.by_columns else _ROWS
@@ -86,8 +85,7 @@ def pack_panels(
         count += int(torch.count_nonzero(part))
     offset = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(sizes).cumsum(0)])
     data = torch.cat([*parts, torch.zeros(_AFTER, dtype=torch.uint8)])
-    zeros = zeros and format == Format.GROUP_INT4
-    made = Panels(format, rows, columns, zeros, data, offset)
+    made = Panels(format, rows, columns, zeros and format == Format.GROUP_INT4, data, offset)
     return Packed(made, (lost / whole) ** 0.5 if whole else 0.0, count)
 
 
