@@ -16,10 +16,10 @@ scale for each output row:
 16 bits leave a layer as it is. We found no official code and of the paper the abstract alone: the
 pairing of the correlation, the noise, the grid and the levels are ours.
 
-In our quick setting (claim 107: a 6M-parameter Llama, a mean of 4 bits from 6, 4 and 3) each measure
-beats its reversed choice by 0.012 to 0.015 nats, and none beats 4 bits everywhere (pruning loses
-0.004, 0.002 to 0.006). The rank correlation of pruning sensitivity with what rounding each tensor to
-3 bits costs is 0.21 (-0.09 to 0.52).
+In our quick setting (claim 107: a 6M-parameter Llama, a mean of 4 bits from 6, 4 and 3) each
+measure beats its reversed choice by 0.012 to 0.015 nats, and none beats 4 bits everywhere (pruning
+loses 0.004, 0.002 to 0.006). The rank correlation of pruning sensitivity with what rounding each
+tensor to 3 bits costs is 0.21 (-0.09 to 0.52).
 """
 
 from __future__ import annotations

@@ -19,8 +19,13 @@ groups take (1 - p) 16 / G instead of the last term). The decoder takes them as 
 
 The paper names code at an anonymous address, which we could not read, so learning rates and epochs
 are our own; a zero point moves in units of codes, so it has its own rate. [H^-1]_jj^2 is as the
-paper writes it; on our small model other scores of groups do about as well, magnitudes too. The paper's engine, which hands equal
-numbers of groups to its workers, is not built here.
+paper writes it; on our small model other scores of groups do about as well, magnitudes too. The
+paper's engine, which hands equal numbers of groups to its workers, is not built here.
+
+In our quick setting (claim 172: a 6M-parameter Llama, 12 windows) the stages win 0.95 and 0.07 nats
+of the 1.5 that half of the groups cost. At 2.69 bits a weight that is still 0.36 nats behind 2 bits
+in groups of 16 at 3.13, and 0.31 behind 2:4 with 4 bits; at equal bytes plain 3 and 4 bits in
+groups of 64 are 0.19 and 0.08 better than 4 bits with pruned groups.
 """
 
 from __future__ import annotations
