@@ -34,6 +34,8 @@ _LAZY = {
     "load": "sparseworks.io",
     "from_pretrained": "sparseworks.io",
     "export_dense": "sparseworks.io",
+    "save_masks": "sparseworks.io",
+    "load_masks": "sparseworks.io",
     "sparsify": "sparseworks.training",
     "trainer_callback": "sparseworks.training.integrations",
     "lightning_callback": "sparseworks.training.integrations",
