@@ -18,6 +18,10 @@ computes what the masked one did. A tied head keeps E[:, keep].
 Adam moves a by about its learning rate a step, and a must have come to 1/2 when m stops learning,
 at 0.8 G: in short trainings a needs a rate of its own, 2 / G here. The released merge leaves v out,
 and the released loss counts the last L0 alone; here it is as in the paper.
+
+In our quick setting (claim 039: a Llama of width 96 over bytes, 300 steps on another text) three
+quarters of the width are 0.072 nats below cutting the least active channels first (0.054 to 0.089),
+0.056 below random ones, and as good as LoRA on the whole width; the mask ends within 0.001 of hard.
 """
 
 from __future__ import annotations
