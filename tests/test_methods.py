@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASELINES = {  # classics that no method card describes; those to come have one
     "alpha-pruning", "cats", "fixed", "gradual", "grasp", "group-bn", "group-energy",
     "group-fisher", "group-norm", "group-random", "group-taylor", "magnitude",
-    "owl", "random", "snip", "synflow", "teal", "upcycling",
+    "owl", "random", "rounding", "snip", "synflow", "teal", "upcycling",
 }  # fmt: skip
 X = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 10
@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ecodiff": {"sampler": tiny_models.sampler, "epochs": 1, "include": "denoiser.blocks"},
     "ownership": {"owner": "somebody", "size": 4, "sparsity": None},
     "precrop": {"densities": "expected"},
+    "gqsa": {"block_epochs": 1, "tune_epochs": 1},
     "random-search": {"candidates": 3},
     "rewinding": {"rounds": 1},
     "sap": {"rounds": 1},
@@ -129,6 +130,8 @@ def call(name: str, model: nn.Module) -> Any:
     if name == "cfsp":
         texts = tiny_models.texts()
         return sw.slim(model, texts[0], method=name, params=0.8, data=texts, **options)
+    if kind == "quantization":
+        return sw.quantize(model, name, data=tiny_models.texts(), **options)
     if kind == "activation":
         return sw.sparse_activations(model, name, sparsity=0.5, data=BATCHES, **options)
     if kind == "mixture":
@@ -150,6 +153,9 @@ def call(name: str, model: nn.Module) -> Any:
         noise, words = tiny_models.chains()[0]
         example: Any = (noise, torch.full((2,), 0.5), words) if name == "ecodiff" else X[:2]
         return sw.slim(model, example, method=name, flops=0.6, data=data, **options)
+    if name == "pat":
+        texts = tiny_models.texts()
+        return sw.slim(model, texts[0], method=name, data=texts, epochs=4, **options)
     if kind == "train-and-cut":
         return sw.slim(model, X[:2], method=name, data=BATCHES, epochs=1, **options)
     assert kind == "measurement"
@@ -245,6 +251,12 @@ def test_what_it_masks_is_exactly_zero(name: str) -> None:
         assert 0 < sum(p.numel() for p in model.parameters()) <= parameters
         assert made.method == name and json.dumps(made.to_dict(), default=str)
         assert kind == "train-and-cut" or made.shapes, "nothing was cut"
+    elif kind == "quantization":
+        grids = sw.grids(model)
+        assert set(grids) == set(grids.held_by(model)) == {t.name for t in made.tensors}
+        assert grids.nbytes < 2 * sum(t.total for t in made.tensors)
+        obeys(model, sw.masks(model) or {})
+        assert not any(m.__class__.__name__.startswith("Parametrized") for m in model.modules())
     elif kind == "activation":
         with torch.no_grad():
             model(X)

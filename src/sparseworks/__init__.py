@@ -8,6 +8,7 @@ The whole surface is reachable from here and is imported on first use:
     run = sw.sparsify(model, optimizer, "rigl", sparsity=0.9, steps=N)
     sw.experiment(fit, model, "rewinding", sparsity=0.9)
     sw.slim(model, example, flops=0.5)
+    sw.quantize(model, "gqsa", bits=4, sparsity=0.5, data=batches)
     run = sw.sparse_activations(model, "wina", sparsity=0.5, data=batches)
     run = sw.upcycle(model, experts=8, top_k=2)
     fast = sw.compile(model, example)
@@ -34,6 +35,8 @@ _LAZY = {
     "from_pretrained": "sparseworks.io",
     "export_dense": "sparseworks.io",
     "export_quantized": "sparseworks.io",
+    "save_masks": "sparseworks.io",
+    "load_masks": "sparseworks.io",
     "sparsify": "sparseworks.training",
     "trainer_callback": "sparseworks.training.integrations",
     "lightning_callback": "sparseworks.training.integrations",
@@ -43,6 +46,8 @@ _LAZY = {
     "experiment": "sparseworks.training.experiment",
     "rearrange": "sparseworks.weights.semistructured.rearranging",
     "slim": "sparseworks.weights.structured",
+    "quantize": "sparseworks.weights.quantization.quantize",
+    "grids": "sparseworks.models.quantized",
     "sparse_activations": "sparseworks.activations.running",
     "load_activations": "sparseworks.activations.running",
     "upcycle": "sparseworks.experts.upcycling",

@@ -18,6 +18,7 @@ NET = tiny_models.__file__
 QUICK = {
     "activations": "--samples 16 --eval-samples 64 --metric accuracy --eval-data digits",
     "prune": "--samples 32 --batch-size 16",
+    "quantize": "",
     "train": "--samples 128 --batch-size 32 --epochs 1 --no-augment --no-tensorboard",
     "tickets": "--samples 150 --batch-size 30 --epochs 1",
     "slim": "--batch-size 32",
@@ -26,12 +27,13 @@ QUICK = {
     "upcycle": "--experts 4",
 }
 MORE = {"synflow": "--rounds 2", "ecodiff": "--include denoiser.blocks"}
-DATA = dict.fromkeys(("cfsp", "slicegpt", "stun"), f"{NET}:texts")
+DATA = dict.fromkeys(("cfsp", "cptquant", "gqsa", "pat", "slicegpt", "stun"), f"{NET}:texts")
 OPTIONS = {
     "ast": "every=2",
     "cast": "every=2",
     "slorb": "every=2",
     "ecodiff": "epochs=1",
+    "gqsa": "block_epochs=1 tune_epochs=1",
     "ownership": "size=4",
     "rewinding": "rounds=1",
     "components": "step=0.45 least=-0.9",
@@ -69,7 +71,7 @@ def words_of(name, work, out):
     assert not [w for w in words if w.isupper()], "a word in capitals that nobody knows"
     quick = f"{QUICK[command]} {MORE.get(name, '')}".split()
     if "--epochs" in words:
-        words[words.index("--epochs") + 1] = "1"
+        words[words.index("--epochs") + 1] = "4" if name == "pat" else "1"
         quick += ["--samples", "96", "--no-augment"]
     own = OPTIONS.get(name, "").split()
     if "--option" in words:
@@ -93,6 +95,9 @@ def test_the_printed_command_runs_the_method(name, work, tmp_path):
     result = json.loads((out / "result.json").read_text())
     if words[0] == "upcycle":
         assert result["method"] == name and (out / result["checkpoint"]).exists()
+    if words[0] == "quantize":
+        saved = inspect(out / "checkpoint" / "sparseworks.safetensors")
+        assert any(t.layout.startswith("int") for t in saved.tensors)
     if registry.resolve(name).info.kind == "optimizer":
         assert result["steps"] == 4 and result["options"]["optimizer"] == name
     elif words[0] in ("prune", "train", "tickets"):

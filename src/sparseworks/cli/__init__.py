@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a classifier or a language model sparse, with checkpoints",
     "slim": "cut channels and heads: a smaller dense model for any runtime",
     "tickets": "train a classifier several times: lottery tickets and sparse soups",
+    "quantize": "weights as integers in groups, alone or with pruned groups",
     "activations": "inputs and neurons of a token that may count as 0, by thresholds",
     "upcycle": "the MLPs of a dense model become mixtures of experts",
     "compile": "make a sparse model skip its zeros on CPUs, and say what runs",

@@ -14,7 +14,7 @@ __all__ = ["KINDS", "Contract", "Kind", "MethodInfo", "Need", "base_of", "call_o
 
 Kind = Literal[
     "one-shot", "search", "staged", "hooked", "transform", "driver", "structured", "train-and-cut",
-    "whole-model",
+    "whole-model", "quantization",
     "measurement", "activation", "mixture", "optimizer",
 ]  # fmt: skip
 Need = Literal["data", "loss", "labels", "training"]
@@ -81,6 +81,11 @@ KINDS: dict[Kind, Contract] = {
         "sparseworks.weights.structured.base:WholeModel",
         'sw.slim(model, example, method="{name}", data=..., ...)',
         "sparseworks slim MODEL --data DATA --method {name} --params 0.8 --out OUT",
+    ),
+    "quantization": Contract(
+        "sparseworks.weights.quantization.method:Quantization",
+        'sw.quantize(model, "{name}", ...)',
+        "sparseworks quantize MODEL{data} --method {name} --out OUT",
     ),
     "activation": Contract(
         "sparseworks.activations.method:ActivationMethod",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sparseworks.io.folders import export_dense as export_dense
     from sparseworks.io.huggingface import from_pretrained as from_pretrained
     from sparseworks.io.loading import load as load
+    from sparseworks.io.masks_beside import load_masks as load_masks
+    from sparseworks.io.masks_beside import save_masks as save_masks
     from sparseworks.io.quantized import export_quantized as export_quantized
     from sparseworks.io.saving import save as save
     from sparseworks.io.summary import CheckpointInfo as CheckpointInfo
@@ -31,6 +33,8 @@ _LAZY = {
     "save": "saving",
     "export_dense": "folders",
     "export_quantized": "quantized",
+    "save_masks": "masks_beside",
+    "load_masks": "masks_beside",
     "load": "loading",
     "from_pretrained": "huggingface",
     "infer_masks": "zeros",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.masks import Masks
+from sparseworks.models.quantized import Grids
 
 __all__ = ["Checkpoint", "Stored"]
 
@@ -82,6 +83,10 @@ class Checkpoint(ABC):
     def masks(self) -> Masks | None:
         """The mask record, or None when the checkpoint has none."""
         return None
+
+    def grids(self) -> Grids:
+        """The integers of quantized weights."""
+        return Grids()
 
     @abstractmethod
     def close(self) -> None:

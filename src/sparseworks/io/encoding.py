@@ -25,7 +25,9 @@ from sparseworks.io.bits import (
     words,
 )
 from sparseworks.io.codes import LARGEST_RUN, mask_to_codes
+from sparseworks.io.integers import grid_parts, grid_record
 from sparseworks.io.records import Record, dtype_name
+from sparseworks.models.quantized import Quantized
 
 __all__ = ["SLICE", "Plan", "encode", "plan"]
 
@@ -41,6 +43,7 @@ class Plan:
     tensor: Tensor
     entry: MaskEntry | None = None
     signed_zeros: bool = True
+    integers: Quantized | None = None
 
     def flat(self) -> Tensor:
         """The weights in stored order (a copy when the tensor is not contiguous)."""
@@ -88,6 +91,7 @@ def plan(
     entry: MaskEntry | None = None,
     names: tuple[str, ...] = (),
     signed_zeros: bool = True,
+    integers: Quantized | None = None,
 ) -> Plan:
     """Choose the layout that takes the fewest bytes; in a tie the one that says most.
 
@@ -97,6 +101,7 @@ def plan(
         entry: its mask, when it has one.
         names: what the mask record calls the tensor.
         signed_zeros: False: every -0.0 is stored as +0.0.
+        integers: of a quantized weight; they count where the tensor is what they say.
     """
     shape, n = tuple(tensor.shape), tensor.numel()
     if entry is not None and entry.shape != shape:
@@ -114,6 +119,9 @@ def plan(
     zeros_negative = has_signed_zero(tensor.dtype)  # else these bits are another number
     base = replace(base, nonzero=values + (0 if zeros_negative else negative), kept=c.inside)
     candidates = []
+    found = None if integers is None else grid_record(base, tensor, integers, entry)
+    if found is not None:
+        candidates.append(found)
     if entry is not None and c.outside_values == 0:
         masked = replace(
             base, layout="bitmask", mask="stored", stored=c.inside, signs=c.outside_negative > 0
@@ -125,7 +133,7 @@ def plan(
         replace(base, layout="bitmask", stored=values, signs=negative > 0),
     ]
     best = min(candidates, key=lambda r: r.nbytes + _PART_OVERHEAD * (len(r.parts()) - 1))
-    return Plan(best, tensor, entry, signed_zeros)
+    return Plan(best, tensor, entry, signed_zeros, integers if best.layout == "grid" else None)
 
 
 def _as_nm(record: Record, entry: MaskEntry) -> list[Record]:
@@ -183,6 +191,9 @@ def encode(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     if record.layout == "dense":
         for start in range(0, flat.numel(), SLICE):
             yield "", _slice(flat, start, SLICE, plan.signed_zeros)
+    elif record.layout == "grid":
+        assert plan.integers is not None
+        yield from grid_parts(record, plan.integers)
     else:
         chosen, signs = _Bits(), _Bits()
         codes = []

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sparseworks.core.errors import ModelError
 from sparseworks.core.masks import MaskEntry, Masks, attach, masks
+from sparseworks.models.quantized import Grids, Quantized, attach_grids, grids
 
-__all__ = ["ModelTensors", "gather", "masks_by_tensor", "unwrap"]
+__all__ = ["ModelTensors", "gather", "integers_by_tensor", "masks_by_tensor", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -29,6 +30,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         if record is not None and masks(inner) is None:
             entries = {n.removeprefix(prefix): record.entry(n) for n in record}
             attach(inner, Masks(entries, record.method))
+        integers = grids(model)
+        if integers is not None and grids(inner) is None:
+            attach_grids(inner, Grids({n.removeprefix(prefix): q for n, q in integers.items()}))
         model = inner
 
 
@@ -119,3 +123,9 @@ def masks_by_tensor(
         else:
             entries[first] = entry, (name,)
     return entries, record.method
+
+
+def integers_by_tensor(model: nn.Module, found: ModelTensors) -> dict[str, Quantized]:
+    """First name of a tensor -> the integers that the model's record has for it."""
+    record = grids(model) or Grids()
+    return {found.first(n): q for n, q in record.items() if found.first(n) in found.tensors}

@@ -15,6 +15,7 @@ from sparseworks.core.types import Progress
 from sparseworks.io.checkpoint import Checkpoint
 from sparseworks.io.gather import ModelTensors, gather, unwrap
 from sparseworks.io.opening import open_checkpoint
+from sparseworks.models.quantized import attach_grids
 
 __all__ = ["fill", "load"]
 
@@ -52,7 +53,8 @@ def load(
     with open_checkpoint(path) as checkpoint:
         fill(inner, checkpoint, progress)
     if inner is not model:
-        vars(model).pop("_sparseworks_masks", None)  # the wrapper's own record is of before
+        for own in ("_sparseworks_masks", "_sparseworks_grids"):
+            vars(model).pop(own, None)  # the wrapper's own records are of before
     if infer_masks and masks(inner) is None:
         from sparseworks.io.zeros import infer_masks as infer
 
@@ -81,9 +83,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint, progress: Progress | None = N
             _copy(model, found, target, checkpoint, source[0])
     except BaseException as error:
         attach(model, None)
+        attach_grids(model, None)
         error.add_note("The model is filled in part and has no mask record; load it again.")
         raise
     attach(model, record)
+    attach_grids(model, checkpoint.grids())
     if progress is not None:
         progress(total, total, "done")
 

@@ -17,7 +17,9 @@ from sparseworks.io.checkpoint import Checkpoint, Stored
 from sparseworks.io.codes import code_bits, codes_to_mask
 from sparseworks.io.container import Container, Part
 from sparseworks.io.encoding import SLICE
+from sparseworks.io.integers import read_grid
 from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, part_name
+from sparseworks.models.quantized import Grids, Quantized
 
 __all__ = ["DIGEST_KEY", "ZERO_DIGEST", "PackedCheckpoint", "hasher", "header_digest"]
 
@@ -135,11 +137,15 @@ class PackedCheckpoint(Checkpoint):
         """What the decoder relies on, in case a file was made to lie."""
         record = self.records[name]
         bad = CheckpointError(f"{self.path}: tensor {name!r}: its bits do not match its record")
-        if record.layout != "dense":
+        if record.layout == "grid":
+            self._integers(name)
+        elif record.layout != "dense":
             count = sum(count_true(s) for _, s in self._stored(name))
             if count != record.stored:
                 raise bad
-        for part, total in (("bitmask", record.numel), ("signs", record.numel - record.stored)):
+        groups = record.numel // max(1, record.group)
+        for part, total in (("bitmask", record.numel), ("signs", record.numel - record.stored),
+                            ("live", groups)):  # fmt: skip
             if part in record.parts() and self._padding(name, part, total):
                 raise bad
         if record.mask == "own":
@@ -174,6 +180,9 @@ class PackedCheckpoint(Checkpoint):
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
         record, parts = self.records[name], self._parts[name]
+        if record.layout == "grid":
+            yield 0, self._integers(name).weight(record.torch_dtype).view(-1)
+            return
         if not record.moved:
             yield from self._in_stored_order(name)
             return
@@ -213,6 +222,13 @@ class PackedCheckpoint(Checkpoint):
         packed = self._file.elements(part, start // 8, (skip + count + 7) // 8)
         return unpack_bits(packed, (packed.numel() * 8,))[skip : skip + count]
 
+    def _integers(self, name: str) -> Quantized:
+        record, parts = self.records[name], self._parts[name]
+        found = read_grid(record, lambda part: self._file.elements(parts[part]))
+        if found is None:
+            raise CheckpointError(f"{self.path}: tensor {name!r}: its bits do not match its record")
+        return found
+
     def _mask(self, name: str) -> MaskEntry:
         record, parts = self.records[name], self._parts[name]
         if record.mask == "full":
@@ -221,6 +237,8 @@ class PackedCheckpoint(Checkpoint):
             packed = self._file.elements(parts["mask"])
         elif record.layout == "bitmask":
             packed = self._file.elements(parts["bitmask"])
+        elif record.layout == "grid":
+            packed = pack_bits(self._integers(name).mask())
         else:
             mask = torch.cat([m for _, m in self._stored(name)])
             if record.moved:
@@ -232,6 +250,10 @@ class PackedCheckpoint(Checkpoint):
     def masks(self) -> Masks | None:
         entries = {alias: self._mask(name) for name, r in self.records.items() for alias in r.names}
         return Masks(entries, self.method) if entries or self.method else None
+
+    def grids(self) -> Grids:
+        found = {n: self._integers(n) for n, r in self.records.items() if r.layout == "grid"}
+        return Grids(found)
 
     def close(self) -> None:
         self._file.close()

@@ -5,11 +5,16 @@
 | dense | `name` |
 | bitmask | `name::values` (flat order), `name::bitmask` (1 bit a weight: stored or not) |
 | nm | `name::values`, `name::codes` (one code a run of m, see `codes`) |
+| grid | `name::integers`, `name::scales`, `name::zeros`, `name::live` (1 bit a group) |
 
 A weight that is not stored is +0.0 (all bits zero), or -0.0 (only the top bit set) where
 `name::signs` holds a 1; that part has one bit per weight not stored and is left out when there is
 no -0.0. The mask of a tensor is its set of stored weights (`mask` = "stored"), all of it ("full"),
 or bits of its own in `name::mask` ("own").
+
+A grid is a quantized weight, scale * (integer - zero) in groups of columns of its matrix; groups
+that are not `live` are 0 and nothing of them is stored (the parts `zeros` and `live` are left out
+where there are none).
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ FORMAT_VERSION = 1
 METADATA_KEY = "sparseworks"
 _OTHER_DTYPES = (torch.complex32, torch.complex128)  # the container knows them as bytes only
 _ALL_DTYPES = {str(d).removeprefix("torch."): d for d in (*STORED_AS, *_OTHER_DTYPES)}
-_LAYOUTS = ("dense", "bitmask", "nm")
+_LAYOUTS = ("dense", "bitmask", "nm", "grid")
+_ORDERS = ("linear", "transposed", "conv", "packed", "experts", "experts_transposed", "recurrent")
 _MASKS = ("none", "stored", "full", "own")
 
 
@@ -53,7 +59,7 @@ class Record:
     Args:
         dtype: "float32" and the like.
         shape: of the tensor.
-        layout: "dense", "bitmask" or "nm".
+        layout: "dense", "bitmask", "nm" or "grid".
         stored: values stored.
         nonzero: weights that are not zero (-0.0 is).
         signs: whether there is a `signs` part.
@@ -63,6 +69,9 @@ class Record:
         names: parameter names that the mask record uses for this tensor.
         n, m: of layout "nm".
         axis: the axis along which the runs of m lie; the weights are stored with it moved last.
+        bits, group: of layout "grid": of an integer, and columns of a group.
+        zeros: whether its groups have zero points.
+        order: how the axes of its tensor map to the matrix (`View.layout`).
         hash: BLAKE2b of this record (without the hash) and the bytes of its parts.
     """
 
@@ -79,6 +88,10 @@ class Record:
     n: int = 0
     m: int = 0
     axis: int = -1
+    bits: int = 0
+    group: int = 0
+    zeros: bool = False
+    order: str = ""
     hash: str = ""
 
     @property
@@ -98,6 +111,16 @@ class Record:
         """Whether the weights are stored in another order than that of the tensor."""
         return self.layout == "nm" and self.axis != len(self.shape) - 1
 
+    @property
+    def rows(self) -> int:
+        """Of the matrix of a grid."""
+        first = self.shape[0] if self.shape else 1
+        if self.order == "transposed":
+            return self.shape[1]
+        if self.order == "experts":
+            return first * self.shape[1]
+        return first * self.shape[2] if self.order == "experts_transposed" else first
+
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Part -> stored dtype and shape; "" is the tensor itself."""
         dtype, n = self.torch_dtype, self.numel
@@ -105,6 +128,14 @@ class Record:
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if self.layout == "dense":
             found[""] = (dtype, self.shape) if native else (torch.uint8, (self.dense_bytes,))
+        elif self.layout == "grid":
+            kept, groups = self.stored // self.group, n // self.group
+            found["integers"] = (torch.uint8, ((self.stored * self.bits + 7) // 8,))
+            found["scales"] = (torch.float16, (kept,))
+            if self.zeros:
+                found["zeros"] = (torch.uint8, ((kept * self.bits + 7) // 8,))
+            if kept < groups:
+                found["live"] = (torch.uint8, ((groups + 7) // 8,))
         else:
             found["values"] = (dtype, (self.stored,))
             if self.layout == "bitmask":
@@ -128,7 +159,7 @@ class Record:
 
         A weight that its mask keeps is stored whatever it is, and costs nothing here.
         """
-        if not has_signed_zero(self.torch_dtype) or self.layout == "dense":
+        if not has_signed_zero(self.torch_dtype) or self.layout in ("dense", "grid"):
             return 0
         if self.signs:
             return (self.numel - self.stored + 7) // 8
@@ -146,7 +177,8 @@ class Record:
 
     def seal(self) -> bytes:
         """The bytes of this record that its hash begins with."""
-        plain = {k: v for k, v in asdict(self).items() if k != "hash"}
+        unused = () if self.layout == "grid" else ("bits", "group", "zeros", "order")
+        plain = {k: v for k, v in asdict(self).items() if k != "hash" and k not in unused}
         return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
@@ -180,10 +212,27 @@ class Record:
                     and record.stored == total // record.m * record.n
                 )
             )
+            and (record.layout != "grid" or _sound_grid(record))
         )
         if not sound:
             raise CheckpointError(f"{where}: its record contradicts itself: {entry}")
         return record
+
+
+def _sound_grid(record: Record) -> bool:
+    """A matrix of whole groups, in an order that the axes allow."""
+    axes = 3 if record.order.startswith("experts") else 2
+    return (
+        record.order in _ORDERS
+        and len(record.shape) >= axes
+        and (record.order in ("conv", "linear") or len(record.shape) == axes)
+        and 1 <= record.bits <= 8
+        and record.group > 0
+        and record.numel > 0
+        and record.numel // record.rows % record.group == 0
+        and record.stored % record.group == 0
+        and record.torch_dtype.is_floating_point
+    )
 
 
 def _typed(where: str, entry: Any) -> Record:

@@ -19,7 +19,7 @@ class TensorInfo:
 
     Args:
         name, shape, dtype: of the tensor.
-        layout: "dense", "bitmask", or "2:4" and the like.
+        layout: "dense", "bitmask", "2:4" and the like, "int4/16": 4 bits in groups of 16.
         sparsity: fraction of zeros, or None where only the values can tell.
         mask_sparsity: fraction masked, or None without a mask record.
         pattern: of the mask.
@@ -135,7 +135,7 @@ def _of_record(name: str, r: Record) -> TensorInfo:
         name=name,
         shape=r.shape,
         dtype=r.dtype,
-        layout=f"{r.n}:{r.m}" if r.layout == "nm" else r.layout,
+        layout=_layout(r),
         sparsity=1.0 - r.nonzero / total if r.numel else 0.0,
         mask_sparsity=None if r.mask == "none" else 1.0 - r.kept / total,
         pattern=r.pattern,
@@ -143,6 +143,12 @@ def _of_record(name: str, r: Record) -> TensorInfo:
         dense_bytes=r.dense_bytes,
         signed_zero_bytes=r.signed_zero_bytes,
     )
+
+
+def _layout(r: Record) -> str:
+    if r.layout == "grid":
+        return f"int{r.bits}/{r.group}"
+    return f"{r.n}:{r.m}" if r.layout == "nm" else r.layout
 
 
 def inspect(path: str | os.PathLike[str], *, values: bool = False) -> CheckpointInfo:

@@ -22,7 +22,7 @@ from sparseworks.core.types import Progress
 from sparseworks.io.atomic import need_space
 from sparseworks.io.container import STORED_AS, Part, as_bytes, header_bytes, refuse_pickle
 from sparseworks.io.encoding import Plan, encode, plan
-from sparseworks.io.gather import ModelTensors, gather, masks_by_tensor
+from sparseworks.io.gather import ModelTensors, gather, integers_by_tensor, masks_by_tensor
 from sparseworks.io.packed import DIGEST_KEY, ZERO_DIGEST, hasher, header_digest
 from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, dtype_name, part_name
 from sparseworks.io.summary import CheckpointInfo, of_records
@@ -47,10 +47,11 @@ def write_packed(
     """Write a packed file at `path` (no renaming, no flush) and say what it holds."""
     found = gather(model)
     entries, method = masks_by_tensor(model, found)
+    integers = integers_by_tensor(model, found)
     plans = {}
     for name, tensor in found.tensors.items():
         entry, names = entries.get(name, (None, ()))
-        plans[name] = plan(name, tensor, entry, names, signed_zeros)
+        plans[name] = plan(name, tensor, entry, names, signed_zeros, integers.get(name))
     parts = lay_out(plans)
     records = {name: replace(p.record, hash=ZERO_DIGEST) for name, p in plans.items()}
     header = _header(parts, records, found, method, type(model).__name__, ZERO_DIGEST)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Grid", "round_groups", "row_steps"]
 
@@ -32,6 +33,30 @@ class Grid:
         if self.zero is not None:
             codes = codes - self.zero.float()[..., None]
         return (codes * self.scale.float()[..., None]).flatten(1)
+
+    def fits(self, rows: int, columns: int, group: int, bits: int) -> bool:
+        """Is this a matrix of that size in such groups, of codes of so many bits?"""
+        if columns % group or self.codes.shape != (rows, columns // group, group) or not bits:
+            return False
+        top = 2 ** (bits - 1)
+        return bool(-top <= int(self.codes.min()) and int(self.codes.max()) < top)
+
+    def part(self, first: int, count: int, fill: int = 0) -> Grid:
+        """Some rows, and `fill` rows of zeros after them."""
+        end = first + count
+        zero = None if self.zero is None else F.pad(self.zero[first:end], (0, 0, 0, fill))
+        codes = F.pad(self.codes[first:end], (0, 0, 0, 0, 0, fill))
+        return Grid(codes, F.pad(self.scale[first:end], (0, 0, 0, fill)), zero)
+
+    def finer(self, group: int) -> Grid | None:
+        """The same numbers in groups of `group` columns; None where these do not divide its own."""
+        own = self.codes.shape[2]
+        if own % group:
+            return None
+        many = own // group
+        zero = None if self.zero is None else self.zero.repeat_interleave(many, 1)
+        codes = self.codes.reshape(self.codes.shape[0], -1, group)
+        return Grid(codes, self.scale.repeat_interleave(many, 1), zero)
 
 
 def round_groups(

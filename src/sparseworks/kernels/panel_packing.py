@@ -25,6 +25,7 @@ def pack_panels(
     mask: Tensor | None = None,
     importance: Tensor | None = None,
     zeros: bool = False,
+    grid: Grid | None = None,
 ) -> Packed:
     """Pack a matrix.
 
@@ -37,10 +38,11 @@ def pack_panels(
             masked weights as 0.
         importance: `[columns]`, h of the error: the mean square of each input; None: 1.
         zeros: for `group-int4`: codes count from a zero point, weight = scale * (code - zero).
+        grid: the integers of the matrix, in the groups of `format`, which are packed as they are.
 
     Raises:
-        InvalidArgument: not a matrix, a mask or importance of another shape, weights that are not
-            finite.
+        InvalidArgument: not a matrix, a mask or importance of another shape, integers that the
+            format does not take, weights that are not finite.
     """
     if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise InvalidArgument(f"a matrix is packed, not {weight.dtype} {list(weight.shape)}")
@@ -49,7 +51,12 @@ def pack_panels(
         raise InvalidArgument(f"mask {list(mask.shape)} for a matrix {list(weight.shape)}")
     if importance is not None and importance.shape != (columns,):
         raise InvalidArgument(f"importance {list(importance.shape)} for {columns} columns")
-    steps = row_steps(weight) if format.bits else None
+    if grid is not None:
+        zeros = grid.zero is not None
+        fitting = grid.fits(rows, columns, format.group, format.bits)
+        if not fitting or (zeros and format != Format.GROUP_INT4):
+            raise InvalidArgument(f"format {format.text} does not take these integers")
+    steps = row_steps(weight) if format.bits and grid is None else None
     height = _TILE if format.by_columns else _ROWS
     fill_to = _STRIPS if format.by_columns else _ROWS
     step = max(1, _CHUNK // (height * columns)) * height
@@ -68,7 +75,8 @@ def pack_panels(
         part, kept = F.pad(part, fill), F.pad(kept, fill)
         part = part * kept
         given = None if steps is None else F.pad(steps[first : first + step], (0, fill[3]))
-        data, size, rounded = _packed(part, kept, format, importance, zeros, given)
+        held = None if grid is None else grid.part(first, step, fill[3])
+        data, size, rounded = _packed(part, kept, format, importance, zeros, given, held)
         parts.append(data)
         sizes.append(size)
         h = 1.0 if importance is None else importance.double()
@@ -77,14 +85,13 @@ def pack_panels(
         count += int(torch.count_nonzero(part))
     offset = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(sizes).cumsum(0)])
     data = torch.cat([*parts, torch.zeros(_AFTER, dtype=torch.uint8)])
-    zeros = zeros and format == Format.GROUP_INT4
-    made = Panels(format, rows, columns, zeros, data, offset)
+    made = Panels(format, rows, columns, zeros and format == Format.GROUP_INT4, data, offset)
     return Packed(made, (lost / whole) ** 0.5 if whole else 0.0, count)
 
 
 def _packed(
     weight: Tensor, kept: Tensor, format: Format, importance: Tensor | None, zeros: bool,
-    steps: Tensor | None,
+    steps: Tensor | None, held: Grid | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Bytes of whole panels, how many each has, and the weights they stand for."""
     panels, columns = weight.shape[0] // _ROWS, weight.shape[1]
@@ -101,9 +108,9 @@ def _packed(
         return *made, value.float()
     if format == Format.GROUP_INT4:
         live = kept.view(-1, columns // 16, 16).any(2)
-        grid = round_groups(weight, kept, 16, 4, importance, zeros, steps)
+        grid = held or round_groups(weight, kept, 16, 4, importance, zeros, steps)
         return *_grouped(grid, live, panels), grid.weight() * live.repeat_interleave(16, 1)
-    grid = round_groups(weight, kept, format.group, format.bits, importance, False, steps)
+    grid = held or round_groups(weight, kept, format.group, format.bits, importance, False, steps)
     codes = grid.codes.view(weight.shape)
     if format.by_columns:
         return *_tiles(codes, grid.scale, format), grid.weight()

@@ -21,7 +21,7 @@ unit of a recurrent layer is a row in every gate: patterns of rows move all (`Vi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,7 +33,7 @@ from sparseworks.core.patterns import Group, Pattern
 from sparseworks.models.hooks import refresh, torch_mask
 from sparseworks.models.recurrence import gates_of, is_weight
 
-__all__ = ["View", "parameters_of", "plain_view", "view_of"]
+__all__ = ["Layout", "View", "as_matrix", "of_matrix", "parameters_of", "plain_view", "view_of"]
 
 Layout = Literal[
     "linear", "transposed", "conv", "packed", "experts", "experts_transposed", "recurrent"
@@ -103,29 +103,11 @@ class View:
 
     def matrix(self, tensor: Tensor | None = None) -> Tensor:
         """The matrix of the parameter, or of another tensor of its shape (a mask, a gradient)."""
-        t = self.parameter.detach() if tensor is None else tensor
-        if self.layout == "transposed":
-            return t.t()
-        if self.layout == "conv":
-            return t.movedim(1, -1).reshape(t.shape[0], -1)
-        if self.layout == "experts":
-            return t.reshape(-1, t.shape[-1])
-        if self.layout == "experts_transposed":
-            return t.transpose(1, 2).reshape(-1, t.shape[1])
-        return t
+        return as_matrix(self.parameter.detach() if tensor is None else tensor, self.layout)
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """A tensor of the parameter's shape from its matrix; the inverse of `matrix`."""
-        shape = self.parameter.shape
-        if self.layout == "transposed":
-            return matrix.t()
-        if self.layout == "conv":
-            return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-        if self.layout == "experts":
-            return matrix.reshape(shape)
-        if self.layout == "experts_transposed":
-            return matrix.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
-        return matrix
+        return of_matrix(matrix, self.parameter.shape, self.layout)
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
@@ -147,6 +129,32 @@ class View:
     def spec(self, pattern: Pattern) -> TensorSpec:
         """What a budget needs to know of this tensor."""
         return TensorSpec(self.name, tuple(self.parameter.shape), self.shape, self.fitted(pattern))
+
+
+def as_matrix(t: Tensor, layout: Layout) -> Tensor:
+    """The matrix of a tensor of a parameter's shape."""
+    if layout == "transposed":
+        return t.t()
+    if layout == "conv":
+        return t.movedim(1, -1).reshape(t.shape[0], -1)
+    if layout == "experts":
+        return t.reshape(-1, t.shape[-1])
+    if layout == "experts_transposed":
+        return t.transpose(1, 2).reshape(-1, t.shape[1])
+    return t
+
+
+def of_matrix(matrix: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
+    """A tensor of this shape from its matrix; the inverse of `as_matrix`."""
+    if layout == "transposed":
+        return matrix.t()
+    if layout == "conv":
+        return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    if layout == "experts":
+        return matrix.reshape(tuple(shape))
+    if layout == "experts_transposed":
+        return matrix.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
+    return matrix
 
 
 def view_of(module: nn.Module, attribute: str, name: str) -> View | None:

@@ -179,11 +179,19 @@ def _pack(
     assert isinstance(source, Weight)
     dense = source.make()
     squares = importance(source.names[0]) if source.names else None
+    held = None
+    if source.integers is not None and dtype in ("int4", "int8"):
+        held = source.integers().packed_as()
+        if held is None:
+            report.notes.append(f"{linear.name}: rounded anew, no format has its groups")
     try:
-        if format is None:
+        if held is not None:
+            format = held[0]
+        elif format is None:
             share = None if linear.active is None else linear.active.share
             format = _choose(dense, dtype, chosen, threads, report, share)
-        packed = pack_panels(dense, format, importance=squares)
+        grid = None if held is None else held[1]
+        packed = pack_panels(dense, format, importance=squares, grid=grid)
     except InvalidArgument as error:
         raise ModelError(f"{linear.name}: {error}; nothing was compiled") from None
     linear.weight = packed.panels

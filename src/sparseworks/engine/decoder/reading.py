@@ -7,13 +7,15 @@ of their own. Whatever is read is compared with the model on a text before it is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseworks.core.errors import InvalidArgument, ModelError
+from sparseworks.engine.decoder.integers import integers_of
 from sparseworks.engine.decoder.rotary import Rotary, read_rotary
 from sparseworks.engine.decoder.spec import (
     AttentionSpec,
@@ -27,6 +29,7 @@ from sparseworks.engine.decoder.spec import (
     interleaved,
 )
 from sparseworks.models.active import ActiveInputs, gates, input_rule
+from sparseworks.models.quantized import Quantized, grids
 
 __all__ = ["read_model"]
 
@@ -76,6 +79,7 @@ class _Reader:
         config: Any = model.config
         self.config: Any = config.get_text_config(decoder=True)
         self.names: dict[int, str] = {id(m): n for n, m in model.named_modules()}
+        self.grids: Mapping[str, Quantized] = grids(model) or {}
 
     def name(self, module: nn.Module) -> str:
         return self.names[id(module)]
@@ -112,8 +116,9 @@ class _Reader:
         if any((r is not None) if first is None else not first.same(r) for r in rules):
             raise ModelError(f"{' and '.join(names)} read the same inputs by rules of their own")
         weight = Weight(
-            rows, matrix(modules[0]).shape[1], lambda: joined([matrix(m) for m in modules]), names
-        )
+            rows, matrix(modules[0]).shape[1], lambda: joined([matrix(m) for m in modules]), names,
+            integers_of(self.grids, dict(zip(names, modules, strict=True)), joined),
+        )  # fmt: skip
         return LinearSpec(" + ".join(names), weight, bias, rules[0])
 
     def norm(self, module: Any) -> NormSpec:
@@ -210,8 +215,7 @@ def _mlp(r: _Reader, m: Any, activation: str) -> MlpSpec:
         up = r.linear(m.gate_up_proj, order=turned)
         assert isinstance(up.weight, Weight)
         hidden = up.weight.rows // 2
-        up.weight = Weight(2 * (hidden + -hidden % 16), up.weight.columns, up.weight.make,
-                           up.weight.names)  # fmt: skip
+        up.weight = replace(up.weight, rows=2 * (hidden + -hidden % 16))
     else:
         up = r.linear(m.gate_proj, m.up_proj, gated=True)
     return MlpSpec(up, r.linear(m.down_proj), True, activation)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sparseworks.engine.decoder.integers import Integers
 from sparseworks.engine.decoder.rotary import Rotary
 from sparseworks.kernels.panels import Panels
 from sparseworks.models.active import ActiveInputs
 
-__all__ = ["AttentionSpec", "LayerSpec", "LinearSpec", "MixtureSpec", "MlpSpec", "ModelSpec",
-           "NormSpec", "Weight", "interleaved"]  # fmt: skip
+__all__ = ["AttentionSpec", "LayerSpec", "LinearSpec", "MixtureSpec", "MlpSpec",
+           "ModelSpec", "NormSpec", "Weight", "interleaved"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Weight:
         rows, columns: its size.
         make: gives the matrix.
         names: of the modules whose weights it holds, all with the same input.
+        integers: gives what a quantized matrix is made of; None: the model records none.
     """
 
     rows: int
     columns: int
     make: Callable[[], Tensor]
     names: tuple[str, ...] = ()
+    integers: Callable[[], Integers] | None = None
 
 
 @dataclass

@@ -22,6 +22,7 @@ registry.register(
         "ofb": f"{_ROOM}.ofb:OFB",
         "group-distillation": f"{_ROOM}.group_distillation:GroupDistillation",
         "mask-sparsity": f"{_ROOM}.mask_sparsity:MaskSparsity",
+        "pat": f"{_ROOM}.pat:PAT",
         "precrop": f"{_ROOM}.precrop:PreCrop",
         "slicegpt": f"{_ROOM}.slicegpt:SliceGPT",
         "wgsef": f"{_ROOM}.wgsef:WGSEF",

@@ -124,8 +124,8 @@ class Stream:
 
     def _scale(self, norm: nn.Module, plus: bool, width: int) -> None:
         """A norm of a stream of this width that divides by the old one."""
-        gain = (self.width / width) ** 0.5 - plus
-        self._put(norm, "weight", torch.full((width,), gain, device=self.device))
+        gain = torch.full((width,), (self.width / width) ** 0.5 - plus, dtype=torch.float64)
+        self._put(norm, "weight", gain.to(self.device))
         name = next((n for n in _EPS if isinstance(getattr(norm, n, None), float)), None)
         if name is not None and width != self.width:
             self._set(norm, name, getattr(norm, name) * self.width / width)

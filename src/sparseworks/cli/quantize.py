@@ -1,0 +1,124 @@
+"""Turn the weights of a trained model into integers, save them losslessly, and say what it cost.
+
+The output folder holds the packed checkpoint, whose integers `sparseworks generate` packs as they
+are, result.json, and options.json, which `--config` accepts to repeat the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparseworks.core.errors import InvalidArgument
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sparseworks quantize`."""
+
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    method: str = "rounding"
+    """Registered method of kind quantization; `sparseworks methods` lists them."""
+    bits: float | None = None
+    """Of a code (a mean, for methods of mixed precision); default: the method's."""
+    group: int | None = None
+    """Columns that share a scale; default: the method's."""
+    data: str | None = None
+    """Calibration: docstrings, sources, digits, a text or parquet file, a folder, file.py:name."""
+    samples: int = 128
+    """Calibration samples."""
+    length: int = 256
+    """Tokens of a calibration window."""
+    batch_size: int = 8
+    """Samples per calibration batch."""
+    metric: tuple[str, ...] = ()
+    """perplexity, fidelity, retrieval, accuracy, file.py:function; default: what fits the model."""
+    eval_data: str | None = None
+    """Evaluation data of the metrics; default: built-in text."""
+    eval_samples: int | None = None
+    """Evaluation windows, sentences or images; default: 64 windows, 500 sentences, all images."""
+    include: tuple[str, ...] = ()
+    """Name patterns of the only weights to quantize."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns of weights to leave as they are."""
+    option: tuple[str, ...] = ()
+    """Options of the method, name=value (JSON values)."""
+    seed: int = 0
+    """Of calibration sampling and of the order of training."""
+    out: Path | None = None
+    """Output folder; it must not exist yet, unless --force."""
+    force: bool = False
+    """Replace the output folder."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure, quantize, measure, save."""
+    import sparseworks as sw
+    from sparseworks.cli.loading import default_metrics, load_model
+    from sparseworks.cli.preparing import (
+        calibration,
+        check_inputs,
+        check_output,
+        make_metrics,
+        parse_options,
+    )
+    from sparseworks.cli.prune import command_of, show, summarize
+    from sparseworks.cli.running import progress_bar
+    from sparseworks.core import registry
+
+    if not options.model:
+        raise InvalidArgument("no model given; for example: sparseworks quantize ./llama --out q")
+    given: dict[str, Any] = parse_options(options.option)
+    if options.bits is not None:
+        whole = options.bits == int(options.bits)
+        given["bits"] = int(options.bits) if whole else options.bits
+    if options.group is not None:
+        given["group"] = options.group
+    registry.build(options.method, ("quantization",), **given)
+    check_output(options.out, options.force)
+    check_inputs(options)
+    loaded = load_model(options.model, None)
+    names = options.metric or default_metrics(loaded, options.eval_data)
+    batches = calibration(loaded, options)
+    metrics = make_metrics(names, loaded, options.eval_data, options.eval_samples)
+    before = {m.name: m(loaded.model) for m in metrics}
+    with progress_bar("quantizing", quiet=options.json) as progress:
+        result = sw.quantize(
+            loaded.model, options.method, data=batches, include=options.include or None,
+            exclude=options.exclude or None, seed=options.seed, progress=progress, **given,
+        )  # fmt: skip
+    after = {m.name: m(loaded.model) for m in metrics}
+    summary = summarize(options, loaded, result, metrics, before, after)
+    summary["command"] = command_of(options, "quantize")
+    if options.out is not None:
+        _write(options, loaded, summary)
+    show(summary, options.json)
+    if not options.json:
+        bits = summary["result"]["bits_per_weight"]
+        print(f"{bits:.3f} bits a weight of the quantized tensors, scales and zeros included")
+    return summary
+
+
+def _write(options: Options, loaded: Any, summary: dict[str, Any]) -> None:
+    """Checkpoint and result in one new folder, or nothing at all."""
+    from sparseworks.cli.running import plain_options, write_json
+    from sparseworks.io import save
+    from sparseworks.io.atomic import replaced_folder
+
+    assert options.out is not None
+    with replaced_folder(options.out) as made:
+        folder = hasattr(loaded.model, "config") and hasattr(loaded.model, "save_pretrained")
+        target = made / ("checkpoint" if folder else "model.safetensors")
+        info = save(loaded.model, target, tokenizer=loaded.tokenizer if folder else None)
+        summary["file_bytes"] = info.file_bytes
+        summary["checkpoint"] = str(options.out / target.name)
+        write_json(made / "result.json", summary)
+        write_json(made / "options.json", plain_options(options))

@@ -1,0 +1,1 @@
+"""Methods that turn weights into integers, alone or together with zeros."""
