@@ -121,16 +121,21 @@ class RSparse(InputMethod):
             if self.alpha is not None:
                 return gate(sparsity, self.alpha)
             tried = [gate(sparsity, a) for a in _GRID]
-            return min(tried, key=lambda g: output_error(g, reader))
+            return min(tried, key=lambda g: _lost(g, reader))
 
         return best
 
 
 def output_error(gate: Gate, reader: Reader) -> float:
     """||y - y'||^2 / ||y||^2 over the calibration inputs, without biases."""
+    return _lost(gate, reader) / float((reader.inputs @ reader.weight.T).square().sum())
+
+
+def _lost(gate: Gate, reader: Reader) -> float:
+    """||y - y'||^2, which is enough to compare gates of one layer."""
     assert isinstance(gate, RuledGate)
     dropped = reader.inputs * ~gate.rule.mask(reader.inputs)
     lost = dropped @ reader.weight.T
     if isinstance(gate, LowRankGate):
         lost = lost - dropped @ gate.down.T @ gate.up.T
-    return float(lost.square().sum() / (reader.inputs @ reader.weight.T).square().sum())
+    return float(lost.square().sum())
