@@ -1,4 +1,4 @@
-"""Every block of a tutorial runs, in order: Python in one namespace, shell commands in its folder."""
+"""Every block of a tutorial runs in order: Python in one namespace, commands in its folder."""
 
 import re
 import shlex
