@@ -56,7 +56,9 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     found["negative flips more"] = late["negative 1:8"] - late["ste 1:8"]
     found["masks move early"] = found["sr-ste 1:8 early flips"] - 0.001
     for pattern in ("1:8", "2:4"):
-        found[f"over ste {pattern}"] = found[f"ste {pattern} loss"] - found[f"sr-ste {pattern} loss"]
+        found[f"over ste {pattern}"] = (
+            found[f"ste {pattern} loss"] - found[f"sr-ste {pattern} loss"]
+        )
     found["near dense 2:4"] = 2.0 - (found["dense"] - found["sr-ste 2:4"])
     return found
 
