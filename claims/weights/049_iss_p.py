@@ -160,6 +160,6 @@ CLAIM = Claim(
         Promise("turnover falls", "the support moves less late in the stage than early"),
     ),
     measure=measure,
-    looks=(*LOOKS, 20),
+    looks=LOOKS,
     version=2,
 )
