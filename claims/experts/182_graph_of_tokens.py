@@ -17,6 +17,7 @@ import torch
 from sparseworks.diagnostics.byte_decoder import ByteText
 from sparseworks.diagnostics.byte_mixtures import ByteMixture, Routes
 from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.diagnostics.judging import LOOKS
 from sparseworks.experts.chunks import token_information
 
 UNIFORM = 1e9  # a temperature at which every earlier token has the same vote
@@ -99,6 +100,6 @@ CLAIM = Claim(
         Promise("attention loss kept", "attention: loss at most 0.01 above the baseline's"),
     ),
     measure=measure,
-    looks=(3, 5, 7),
+    looks=LOOKS,
     version=2,
 )
