@@ -81,6 +81,6 @@ CLAIM = Claim(
         Promise("near dense 2:4", "2:4: within 2 points of dense training"),
     ),
     measure=measure,
-    looks=LOOKS,
+    looks=(*LOOKS, 20),
     version=2,
 )
