@@ -192,6 +192,6 @@ CLAIM = Claim(
         Promise("within a point of dense", "accuracy at 30 % of the units within 1 point of dense"),
     ),
     measure=measure,
-    looks=(*LOOKS, 20),
+    looks=LOOKS,
     version=3,
 )  # fmt: skip
