@@ -4,6 +4,9 @@ The first two are pruned and measured without any training. The third is the pap
 encoders: a network trained on ten digits, its smallest weights removed without a look at the
 downstream task (odd or even), then fine-tuned on it with the mask fixed; tickets are found by
 iterative pruning on that task, rewound to the pretrained weights.
+
+Up to 8 seeds, because 3 left the fine-tuned network open; the other two hardly vary, and are
+measured on less. Random masks are tried to 40 % only: what is asked is whether 10 % is free.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from sparseworks.training.fitting import Recipe, fit_classifier
 def _curves(name: str, model: nn.Module, metric: Metric, **more) -> dict[str, float]:
     """s* and slopes of magnitude and of random masks."""
     by_size = EssentialSparsity()(model, metric, **more)
-    drawn = EssentialSparsity(method="random")(model, metric, **more)
+    drawn = EssentialSparsity(method="random", sparsities=(0.1, 0.2, 0.3, 0.4))(
+        model, metric, **more
+    )
     kink = by_size.breakpoint
     return {
         f"{name} dense": by_size.values[0],
@@ -54,7 +59,7 @@ def _language(seed: int, full: bool) -> dict[str, float]:
         tokenizer=AutoTokenizer.from_pretrained(root / "models" / "novel-llama-6m"),
     )  # fmt: skip
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    chosen = [windows[i] for i in order[: len(windows) if full else 3]]
+    chosen = [windows[i] for i in order[: len(windows) if full else 1]]
     return _curves("language model", model, perplexity(chosen), seed=seed)
 
 
@@ -64,7 +69,7 @@ def _resnet(seed: int, full: bool) -> dict[str, float]:
     model = model.to(memory_format=torch.channels_last)
     images = read_images(data_root() / "cifar10" / "test.parquet")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    part = order[: len(images) if full else 1_500]
+    part = order[: len(images) if full else 800]
     held = ImageSet(images.pixels[part], images.labels[part])
     return _curves("ResNet", model, accuracy(held.batches(500)), seed=seed)
 
@@ -140,7 +145,7 @@ CLAIM = Claim(
     method="essential-sparsity",
     title="one-shot magnitude pruning is free up to a sparsity, and then falls off sharply",
     model="Llama with 6M parameters; ResNet-20 (full: 56); a 64-128-128 network on digits",
-    data="24 windows of 256 tokens of a held-out novel; 1,500 CIFAR-10 test images (full: all); "
+    data="8 windows of 256 tokens of a held-out novel; 800 CIFAR-10 test images (full: all); "
     "odd or even: 500 digits to fine-tune on, 597 to test",
     baseline="random masks; tickets by iterative pruning; unstructured 50 %",
     metric="largest sparsity within 1 % (relative) of the dense metric; slopes of the drop",
@@ -155,4 +160,6 @@ CLAIM = Claim(
         Promise("2:4 is as free", "2:4 within 1.5 points of unstructured 50 % after fine-tuning"),
     ),
     measure=measure,
+    looks=(3, 5, 8),
+    version=2,
 )

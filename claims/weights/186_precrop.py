@@ -1,4 +1,8 @@
-"""PreCropping against the masks it takes its densities from, and against uniform widths."""
+"""PreCropping against the masks it takes its densities from, and against uniform widths.
+
+Times are the least of 12 steps, each model in turn: the least of 6 still varied by
+a twelfth between seeds, more than what is to be told. Up to 12 seeds, because 5 left three open.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ import sparseworks as sw
 from sparseworks.core.masks import attach, masks
 from sparseworks.data.images import ImageSet
 from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.diagnostics.judging import LOOKS
 from sparseworks.diagnostics.subjects import digits_subject, image_subject, loss_and_accuracy
 from sparseworks.models.costs import multiply_adds
 from sparseworks.models.zoo import CifarResNet, resnet20
@@ -61,7 +66,7 @@ def _step_times(models: Mapping[str, nn.Module], x: torch.Tensor) -> dict[str, f
 
         runs[name] = step
     least = dict.fromkeys(runs, float("inf"))
-    for _ in range(6):
+    for _ in range(12):
         for name, run in runs.items():
             start = time.process_time()
             run()
@@ -165,7 +170,7 @@ CLAIM = Claim(
     baseline="the SynFlow mask, the same mask shuffled inside every layer, uniform widths; equal "
     "parameters, and uniform widths at equal operations too",
     metric="test accuracy in percent; operations that masks do not skip; CPU time of a training "
-    "step of ResNet-20 (batch 32, 32 x 32), least of 6",
+    "step of ResNet-20 (batch 32, 32 x 32), least of 12",
     promises=(
         Promise("crop as good as the mask", "accuracy at most 1 point below the SynFlow mask's"),
         Promise("shuffling does not matter", "a mask shuffled inside layers stays within 1 point"),
@@ -177,6 +182,6 @@ CLAIM = Claim(
         Promise("masks do not", "a masked step takes at least the dense one's time"),
     ),
     measure=measure,
-    looks=(3, 5),
-    version=2,
+    looks=LOOKS,
+    version=3,
 )  # fmt: skip

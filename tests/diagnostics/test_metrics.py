@@ -12,7 +12,14 @@ from torch import nn
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.data.text import token_ids, windows
-from sparseworks.diagnostics.metrics import accuracy, fidelity, get_metric, perplexity, retrieval
+from sparseworks.diagnostics.metrics import (
+    accuracy,
+    divergence,
+    fidelity,
+    get_metric,
+    perplexity,
+    retrieval,
+)
 from sparseworks.diagnostics.statistics import bootstrap_interval, paired_interval, student_quantile
 
 
@@ -37,6 +44,18 @@ def test_perplexity_is_its_formula():
     expected = math.exp(sum(losses) / len(losses))
     batches = [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}]
     assert perplexity(batches)(model) == pytest.approx(expected, rel=1e-5)
+
+
+def test_divergence_is_its_formula_and_remembers_the_dense_model():
+    dense, other = Table(), Table()
+    ids = torch.randint(0, 7, (3, 5))
+    metric = divergence(dense, [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}])
+    assert metric(dense) == pytest.approx(0.0, abs=1e-6)
+    p, q = (m.table.detach().double().softmax(-1) for m in (dense, other))
+    expected = sum(float((p[a] * (p[a] / q[a]).log()).sum()) for a in ids.flatten()) / ids.numel()
+    with torch.no_grad():
+        dense.table.zero_()
+    assert metric(other) == pytest.approx(expected, rel=1e-5)
 
 
 def test_perplexity_of_the_shared_language_model(data_root):

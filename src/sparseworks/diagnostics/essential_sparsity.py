@@ -9,8 +9,8 @@ and s* = max {s : drop(t) <= tolerance for every measured t <= s}. How sharp the
 slope after over the slope before the one breakpoint of its best piecewise-linear fit.
 
 In our quick setting (claim 032) a Llama with 6M parameters is free to 20 %, not to the 30 % that
-the paper finds for large models, a ResNet-20 to 30 %, and random masks to 0 %. A small network that
-is fine-tuned under the mask is free to 40 to 60 %, but under random masks too to 20 to 30 %.
+the paper finds for large models, a ResNet-20 to 30 or 40 %, and random masks to 0 %. A small
+network that is fine-tuned under the mask is free to 20 to 60 %, under random masks to 0 to 30 %.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ __all__ = [
     "Metric",
     "accuracy",
     "check_name",
+    "divergence",
     "embed",
     "fidelity",
     "get_metric",
@@ -124,6 +125,35 @@ def fidelity(dense: nn.Module, batches: Sequence[Batch]) -> Metric:
         reference.append(embed(dense.eval(), batches))
         dense.train(training)
     return metric
+
+
+def divergence(dense: nn.Module, batches: Sequence[Batch]) -> Metric:
+    """Mean Kullback-Leibler divergence of next-token distributions, dense to this, nats a token.
+
+    Where two models differ little it tells what perplexity cannot: every token counts the change of
+    the whole distribution, not only of the probability of the token that came.
+
+    Args:
+        dense: asked now, so it may be changed in place afterwards.
+        batches: `input_ids` windows, `[batch, tokens]`.
+    """
+
+    @torch.no_grad()
+    def told(model: nn.Module, batch: Batch) -> Tensor:
+        inputs, _ = split(move(batch, _device(model)))
+        return F.log_softmax(logits_of(call(model, inputs)).float(), -1).flatten(0, -2)
+
+    reference = [told(dense, batch) for batch in batches]
+
+    def measure(model: nn.Module) -> float:
+        total, count = 0.0, 0
+        for batch, wanted in zip(batches, reference):
+            found = told(model, batch)
+            total += float(F.kl_div(found, wanted, log_target=True, reduction="sum"))
+            count += len(found)
+        return total / count
+
+    return Metric("divergence", " nats", False, measure)
 
 
 def retrieval(queries: Sequence[Batch], documents: Sequence[Batch]) -> Metric:

@@ -22,6 +22,7 @@ from sparseworks.training.fitting import Recipe, fit_classifier
 
 __all__ = [
     "activation_subject",
+    "activation_windows",
     "digits_subject",
     "encoder_subject",
     "image_subject",
@@ -150,6 +151,12 @@ def activation_subject(seed: int, setting: Setting) -> tuple[nn.Module, list[Any
 
     Every seed has calibration windows and 16 (full: 64) held windows of 256 tokens of its own.
     """
+    model, calibration, held = activation_windows(seed, setting)
+    return model, calibration, perplexity(held)
+
+
+def activation_windows(seed: int, setting: Setting) -> tuple[nn.Module, list[Any], list[Any]]:
+    """The model, calibration windows and held windows of `activation_subject`."""
     root = data_root()
     model, tokenizer = _novel_llama(root / "models" / "novel-llama-6m")
     calibration = load(
@@ -160,7 +167,7 @@ def activation_subject(seed: int, setting: Setting) -> tuple[nn.Module, list[Any
         root / "text" / "novels-valid.txt", tokenizer=tokenizer, split="evaluation",
         samples=count * (seed + 1), batch_size=4,
     )[-count // 4 :]  # fmt: skip
-    return model, calibration, perplexity(held)
+    return model, calibration, held
 
 
 def digits_subject(seed: int, train: int = 1_200) -> tuple[ImageSet, ImageSet]:

@@ -11,9 +11,10 @@ and the plain average over heads are our reading: the paper weighs heads by a po
 mixes in the identity: S = (1 - keep) S + keep I (attention alone makes r~ flat, with near ties that
 flip).
 
-In our quick setting (claim 182: a byte decoder, 240 steps) attention makes first experts change two
-to four times as often late in training, in every seed, at about equal loss; for similarity it goes
-either way, and only its robustness to replaced bytes is shown.
+In our quick setting (claim 182: a byte decoder, 240 steps) attention makes first experts change
+three times as often in the second half of training, and similarity 1.3 times (0.45 and 0.20 of the
+tokens in a tenth of the steps, baseline 0.16). Losses are 0.016 and 0.007 nats above the
+baseline's; that of similarity rises less with a tenth of the bytes replaced.
 
 S is causal with `causal=True`. A token's experts depend on all tokens before it, which a cache of
 keys and values does not hold: `use_cache` of a Hugging Face model is turned off.

@@ -17,9 +17,9 @@ The paper has no released code; lambda and the term on E_f are those of the auth
 Efficient N:M Sparse Training, arXiv:2302.06058, who permute rows besides), with "random" it is
 drawn anew every step.
 
-In our quick setting (claim 067: four convolutions from scratch at 2:8, 120 steps) BDWP is as
-accurate as dense training (0.0 points, -1.4 to 1.5), at half the multiplications; a random backward
-mask is not certainly worse (0.6, -2.2 to 3.5): the network is too small to tell the two apart.
+In our quick setting (claim 067: four convolutions from scratch at 2:8, 120 steps, 20 seeds) BDWP
+is as accurate as SR-STE (39.7 and 39.6 %; dense 40.3) at half the multiplications; a random
+backward mask is not certainly worse (0.011 nats, -0.004 to 0.027).
 """
 
 from __future__ import annotations

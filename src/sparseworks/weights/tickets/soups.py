@@ -10,7 +10,8 @@ starts from the best and takes each further copy, best first, that does not lowe
 
 In our quick setting (claim 029: a perceptron on digits, 97 % sparse, 3 copies) a soup gains nothing
 over the mean of its copies (0.0 points, 95 % interval -0.1 to 0.1): copies that differ in the order
-of their data alone end almost at the same place. A ResNet-20 on images of 8 x 8 gave no more.
+of their data alone end almost at the same place, and one copy trained three times as long is 0.4
+points better. A ResNet-20 on images of 8 x 8 gave no more.
 """
 
 from __future__ import annotations
