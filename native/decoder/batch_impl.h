@@ -29,19 +29,23 @@ struct Widened {
 
 // out [tokens][16], in fp32.
 inline void batch_plainly(const Matrix& m, int panel, const Batch& x, float* out, Widened& wide) {
-  constexpr int kColumns = kBlock / 2, kSide = 8;
+  constexpr int kColumns = kBlock / 2;
+  constexpr int kSide = kRegister == 64 ? 8 : kRegister == 32 ? 4 : 2;  // tokens, sums in registers
   Stream from(m, panel);
   for (int first = 0; first < m.padded(); first += kColumns) {
     const int columns = std::min(kColumns, m.padded() - first);
     for (int c = 0; c < columns; c += m.group) widen_plainly(m, from, wide.value + c * kPanel);
     for (int t = 0; t < x.tokens; t += kSide) {
       Vec sum[kSide];
+#pragma GCC unroll 8
       for (int i = 0; i < kSide; ++i) sum[i] = first ? load(out + (t + i) * kPanel) : Vec{};
       const float* value = x.value + t * x.stride + first;
       for (int c = 0; c < columns; ++c) {
         const Vec w = load(wide.value + c * kPanel);
+#pragma GCC unroll 8
         for (int i = 0; i < kSide; ++i) sum[i] += w * value[i * x.stride + c];
       }
+#pragma GCC unroll 8
       for (int i = 0; i < kSide; ++i) store(out + (t + i) * kPanel, sum[i]);
     }
   }
