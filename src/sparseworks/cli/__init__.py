@@ -26,6 +26,7 @@ COMMANDS = {
     "curve": "how much one-shot pruning removes for free: the metric over the sparsity",
     "audit": "is a comparison of recorded runs fair: cost, schedule, seeds, layers, speed",
     "methods": "the catalogue of methods",
+    "new-method": "a method of your own to start from: a file that runs, and its test",
     "claims": "run, list and tabulate the papers' claims in miniature",
     "demo": "prune a real sentence encoder and show the result",
 }
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from sparseworks.cli.running import run_command
 
-    return run_command(name, importlib.import_module(f"sparseworks.cli.{name}"), rest)
+    return run_command(
+        name, importlib.import_module(f"sparseworks.cli.{name.replace('-', '_')}"), rest
+    )
 
 
 def _usage() -> str:
