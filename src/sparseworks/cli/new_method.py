@@ -88,4 +88,4 @@ def _filled(kind: str, what: str, name: str) -> str:
         ("own_method", name.replace("-", "_")), ("own-method", name), ("OwnMethod", title)
     ):  # fmt: skip
         text = text.replace(old, new)
-    return re.sub(r"  # type: ignore\[[^\]]*\]", "", text)
+    return text

@@ -24,6 +24,7 @@ __all__ = [
     "has_option",
     "names",
     "names_of_module",
+    "of_packages",
     "options_of",
     "paths",
     "register",
@@ -111,6 +112,12 @@ def _ask_packages() -> None:
             )
             continue
         _PATHS[point.name], _PACKAGES[point.name] = point.value, package
+
+
+def of_packages() -> dict[str, str]:
+    """Method -> the installed package that brings it."""
+    _ask_packages()
+    return dict(_PACKAGES)
 
 
 def paths() -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseworks as sw
+from sparseworks.training.gates import StraightThroughMask
 
 sw.load_plugin(Path(__file__).with_name("own_method.py"))
 
@@ -31,7 +32,7 @@ def test_the_mask_follows_the_scores_and_the_end_is_an_ordinary_model() -> None:
 
     optimizer = torch.optim.SGD(job.parameter_groups(), lr=0.5)
     job.attach(optimizer)
-    before, first = job.part("0.weight").scores.detach().clone(), dense  # type: ignore[operator]
+    before, first = job.part("0.weight", StraightThroughMask).scores.detach().clone(), dense
     mask = job.masks["0.weight"].clone()
     product = (first * mask).requires_grad_()  # the same step by hand
     hidden = torch.relu(x @ product.T + model.get_parameter("0.bias"))
@@ -39,13 +40,13 @@ def test_the_mask_follows_the_scores_and_the_end_is_an_ordinary_model() -> None:
     (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(head(hidden), y), product)
     for step in range(20):
         optimizer.zero_grad()
-        (nn.functional.cross_entropy(model(x), y) + job.penalty()).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(model(x), y) + job.penalty())
         optimizer.step()
-        scores = job.part("0.weight").scores
+        scores = job.part("0.weight", StraightThroughMask).scores
         if step == 0:
             expected = before - 0.5 * gradient * first
-            assert torch.allclose(scores, expected, atol=1e-6)  # type: ignore[arg-type]
-        assert places(job.masks["0.weight"]) == largest(scores, 20)  # type: ignore[arg-type]
+            assert torch.allclose(scores, expected, atol=1e-6)
+        assert places(job.masks["0.weight"]) == largest(scores, 20)
     assert places(job.masks["0.weight"]) != places(mask), "the mask never moved"
 
     job.finish()
