@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import sparseworks as sw
+from sparseworks.cli import doctor
 from sparseworks.core import plugins, registry
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.report.catalogue import classes
 from sparseworks.training.method import Hooked
 from sparseworks.weights.oneshot.base import OneShot
 from sparseworks.weights.structured.base import GroupScore
@@ -203,11 +205,14 @@ def test_two_files_do_not_take_each_others_names(tmp_path: Path) -> None:
     assert registry.resolve("largest") is first
 
 
-def test_scores_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
-    sw.load_plugin(written(tmp_path, SOURCE.replace("* weight", "* weight.sum(-1)")))
+@pytest.mark.parametrize(
+    ("score", "said"), [("weight.sum(-1)", r"shape \[1, 5\]"), ("float(weight.sum())", "a float")]
+)
+def test_scores_of_another_shape_are_refused_by_name(tmp_path: Path, score: str, said: str) -> None:
+    sw.load_plugin(written(tmp_path, SOURCE.replace("weight\n", f"{score}\n")))
     model = net()
     before = model[0].weight.detach().clone()
-    with pytest.raises(InvalidArgument, match=r"'largest': score returned shape \[1, 5\] for 0.w"):
+    with pytest.raises(InvalidArgument, match=rf"'largest': score returned {said} for 0.weight"):
         sw.prune(model, "largest", sparsity=0.5)
     assert torch.equal(model[0].weight, before)
 
@@ -255,6 +260,11 @@ def test_a_broken_package_is_named(installed: Any, text: str, points: str, said:
         registry.resolve(name)
     assert f"method {name!r} of the installed package {module}" in str(caught.value)
     assert said.format(m=module) in str(caught.value)
+    with pytest.warns(UserWarning, match=module):  # the catalogue has all others
+        listed = {cls.info.name for cls in classes()}
+    assert listed == set(registry.names()) - {name}
+    assert doctor.found()["methods"]["of packages"] == {name: module}
+    assert any(module in note for note in doctor.found()["notes"])
     assert registry.resolve("wanda").info.name == "wanda"
 
 

@@ -129,15 +129,22 @@ class OneShot(ABC):
         """Scores `[groups * out, in]`, -inf where the weight is already masked."""
         grouped = weight.view(target.view.groups, -1, weight.shape[1])
         found = self.score(target, grouped, evidence)
-        if found.shape != grouped.shape:
+        if getattr(found, "shape", None) != grouped.shape:
             raise InvalidArgument(
-                f"method {self.info.name!r}: score returned shape {list(found.shape)} for "
+                f"method {self.info.name!r}: score returned {_shape_of(found)} for "
                 f"{target.view.name}; one number per weight, {list(grouped.shape)}, is needed"
             )
         scores = found.reshape(weight.shape)
         if target.allowed is not None:
             scores = scores.masked_fill(~target.allowed, -torch.inf)
         return scores
+
+
+def _shape_of(value: Any) -> str:
+    """ "shape [2, 3]" of a tensor, "a float" of what is none."""
+    if isinstance(value, Tensor):
+        return f"shape {list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
