@@ -217,6 +217,23 @@ def test_scores_of_another_shape_are_refused_by_name(tmp_path: Path, score: str,
     assert torch.equal(model[0].weight, before)
 
 
+def test_scores_of_too_few_groups_are_refused() -> None:
+    @sw.register
+    @dataclass(frozen=True)
+    class Short(GroupScore):
+        info: ClassVar[sw.MethodInfo] = info("short", "structured")
+
+        def score(self, model: Any, coupling: Any, data: Any, loss: Any) -> Any:
+            return torch.ones(coupling.count - 1).double().numpy()
+
+    model = net().eval()
+    with pytest.raises(
+        InvalidArgument, match=r"score returned shape \[5\]; one number for each of"
+    ):
+        sw.slim(model, torch.randn(4, 6), params=0.6, method="short")
+    assert model[0].weight.shape == (5, 6)
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Install packages: (module name, its text, its entry points) -> on the path, as pip does."""
