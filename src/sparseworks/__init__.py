@@ -72,6 +72,9 @@ _LAZY = {
     "parse_pattern": "sparseworks.core.patterns",
     "by_sensitivity": "sparseworks.core.budgets",
     "by_masks": "sparseworks.core.budgets",
+    "register": "sparseworks.core.plugins",
+    "load_plugin": "sparseworks.core.plugins",
+    "MethodInfo": "sparseworks.core.kinds",
     "SparseworksError": "sparseworks.core.errors",
 }
 _MODULES = {"methods", "schedules", "zoo"}

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 inte
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,9 @@ COMMANDS = {
     "curve": "how much one-shot pruning removes for free: the metric over the sparsity",
     "audit": "is a comparison of recorded runs fair: cost, schedule, seeds, layers, speed",
     "methods": "the catalogue of methods",
+    "new-method": "a method of your own to start from: a file that runs, and its test",
     "claims": "run, list and tabulate the papers' claims in miniature",
+    "doctor": "is this installation sound: processor, native code, torch, packages",
     "demo": "prune a real sentence encoder and show the result",
 }
 
@@ -53,9 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; use one of {', '.join(COMMANDS)}"
         print(f"sparseworks: error: unknown command {name!r}{hint}", file=sys.stderr)
         return 2
+    if name == "doctor" and importlib.util.find_spec("tyro") is None:
+        from sparseworks.cli.doctor import without_parser
+
+        return without_parser(rest)
     from sparseworks.cli.running import run_command
 
-    return run_command(name, importlib.import_module(f"sparseworks.cli.{name}"), rest)
+    return run_command(
+        name, importlib.import_module(f"sparseworks.cli.{name.replace('-', '_')}"), rest
+    )
 
 
 def _usage() -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -26,6 +27,7 @@ class Options:
     """Hugging Face folder or hub name, `minilm`, file.py:factory."""
     method: str = "wina"
     """teal, wina, r-sparse, cats, chess, spark, ...; `sparseworks methods` describes them."""
+    plugin: Plugins = ()
     sparsity: float = 0.5
     """Share of the entries that is set to 0, in [0, 1)."""
     allocation: str = "uniform"

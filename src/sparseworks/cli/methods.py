@@ -9,6 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from sparseworks.cli.plugins import Plugins
+
 __all__ = ["Options", "run"]
 
 
@@ -20,6 +22,7 @@ class Options:
     """Show one method in full."""
     room: str | None = None
     """Only the methods of one room (weights, attention, ...)."""
+    plugin: Plugins = ()
     json: bool = False
     """Print as JSON."""
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = [
@@ -102,6 +103,7 @@ class Measured:
 
     methods: tuple[str, ...] = ()
     """Registered one-shot methods."""
+    plugin: Plugins = ()
     metric: str | None = None
     """One metric, as `sparseworks prune` takes it; default: the first that fits the model."""
     data: str | None = None

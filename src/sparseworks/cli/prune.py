@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -28,6 +29,7 @@ class Options:
     """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
     method: str = "wanda"
     """Registered method; `sparseworks methods` lists them."""
+    plugin: Plugins = ()
     sparsity: float | None = None
     """Fraction of zeros in [0, 1); may be left out with an N:M pattern."""
     pattern: str | None = None

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -25,6 +26,7 @@ class Options:
     """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
     method: str = "rounding"
     """Registered method of kind quantization; `sparseworks methods` lists them."""
+    plugin: Plugins = ()
     bits: float | None = None
     """Of a code (a mean, for methods of mixed precision); default: the method's."""
     group: int | None = None

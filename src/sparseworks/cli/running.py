@@ -25,6 +25,8 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     """Parse the options of a command, run it, and turn errors into one line and a code."""
     import tyro
 
+    from sparseworks.cli.plugins import load_plugins
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -39,6 +41,7 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
             description=(module.__doc__ or "").strip(),
             **kwargs,
         )
+        load_plugins(options)
         module.run(options)
     except SparseworksError as error:
         print(f"sparseworks: error: {_one_line(error)}", file=sys.stderr)
@@ -53,7 +56,25 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     except OSError as error:
         print(f"sparseworks: error: {_one_line(error)}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not _failed_in_a_plugin(error):
+            raise
+        return 1
     return 0
+
+
+def _failed_in_a_plugin(error: Exception) -> bool:
+    """Say which line of a user's method failed, under the traceback; False: it was no such line."""
+    import traceback
+
+    from sparseworks.core.places import said
+    from sparseworks.core.plugins import place_in_plugin
+
+    place = place_in_plugin(error)
+    if place:
+        traceback.print_exception(error)
+        print(f"sparseworks: error: plugin {place}: {said(error)}", file=sys.stderr)
+    return bool(place)
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument, MissingDependency
 
 __all__ = ["Options", "run"]
@@ -34,6 +35,7 @@ class Options:
     """Share of the time per call to keep, measured on this machine."""
     method: str = "group-norm"
     """Registered method: a score, or one that trains towards a cut (`sparseworks methods`)."""
+    plugin: Plugins = ()
     data: str | None = None
     """Calibration, or what a method trains on; example: docstrings, digits, a text or parquet file,
     an image folder, file.py:batches."""

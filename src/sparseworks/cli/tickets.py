@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -33,6 +34,7 @@ class Options:
     """Training images: a parquet file, a folder with one folder a class, digits."""
     method: str = "rewinding"
     """rewinding, soup, or another registered method that trains several times."""
+    plugin: Plugins = ()
     sparsity: float | None = None
     """Final fraction of zeros in [0, 1)."""
     out: Path | None = None

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -30,6 +31,7 @@ class Options:
     """Training data: a parquet file of images, an image folder, digits; a text file for text."""
     method: str | None = None
     """Registered training method (gradual, rigl, set, ...), or dense for none."""
+    plugin: Plugins = ()
     sparsity: float | None = None
     """Final fraction of zeros in [0, 1)."""
     out: Path | None = None

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparseworks.cli.plugins import load_plugins
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
 
 _FREE = {"out", "resume", "force", "json", "tensorboard", "save_every", "twin"}  # of a resumed run
@@ -33,7 +34,9 @@ def settle(options: Any) -> tuple[Any, bool]:
     if options.resume:
         if not stored.is_file():
             raise InvalidArgument(f"{out}: holds no training to resume (no options.json)")
-        return _as_stored(options, stored), True
+        options = _as_stored(options, stored)
+        load_plugins(options)  # those that it was started with
+        return options, True
     if not options.model or options.data is None or options.method is None:
         lacking = "model" if not options.model else "--data" if not options.data else "--method"
         raise InvalidArgument(

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument, ModelError
 
 __all__ = ["Options", "run"]
@@ -27,6 +28,7 @@ class Options:
     """Hugging Face folder or hub name, file.py:factory."""
     method: str = "upcycling"
     """Registered method of kind mixture; `sparseworks methods` describes them."""
+    plugin: Plugins = ()
     experts: int | None = None
     """Experts of every layer; default: the method's."""
     top_k: int | None = None

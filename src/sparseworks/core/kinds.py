@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, get_args
 
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["KINDS", "Contract", "Kind", "MethodInfo", "Need", "base_of", "call_of", "check_kind",
-           "command_of"]  # fmt: skip
+           "check_method", "command_of"]  # fmt: skip
 
 Kind = Literal[
     "one-shot", "search", "staged", "hooked", "transform", "driver", "structured", "train-and-cut",
@@ -196,3 +196,36 @@ def check_kind(cls: Any, kinds: tuple[Kind, ...]) -> None:
         f"{cls.__name__} is not a method of kind {wanted}: give a registered name "
         f"(`sparseworks methods`) or an object of a class that derives from {bases}"
     )
+
+
+def check_method(cls: Any) -> None:
+    """Refuse what does not do as a method: the class of a user, or of an installed package.
+
+    Raises:
+        InvalidArgument: it is no frozen dataclass, has no `info`, or not the base of its kind.
+    """
+    if not isinstance(cls, type):
+        raise InvalidArgument(f"{cls!r} is no class; a method is a frozen dataclass")
+    name, info = cls.__name__, getattr(cls, "info", None)
+    if "__dataclass_params__" not in vars(cls) or not is_dataclass(cls):
+        raise InvalidArgument(
+            f"{name}: is no dataclass; write @dataclass(frozen=True) right above the class"
+        )
+    if not vars(cls)["__dataclass_params__"].frozen:
+        raise InvalidArgument(f"{name}: is not frozen; write @dataclass(frozen=True)")
+    if not isinstance(info, MethodInfo):
+        raise InvalidArgument(f"{name}: has no `info: ClassVar[MethodInfo] = MethodInfo(...)`")
+    if info.kind not in KINDS:
+        raise InvalidArgument(
+            f"{name}: info.kind is {info.kind!r}; one of {', '.join(map(repr, KINDS))}"
+        )
+    if not info.name or info.name != "-".join(info.name.split()):
+        raise InvalidArgument(f"{name}: info.name is {info.name!r}; a word without spaces")
+    if not issubclass(cls, base_of(info.kind)):
+        module, _, base = KINDS[info.kind].base.partition(":")
+        raise InvalidArgument(
+            f"{name}: is {info.kind} and does not derive from {base}; "
+            f"write `from {module} import {base}` and `class {name}({base})`"
+        )
+    if unwritten := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise InvalidArgument(f"{name}: lacks the function {unwritten[0]!r} of its base class")

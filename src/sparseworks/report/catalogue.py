@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from sparseworks.core import registry
+from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.kinds import call_of, command_of
 from sparseworks.core.registry import MethodInfo
 
@@ -14,8 +16,13 @@ __all__ = ["as_dict", "catalogue_markdown", "classes", "describe"]
 
 
 def classes() -> list[Any]:
-    """The class of every method, by room, kind and name."""
-    found = [registry.resolve(n) for n in registry.names()]
+    """The class of every method that can be had, by room, kind and name; others are warned of."""
+    found = []
+    for name in registry.names():
+        try:
+            found.append(registry.resolve(name))
+        except InvalidArgument as error:  # an installed package that is broken
+            warnings.warn(str(error), stacklevel=2)
     return sorted(found, key=lambda cls: (cls.info.room, cls.info.kind, cls.info.name))
 
 

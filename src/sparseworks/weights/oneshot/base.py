@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseworks.core.budgets import Budget
+from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.evidence import Collector
 from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import Pattern
@@ -127,10 +128,23 @@ class OneShot(ABC):
     def matrix_scores(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:
         """Scores `[groups * out, in]`, -inf where the weight is already masked."""
         grouped = weight.view(target.view.groups, -1, weight.shape[1])
-        scores = self.score(target, grouped, evidence).reshape(weight.shape)
+        found = self.score(target, grouped, evidence)
+        if getattr(found, "shape", None) != grouped.shape:
+            raise InvalidArgument(
+                f"method {self.info.name!r}: score returned {_shape_of(found)} for "
+                f"{target.view.name}; one number per weight, {list(grouped.shape)}, is needed"
+            )
+        scores = found.reshape(weight.shape)
         if target.allowed is not None:
             scores = scores.masked_fill(~target.allowed, -torch.inf)
         return scores
+
+
+def _shape_of(value: Any) -> str:
+    """ "shape [2, 3]" of a tensor, "a float" of what is none."""
+    if isinstance(value, Tensor):
+        return f"shape {list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ def choose(
         )
     allowed = replace(coupling, families=tuple(families))
     scores = plan.method.score(model, allowed, plan.data, plan.loss)
+    if np.shape(scores) != (coupling.count,):
+        raise InvalidArgument(
+            f"the method's score returned shape {list(np.shape(scores))}; one number for each of "
+            f"the {coupling.count} groups is needed, [{coupling.count}]"
+        )
     made = ladders(
         coupling,
         families,
