@@ -38,6 +38,7 @@ from sparseworks.activations.method import ActivationMethod
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.registry import MethodInfo
 from sparseworks.models.active import Gate
+from sparseworks.training.fake_quantization import rounded
 
 __all__ = ["Delta", "DeltaGate", "multiplications", "quantized"]
 
@@ -48,18 +49,8 @@ _LEAST = 1e-6  # of a step
 def quantized(x: Tensor, q: Tensor) -> Tensor:
     """q round(x / q); dQ/dx = 1 and dQ/dq = round(x / q). q is broadcast to x."""
     step = q.detach()
-    level: Tensor = _Rounded.apply(x / step)  # type: ignore[no-untyped-call]
+    level = rounded(x / step)
     return step * level + level.detach() * (q - step)  # the last is 0, for the gradient of q
-
-
-class _Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
 
 
 class _Reversed(torch.autograd.Function):

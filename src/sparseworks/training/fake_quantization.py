@@ -23,7 +23,7 @@ from sparseworks.models.matrix import View
 from sparseworks.models.quantized import Quantized
 from sparseworks.training.parametrizing import refuse_tied, unparametrize
 
-__all__ = ["FakeQuantized", "quantized_weights"]
+__all__ = ["FakeQuantized", "quantized_weights", "rounded"]
 
 _LEAST = 2.0**-14  # the smallest normal fp16: a scale never collapses to 0
 
@@ -38,6 +38,11 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         return gradient
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To the nearest integers; the gradient passes straight through."""
+    return _Round.apply(x)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Half(torch.autograd.Function):
@@ -94,10 +99,9 @@ class FakeQuantized(nn.Module):
         scale: Tensor = _Half.apply(self.scale)[..., None]  # type: ignore[no-untyped-call]
         if self.codes is not None:
             return self.codes.float(), scale, self.zero.detach().round()[..., None]
-        zero: Tensor = _Round.apply(self.zero.clamp(low, high))[..., None]  # type: ignore[no-untyped-call]
+        zero = rounded(self.zero.clamp(low, high))[..., None]
         matrix = self.view.matrix(weight).float().view(self.kept.shape)
-        rounded: Tensor = _Round.apply(matrix / scale)  # type: ignore[no-untyped-call]
-        return (rounded + zero).clamp(low, high), scale, zero
+        return (rounded(matrix / scale) + zero).clamp(low, high), scale, zero
 
     def forward(self, weight: Tensor) -> Tensor:
         codes, scale, zero = self._grid(weight)
