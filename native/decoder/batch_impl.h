@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "widen_impl.h"
+#include "widen_avx2_impl.h"
 
 namespace sparseworks {
 namespace {
@@ -34,7 +34,7 @@ inline void batch_plainly(const Matrix& m, int panel, const Batch& x, float* out
   Stream from(m, panel);
   for (int first = 0; first < m.padded(); first += kColumns) {
     const int columns = std::min(kColumns, m.padded() - first);
-    for (int c = 0; c < columns; c += m.group) widen_plainly(m, from, wide.value + c * kPanel);
+    for (int c = 0; c < columns; c += m.group) widen_floats(m, from, wide.value + c * kPanel);
     for (int t = 0; t < x.tokens; t += kSide) {
       Vec sum[kSide];
 #pragma GCC unroll 8

@@ -20,7 +20,11 @@ struct Floats {
 inline __m256i bytes_at(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline Integers rows_at(const uint8_t* p) { return {bytes_at(p), bytes_at(p + 32)}; }
+constexpr int kAhead = 4096;  // bytes; a prefetch may point anywhere
+inline Integers rows_at(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
+  return {bytes_at(p), bytes_at(p + 32)};
+}
 
 inline __m256 eight_halves(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -158,21 +162,33 @@ inline void group_int4_panel(const Matrix& m, Stream from, const Input* x, Float
   }
 }
 
+// Few vectors sum in several chains, as a product would else wait for the one before.
 template <int T>
 inline void half_panel(const Matrix& m, const uint8_t* at, const Input* x, Floats* sum) {
+  constexpr int kChains = T == 1 ? 4 : T == 2 ? 2 : 1;
   const __m256i top = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-  for (int c = 0; c < m.padded(); c += 2, at += 64) {
-    const Integers pairs = rows_at(at);
-    const auto even = [](__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); };
-    const auto odd = [&](__m256i v) { return _mm256_castsi256_ps(_mm256_and_si256(v, top)); };
-    for (int t = 0; t < T; ++t) {
-      const __m256 a = _mm256_set1_ps(x[t].value[c]), b = _mm256_set1_ps(x[t].value[c + 1]);
-      sum[t].first = _mm256_fmadd_ps(even(pairs.first), a, sum[t].first);
-      sum[t].rest = _mm256_fmadd_ps(even(pairs.rest), a, sum[t].rest);
-      sum[t].first = _mm256_fmadd_ps(odd(pairs.first), b, sum[t].first);
-      sum[t].rest = _mm256_fmadd_ps(odd(pairs.rest), b, sum[t].rest);
+  Floats part[T][kChains] = {};
+  for (int c = 0; c < m.padded(); c += 4)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k, at += k % 2 == 0 ? 64 : 0) {
+      const Integers pairs = rows_at(at);
+      const auto number = [&](__m256i v) {
+        return _mm256_castsi256_ps(k % 2 == 0 ? _mm256_slli_epi32(v, 16) : _mm256_and_si256(v, top));
+      };
+      const Floats w{number(pairs.first), number(pairs.rest)};
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const __m256 v = _mm256_set1_ps(x[t].value[c + k]);
+        Floats& s = part[t][k % kChains];
+        s.first = _mm256_fmadd_ps(w.first, v, s.first);
+        s.rest = _mm256_fmadd_ps(w.rest, v, s.rest);
+      }
     }
-  }
+  for (int t = 0; t < T; ++t)
+    for (const Floats& s : part[t]) {
+      sum[t].first = _mm256_add_ps(sum[t].first, s.first);
+      sum[t].rest = _mm256_add_ps(sum[t].rest, s.rest);
+    }
 }
 
 template <int T>
