@@ -142,7 +142,7 @@ def blocks(repeats: int, threads: int) -> Iterator[Row]:
 
 
 def patterns(repeats: int, threads: int) -> Iterator[Row]:
-    """Y = X W^T, N:M."""
+    """Y = X W^T, N:M; in fp32 and batches beside the taps of `compile`, which know no pattern."""
     shapes = ((4096, 4096, 1), (4096, 4096, 256), (1536, 384, 2048))
     for rows, wide, tokens in shapes:
         weight, x = torch.randn(rows, wide), torch.randn(tokens, wide)
@@ -151,10 +151,14 @@ def patterns(repeats: int, threads: int) -> Iterator[Row]:
             dense, given = weight.to(dtype), x.to(dtype)
             calls: dict[str, Call] = {f"torch {name} dense": lambda w=dense, x=given: linear(x, w)}
             for n, m in ((2, 4), (1, 4), (2, 8)):
-                packed = pack_nm(dense, chosen(weight, n, m), (n, m), dtype)
+                mask = chosen(weight, n, m)
+                packed = pack_nm(dense, mask, (n, m), dtype)
                 calls[f"{n}:{m} {name}"] = lambda p=packed, x=given: nm_product(
                     p, x, threads=threads
                 )
+                if dtype == torch.float32 and tokens > 1:
+                    layer = SparseLinear(weight * mask, None, threads)
+                    calls[f"{n}:{m} fp32, taps"] = lambda f=layer, x=given: f(x)
             case = f"{rows} x {wide}, batch {tokens}"
             for row in compared(case, calls, repeats * (3 if tokens == 1 else 1)):
                 yield {**row, "dense_gflops": rate(2 * rows * wide * tokens, row)}
