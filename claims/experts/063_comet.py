@@ -162,5 +162,5 @@ CLAIM = Claim(
         Promise("search helps top-2", "top-2 with local search below top-2"),
     ),
     measure=measure,
-    looks=(3, 5, 8),
+    looks=(3, 5, 8, 12),
 )

@@ -93,5 +93,5 @@ CLAIM = Claim(
         Promise("density of tanh", "tanh: slope of the density error at most -0.3"),
     ),
     measure=measure,
-    looks=(3, 5, 8),
+    looks=(3, 5, 8, 12, 20, 32),
 )

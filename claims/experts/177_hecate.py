@@ -104,5 +104,5 @@ CLAIM = Claim(
         Promise("real loads", "loads of a router: faster than experts at home"),
     ),
     measure=measure,
-    looks=(3, 5, 8),
+    looks=(3, 5, 8, 12, 20),
 )
