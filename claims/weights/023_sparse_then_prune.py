@@ -107,6 +107,6 @@ CLAIM = Claim(
         Promise("sharper attention", "attention entropy falls with the penalty (100 to 0; nats)"),
     ),
     measure=measure,
-    looks=(3, 5, 8, 12),
+    looks=(3, 5, 8),
     version=3,
 )  # fmt: skip

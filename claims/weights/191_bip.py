@@ -1,4 +1,7 @@
-"""BiP on a trained network at 95 %, against one-shot, scores alone, and iterative pruning."""
+"""BiP on a trained network at 95 %, against one-shot, scores alone, and iterative pruning.
+
+Up to 19 seeds, as many as five minutes allow, because 8 left the gain over one-shot pruning open.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import sparseworks as sw
 from sparseworks.core.schedules import exponential_rounds
 from sparseworks.data.images import ImageSet, augment
 from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.diagnostics.judging import LOOKS
 from sparseworks.diagnostics.subjects import loss_and_accuracy, trained_resnet
 from sparseworks.training.recalibration import reestimate
 
@@ -126,6 +130,6 @@ CLAIM = Claim(
         Promise("within 2.2 x the time", "at most 2.2 times the time of plain retraining"),
     ),
     measure=measure,
-    looks=(3, 5, 8),
+    looks=(*LOOKS, 19),
     version=2,
 )
