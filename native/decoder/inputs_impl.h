@@ -67,14 +67,9 @@ inline float largest(const float* x, int columns) {
   return std::max(0.0f, largest_of(most));
 }
 
-#if defined(__AVX2__) && !defined(__AVX512VBMI2__)
-constexpr int kOrigin = 0;
-#else
-constexpr int kOrigin = static_cast<int>(kMiddle);
-#endif
-
-// Integers of 16 bits, unit = max |x| / 32639, in two bytes moved by 128 each; with AVX2 as they are.
+// Integers of 16 bits, unit = max |x| / 32639, as `kIntegers` says.
 inline void make_integers(const Vectors& v, int row, int columns, bool with_sums) {
+  constexpr bool kWhole = kIntegers == Integers::kWhole;
   const float* x = v.value + row * v.stride;
   uint8_t *high = v.high + row * v.stride, *low = v.low + row * v.stride;
   const float top = largest(x, columns);
@@ -83,19 +78,18 @@ inline void make_integers(const Vectors& v, int row, int columns, bool with_sums
   v.unit[row] = top / 32639.0f;
   for (int i = 0; i < columns; i += kLanes) {
     const Vec scaled = load(x + i) * steps + 12582912.0f;  // rounds to nearest in the low bits
-    const IntVec n = as<IntVec>(scaled) - 0x4b400000 + kOrigin;
-#if defined(__AVX2__) && !defined(__AVX512VBMI2__)
-    int16_t q[kLanes];
-    stored(q, converted<Numbers<int16_t, kLanes>>(n));
-    int16_t even[kLanes / 2], odd[kLanes / 2];
-    for (int j = 0; j < kLanes / 2; ++j) even[j] = q[2 * j], odd[j] = q[2 * j + 1];
-    std::memcpy(high + i, even, sizeof even);
-    std::memcpy(low + i, odd, sizeof odd);
-#else
-    using Bytes = Numbers<uint8_t, kLanes>;
-    stored(high + i, converted<Bytes>(n >> 8));
-    stored(low + i, converted<Bytes>(n & 255));
-#endif
+    const IntVec n = as<IntVec>(scaled) - 0x4b400000 + (kWhole ? 0 : static_cast<int>(kMiddle));
+    if constexpr (kWhole) {
+      int16_t q[kLanes], even[kLanes / 2], odd[kLanes / 2];
+      stored(q, converted<Numbers<int16_t, kLanes>>(n));
+      for (int j = 0; j < kLanes / 2; ++j) even[j] = q[2 * j], odd[j] = q[2 * j + 1];
+      std::memcpy(high + i, even, sizeof even);
+      std::memcpy(low + i, odd, sizeof odd);
+    } else {
+      using Bytes = Numbers<uint8_t, kLanes>;
+      stored(high + i, converted<Bytes>(n >> 8));
+      stored(low + i, converted<Bytes>(n & 255));
+    }
     if (with_sums) {
       int32_t at[kLanes];
       stored(at, n);
@@ -193,7 +187,7 @@ inline void make_ready(const Linear& linear, const Vectors& v, int row, bool man
     for (int i = 0; i < padded; i += kLanes) store(v.half + row * v.stride + i, load(x + i));
   } else if (!many && m.by_columns()) {
     make_list(m, v, row);
-  } else if (!many && kIntegers && m.integers()) {
+  } else if (!many && kIntegers != Integers::kNone && m.integers()) {
     make_integers(v, row, padded, m.zeros);
   }
 }

@@ -1,35 +1,19 @@
 // A panel of a matrix times one vector, with AVX2: formats without bit masks. Inputs are integers of
-// 16 bits, so that products of bytes, two by two, are exact.
+// 16 bits, so that products of bytes, two by two, are exact. Part of vector_impl.h.
 #pragma once
 
 #include <array>
 
-#include "widen_impl.h"
+#include "widen_avx2_impl.h"
 
 namespace sparseworks {
 namespace {
 
-// 16 rows: the first eight and the others.
-struct Integers {
-  __m256i first, rest;
-};
-struct Floats {
-  __m256 first, rest;
-};
-
-inline __m256i bytes_at(const uint8_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
 constexpr int kAhead = 4096;  // bytes; a prefetch may point anywhere
-inline Integers rows_at(const uint8_t* p) {
+inline EightAndEight rows_ahead(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
-  return {bytes_at(p), bytes_at(p + 32)};
+  return rows_at(p);
 }
-
-inline __m256 eight_halves(const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline Floats scales_at(const uint8_t* p) { return {eight_halves(p), eight_halves(p + 16)}; }
 
 // Four codes in each 32-bit lane: every second one, widened to 16 bits.
 struct Codes {
@@ -49,7 +33,7 @@ SPARSEWORKS_INLINE Codes high_codes(__m256i v) { return codes<8, 0, 12>(v); }
 // Sums of codes times inputs, over a group.
 template <int T>
 struct Sums {
-  Integers part[T] = {};
+  EightAndEight part[T] = {};
 
   SPARSEWORKS_INLINE void add(const Codes& first, const Codes& rest, const Input* x, int column) {
 #pragma GCC unroll 4
@@ -72,30 +56,20 @@ struct Sums {
   }
 };
 
-template <int T>
-inline void int8_panel(const Matrix& m, const uint8_t* at, const Input* x, Floats* sum) {
+template <int T, bool Four>
+inline void integer_panel(const Matrix& m, const uint8_t* at, const Input* x, Floats* sum) {
   for (int c = 0; c < m.padded(); c += m.group) {
     const Floats scale = scales_at(at);
     at += 32;
     Sums<T> part;
-    for (int i = 0; i < m.group; i += 4, at += 64) {
-      const Integers v = rows_at(at);
-      part.add(whole_codes(v.first), whole_codes(v.rest), x, c + i);
-    }
-    part.scaled(scale, sum);
-  }
-}
-
-template <int T>
-inline void int4_panel(const Matrix& m, const uint8_t* at, const Input* x, Floats* sum) {
-  for (int c = 0; c < m.padded(); c += m.group) {
-    const Floats scale = scales_at(at);
-    at += 32;
-    Sums<T> part;
-    for (int i = 0; i < m.group; i += 8, at += 64) {
-      const Integers v = rows_at(at);
-      part.add(low_codes(v.first), low_codes(v.rest), x, c + i);
-      part.add(high_codes(v.first), high_codes(v.rest), x, c + i + 4);
+    for (int i = 0; i < m.group; i += Four ? 8 : 4, at += 64) {
+      const EightAndEight v = rows_ahead(at);
+      if constexpr (Four) {
+        part.add(low_codes(v.first), low_codes(v.rest), x, c + i);
+        part.add(high_codes(v.first), high_codes(v.rest), x, c + i + 4);
+      } else {
+        part.add(whole_codes(v.first), whole_codes(v.rest), x, c + i);
+      }
     }
     part.scaled(scale, sum);
   }
@@ -166,15 +140,12 @@ inline void group_int4_panel(const Matrix& m, Stream from, const Input* x, Float
 template <int T>
 inline void half_panel(const Matrix& m, const uint8_t* at, const Input* x, Floats* sum) {
   constexpr int kChains = T == 1 ? 4 : T == 2 ? 2 : 1;
-  const __m256i top = _mm256_set1_epi32(static_cast<int>(0xffff0000));
   Floats part[T][kChains] = {};
   for (int c = 0; c < m.padded(); c += 4)
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k, at += k % 2 == 0 ? 64 : 0) {
-      const Integers pairs = rows_at(at);
-      const auto number = [&](__m256i v) {
-        return _mm256_castsi256_ps(k % 2 == 0 ? _mm256_slli_epi32(v, 16) : _mm256_and_si256(v, top));
-      };
+      const EightAndEight pairs = rows_ahead(at);
+      const auto number = k % 2 == 0 ? evens_of : odds_of;
       const Floats w{number(pairs.first), number(pairs.rest)};
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
@@ -202,8 +173,8 @@ inline void panel_product(const Matrix& m, int panel, const Input* x, Vec* y) {
     Floats sum[T] = {};
     switch (m.format) {
       case Format::kHalf: half_panel<T>(m, from.at, x, sum); break;
-      case Format::kInt8: int8_panel<T>(m, from.at, x, sum); break;
-      case Format::kInt4: int4_panel<T>(m, from.at, x, sum); break;
+      case Format::kInt8: integer_panel<T, false>(m, from.at, x, sum); break;
+      case Format::kInt4: integer_panel<T, true>(m, from.at, x, sum); break;
       case Format::kGroupInt4: group_int4_panel<T>(m, from, x, sum); break;
       default:
         for (int t = 0; t < T; ++t) y[t] = panel_plainly(m, panel, x[t]);
