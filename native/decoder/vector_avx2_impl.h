@@ -141,19 +141,21 @@ template <int T>
 inline void half_panel(const Matrix& m, const uint8_t* at, const Input* x, Floats* sum) {
   constexpr int kChains = T == 1 ? 4 : T == 2 ? 2 : 1;
   Floats part[T][kChains] = {};
-  for (int c = 0; c < m.padded(); c += 4)
+  const auto add = [&](int c, int k, const Floats& w) {
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k, at += k % 2 == 0 ? 64 : 0) {
-      const EightAndEight pairs = rows_ahead(at);
-      const auto number = k % 2 == 0 ? evens_of : odds_of;
-      const Floats w{number(pairs.first), number(pairs.rest)};
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        const __m256 v = _mm256_set1_ps(x[t].value[c + k]);
-        Floats& s = part[t][k % kChains];
-        s.first = _mm256_fmadd_ps(w.first, v, s.first);
-        s.rest = _mm256_fmadd_ps(w.rest, v, s.rest);
-      }
+    for (int t = 0; t < T; ++t) {
+      const __m256 v = _mm256_set1_ps(x[t].value[c + k]);
+      Floats& s = part[t][k % kChains];
+      s.first = _mm256_fmadd_ps(w.first, v, s.first);
+      s.rest = _mm256_fmadd_ps(w.rest, v, s.rest);
+    }
+  };
+  for (int c = 0; c < m.padded(); c += 4, at += 128)
+#pragma GCC unroll 2
+    for (int k = 0; k < 4; k += 2) {
+      const EightAndEight pairs = rows_ahead(at + 32 * k);
+      add(c, k, {evens_of(pairs.first), evens_of(pairs.rest)});
+      add(c, k + 1, {odds_of(pairs.first), odds_of(pairs.rest)});
     }
   for (int t = 0; t < T; ++t)
     for (const Floats& s : part[t]) {
