@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from sparseworks.core.errors import InvalidArgument, ModelError
 from sparseworks.io.folders import require_transformers_model, write_plain_folder
 from sparseworks.io.gather import unwrap
+from sparseworks.kernels.grids import least_error
 from sparseworks.models.views import find_prunable
 
 __all__ = ["RATIOS", "SCHEMES", "QuantizedFolder", "export_quantized", "pack", "quantize"]
@@ -175,20 +176,12 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`[rows, groups, width]` fp32 -> int8 of that shape and `[rows, groups, 1]` scales."""
+    """`[rows, groups, width]` fp32 -> int8 of that shape and `[rows, groups]` scales."""
     top = 2 ** (bits - 1) - 1
-    largest = w.abs().amax(-1, keepdim=True)
-    best = torch.full_like(largest, torch.inf)
-    codes, scales = torch.zeros_like(w), torch.ones_like(largest, dtype=dtype)
-    for ratio in RATIOS:
-        # rounded to the dtype they are stored in before they divide
-        scale = (largest * (ratio / top)).clamp_min(torch.finfo(dtype).tiny).to(dtype)
-        made = (w / scale.float()).round().clamp(-top, top)
-        error = (made * scale.float() - w).square().sum(-1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        codes, scales = torch.where(better, made, codes), torch.where(better, scale, scales)
-    return codes.to(torch.int8), scales
+    largest, least = w.abs().amax(-1), torch.finfo(dtype).tiny
+    # rounded to the dtype they are stored in before they divide
+    scales = ((largest * (ratio / top)).clamp_min(least).to(dtype) for ratio in RATIOS)
+    return least_error(w, scales, lambda w, s: (w / s.float()[..., None]).round().clamp(-top, top))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Grid", "round_groups", "row_steps"]
+__all__ = ["Grid", "least_error", "round_groups", "row_steps"]
 
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the largest weight, that its code stands for
 
@@ -96,20 +98,39 @@ def round_groups(
         tried = [base * s for base in (*tried, signed / -(top + 1)) for s in _SHRINK]
     if steps is not None:
         tried.append(steps[:, None].expand_as(largest))
-    least = torch.full_like(largest, torch.inf)
-    best = Grid(torch.zeros(w.shape, dtype=torch.int8), torch.zeros_like(largest).half())
-    for base in tried:
-        scale = base.half()
-        codes = _codes(w, scale, top)
+    codes, scale = least_error(w, (base.half() for base in tried), partial(_codes, top=top), h)
+    return Grid(codes, scale)
+
+
+def least_error(
+    w: Tensor,
+    scales: Iterable[Tensor],
+    codes_of: Callable[[Tensor, Tensor], Tensor],
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of some scales the one that leaves the least sum h (w - scale code)^2 in each group.
+
+    Args:
+        w: fp32 `[rows, groups, columns of a group]`.
+        scales: `[rows, groups]` each, of one dtype.
+        codes_of: codes of `w` for a scale, whole numbers in fp32.
+        importance: h, to be broadcast over `w`; None: 1.
+
+    Returns:
+        int8 codes of the shape of `w`, and the scales.
+    """
+    least = torch.full(w.shape[:2], torch.inf)
+    best, chosen = torch.zeros(w.shape, dtype=torch.int8), None
+    for scale in scales:
+        codes = codes_of(w, scale)
         error = (codes * scale.float()[..., None]).sub_(w).square_()
-        total = error.sum(2) if h is None else (error * h).sum(2)
+        total = error.sum(2) if importance is None else (error * importance).sum(2)
         better = total < least
         least = torch.where(better, total, least)
-        best = Grid(
-            torch.where(better[..., None], codes.to(torch.int8), best.codes),
-            torch.where(better, scale, best.scale),
-        )
-    return best
+        best = torch.where(better[..., None], codes.to(torch.int8), best)
+        chosen = torch.where(better, scale, torch.zeros_like(scale) if chosen is None else chosen)
+    assert chosen is not None
+    return best, chosen
 
 
 def row_steps(weight: Tensor, most: int = 512) -> Tensor | None:
