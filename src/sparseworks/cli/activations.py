@@ -13,6 +13,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.fields import (
+    BatchSize,
+    EvalData,
+    EvalSamples,
+    Length,
+    MethodOptions,
+    Metrics,
+    Samples,
+)
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
@@ -34,26 +43,19 @@ class Options:
     """uniform, or greedy: layer by layer where it costs a block least."""
     data: str | None = None
     """Calibration: docstrings, sources, a text or parquet file, a folder."""
-    samples: int = 8
-    """Calibration samples."""
-    length: int = 256
-    """Tokens of a calibration window."""
-    batch_size: int = 4
-    """Samples per calibration batch."""
+    samples: Samples = 8
+    length: Length = 256
+    batch_size: BatchSize = 4
     tokens: int = 4096
     """Calibration tokens that are looked at in each layer."""
-    metric: tuple[str, ...] = ()
-    """perplexity, fidelity, retrieval, accuracy, file.py:function; default: what fits the model."""
-    eval_data: str | None = None
-    """Evaluation data of the metrics; default: built-in text."""
-    eval_samples: int | None = None
-    """Evaluation windows, sentences or images; default: 64 windows, 500 sentences, all images."""
+    metric: Metrics = ()
+    eval_data: EvalData = None
+    eval_samples: EvalSamples = None
     include: tuple[str, ...] = ()
     """Name patterns of the only layers to take part."""
     exclude: tuple[str, ...] = ()
     """Name patterns of layers to leave as they are."""
-    option: tuple[str, ...] = ()
-    """Options of the method, name=value (JSON values)."""
+    option: MethodOptions = ()
     weights: Path | None = None
     """A checkpoint that `sparseworks prune` wrote, loaded into the model."""
     seed: int = 0

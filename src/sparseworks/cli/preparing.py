@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sparseworks.cli.fields import BatchSize, Length, Samples
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
@@ -108,12 +109,9 @@ class Measured:
     """One metric, as `sparseworks prune` takes it; default: the first that fits the model."""
     data: str | None = None
     """Calibration data, for methods that need it."""
-    samples: int = 128
-    """Calibration samples."""
-    length: int = 256
-    """Tokens of a calibration window."""
-    batch_size: int = 8
-    """Samples per calibration batch."""
+    samples: Samples = 128
+    length: Length = 256
+    batch_size: BatchSize = 8
     eval_data: str | None = None
     """Evaluation data of the metric."""
     eval_samples: int | None = None

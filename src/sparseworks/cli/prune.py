@@ -15,6 +15,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sparseworks.cli.fields import (
+    BatchSize,
+    Data,
+    EvalData,
+    EvalSamples,
+    Length,
+    MethodOptions,
+    Metrics,
+    Samples,
+)
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
@@ -37,20 +47,13 @@ class Options:
     budget: str | None = None
     """uniform, erk, global; by sensitivity of blocks owl, alpha, ecoflap, cfsp (owl:spread=0.1 has
     options); default: the method's own."""
-    data: str | None = None
-    """Calibration: docstrings, sources, digits, a text or parquet file, a folder, file.py:name."""
-    samples: int = 128
-    """Calibration samples."""
-    length: int = 256
-    """Tokens of a calibration window."""
-    batch_size: int = 8
-    """Samples per calibration batch."""
-    metric: tuple[str, ...] = ()
-    """perplexity, fidelity, retrieval, accuracy, file.py:function; default: what fits the model."""
-    eval_data: str | None = None
-    """Evaluation data of the metrics; default: built-in text."""
-    eval_samples: int | None = None
-    """Evaluation windows, sentences or images; default: 64 windows, 500 sentences, all images."""
+    data: Data = None
+    samples: Samples = 128
+    length: Length = 256
+    batch_size: BatchSize = 8
+    metric: Metrics = ()
+    eval_data: EvalData = None
+    eval_samples: EvalSamples = None
     continuations: int = 3
     """Of a language model: held-out texts that it continues, dense and pruned, for the report."""
     include: tuple[str, ...] = ()
@@ -64,8 +67,7 @@ class Options:
     recovery: str | None = None
     """refit: re-solve the kept weights of every row by least squares; dsnot: swap pruned and kept
     weights until the mean output error cancels (dsnot:cycles=20 has options)."""
-    option: tuple[str, ...] = ()
-    """Options of the method, name=value (JSON values)."""
+    option: MethodOptions = ()
     seed: int = 0
     """Of calibration sampling and random methods."""
     dtype: str | None = None

@@ -12,6 +12,16 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.fields import (
+    BatchSize,
+    Data,
+    EvalData,
+    EvalSamples,
+    Length,
+    MethodOptions,
+    Metrics,
+    Samples,
+)
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
@@ -31,26 +41,18 @@ class Options:
     """Of a code (a mean, for methods of mixed precision); default: the method's."""
     group: int | None = None
     """Columns that share a scale; default: the method's."""
-    data: str | None = None
-    """Calibration: docstrings, sources, digits, a text or parquet file, a folder, file.py:name."""
-    samples: int = 128
-    """Calibration samples."""
-    length: int = 256
-    """Tokens of a calibration window."""
-    batch_size: int = 8
-    """Samples per calibration batch."""
-    metric: tuple[str, ...] = ()
-    """perplexity, fidelity, retrieval, accuracy, file.py:function; default: what fits the model."""
-    eval_data: str | None = None
-    """Evaluation data of the metrics; default: built-in text."""
-    eval_samples: int | None = None
-    """Evaluation windows, sentences or images; default: 64 windows, 500 sentences, all images."""
+    data: Data = None
+    samples: Samples = 128
+    length: Length = 256
+    batch_size: BatchSize = 8
+    metric: Metrics = ()
+    eval_data: EvalData = None
+    eval_samples: EvalSamples = None
     include: tuple[str, ...] = ()
     """Name patterns of the only weights to quantize."""
     exclude: tuple[str, ...] = ()
     """Name patterns of weights to leave as they are."""
-    option: tuple[str, ...] = ()
-    """Options of the method, name=value (JSON values)."""
+    option: MethodOptions = ()
     seed: int = 0
     """Of calibration sampling and of the order of training."""
     out: Path | None = None

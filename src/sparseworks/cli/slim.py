@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sparseworks.cli.fields import Length, MethodOptions
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument, MissingDependency
 
@@ -47,8 +48,7 @@ class Options:
     """Shape of a random example (8 3 32 32) where there is no data; CIFAR ResNets need none."""
     samples: int | None = None
     """Calibration samples (default 128), or images to train on (default all)."""
-    length: int = 128
-    """Tokens of a calibration window."""
+    length: Length = 128
     batch_size: int = 8
     """Samples per batch; also of the example that is timed."""
     include: tuple[str, ...] = ()
@@ -70,8 +70,7 @@ class Options:
     """Rounds of equal relative size, scored anew."""
     groups: bool = False
     """Print what would have to go together, and cut nothing."""
-    option: tuple[str, ...] = ()
-    """Options of the method, name=value (JSON values)."""
+    option: MethodOptions = ()
     seed: int = 0
     """Of calibration sampling."""
     onnx: bool = False

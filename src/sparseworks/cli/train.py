@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.fields import MethodOptions
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
@@ -62,8 +63,7 @@ class Options:
     distill: tuple[str, ...] = ()
     """Weights of its loss, name=value: task, kl, temperature, squarehead, features, half (bf16);
     default: the method's own, else task=0.5 kl=0.5 temperature=2."""
-    option: tuple[str, ...] = ()
-    """Options of the method, name=value (JSON values)."""
+    option: MethodOptions = ()
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int | None = None

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sparseworks.cli.fields import EvalData, MethodOptions
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument, ModelError
 
@@ -37,8 +38,7 @@ class Options:
     """Name patterns of the only MLPs to turn."""
     exclude: tuple[str, ...] = ()
     """Name patterns of MLPs to leave dense."""
-    option: tuple[str, ...] = ()
-    """Options of the method, name=value (JSON values)."""
+    option: MethodOptions = ()
     data: str | None = None
     """Text or file.py:batches to train on after it."""
     steps: int = 0
@@ -51,8 +51,7 @@ class Options:
     """Windows of a step."""
     metric: tuple[str, ...] = ()
     """perplexity, file.py:function; default: what fits the model."""
-    eval_data: str | None = None
-    """Evaluation data of the metrics; default: built-in text."""
+    eval_data: EvalData = None
     eval_samples: int | None = None
     """Evaluation windows; default: 64."""
     seed: int = 0
