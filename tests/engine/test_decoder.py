@@ -347,10 +347,14 @@ def one_by_one(decoder, ids):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_columns_are_gathered_where_inputs_are_sparse(dtype, tmp_path):
+def test_columns_are_gathered_where_inputs_are_sparse(dtype, tmp_path, monkeypatch):
     """As the same weights without gathering; also after saving."""
     from sparseworks.engine.decoder import packing
 
+    def seconds(panels, *rest):  # whichever is faster on the processor of the tests
+        return 1.0 if panels.format in packing._GATHERED.values() else 2.0
+
+    monkeypatch.setattr(packing, "_seconds", seconds)
     model = gated("llama", keep=20, share=20 / 64)
     decoder = sw.compile_decoder(model, dtype=dtype)
     assert type(decoder).__name__ == "Decoder", decoder.notes
