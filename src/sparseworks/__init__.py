@@ -39,6 +39,7 @@ _LAZY = {
     "load_masks": "sparseworks.io",
     "sparsify": "sparseworks.training",
     "trainer_callback": "sparseworks.training.integrations",
+    "sparsify_trainer": "sparseworks.training.trainers",
     "lightning_callback": "sparseworks.training.integrations",
     "transform": "sparseworks.training",
     "Distillation": "sparseworks.training.distilling",

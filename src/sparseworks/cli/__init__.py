@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "prune": "make a trained model sparse, save it, and report what it cost",
     "train": "train a classifier or a language model sparse, with checkpoints",
+    "finetune": "fine-tune a Hugging Face model sparse, by transformers' Trainer",
     "slim": "cut channels and heads: a smaller dense model for any runtime",
     "tickets": "train a classifier several times: lottery tickets and sparse soups",
     "quantize": "weights as integers in groups, alone or with pruned groups",

@@ -51,6 +51,7 @@ PURPOSES = {
 EXTRAS = {
     "": "every installation",
     "hf": "Hugging Face models",
+    "finetune": "`sparseworks finetune`",
     "data": "data of files",
     "report": "report pages",
     "evaluation": "`sparseworks evaluate`",

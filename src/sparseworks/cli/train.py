@@ -109,6 +109,7 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Prepare or resume, train with a checkpoint per epoch, save, report."""
     from sparseworks.cli import trained, training
+    from sparseworks.cli.recording import train_record
     from sparseworks.cli.running import plain_options, progress_bar, write_json
     from sparseworks.training.checkpointing import load_state, save_state
 
@@ -147,7 +148,8 @@ def run(options: Options) -> dict[str, Any]:
                 if job.metric is not None:
                     row[job.metric.name] = job.metric(now.model)
                 save_state(state, now.state_dict())
-                trained.say_epoch(row, now, options)
+                if not options.json:
+                    trained.say_epoch(row, now.plan.epochs)
                 for name in row.keys() - {"epoch", "step"} if writer is not None else ():
                     writer.add_scalar(f"epoch/{name}", row[name], now.step)
 
@@ -162,6 +164,6 @@ def run(options: Options) -> dict[str, Any]:
     finally:
         if writer is not None:
             writer.close()
-    summary = trained.finish(job, options, twin)
+    summary = trained.finish(job, options, twin, train_record)
     trained.show(summary, options, "")
     return summary

@@ -30,11 +30,9 @@ def tensorboard(options: Any, step: int) -> Any:
     return SummaryWriter(str(options.out / "tensorboard"), purge_step=step + 1)
 
 
-def say_epoch(row: dict[str, float], training: Any, options: Any) -> None:
+def say_epoch(row: dict[str, float], epochs: int) -> None:
     """One line per epoch on standard error."""
-    if options.json:
-        return
-    words = [f"epoch {int(row['epoch'])}/{training.plan.epochs}", f"loss {row['loss']:.4f}"]
+    words = [f"epoch {row['epoch']:g}/{epochs}", f"loss {row['loss']:.4f}"]
     if "sparsity" in row:
         words.append(f"sparsity {row['sparsity']:.2%}")
     known = {"epoch", "step", "loss", "seconds", "sparsity"}
@@ -72,9 +70,12 @@ def twin_of(options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
     return found[0], found[1]
 
 
-def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
-    """Zeros exact, model saved, result written; then the state is no longer needed."""
-    from sparseworks.cli.recording import train_record
+def finish(job: Job, options: Any, twin: Any, record_of: Any = None) -> dict[str, Any]:
+    """Zeros exact, model saved, result written; then the state is no longer needed.
+
+    Args:
+        record_of: `(job, options, score, machine)`, what `sparseworks audit` reads; None: nothing.
+    """
     from sparseworks.cli.running import plain_options, write_json
     from sparseworks.diagnostics.claims import machine
     from sparseworks.io import save
@@ -104,7 +105,8 @@ def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
         summary["metric"] = {"name": metric.name, "unit": metric.unit,
                              "before": job.before, "after": metric(model)}  # fmt: skip
     score = None if job.metric is None else summary["metric"]["after"]
-    summary["record"] = train_record(job, options, score, summary["machine"])
+    if record_of is not None:
+        summary["record"] = record_of(job, options, score, summary["machine"])
     trace = training.trace.report()
     write_json(out / "trace.json", trace)
     if importlib.util.find_spec("plotly") is not None:
@@ -113,6 +115,7 @@ def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
         write_training(out / "report.html", summary, trace, twin)
     write_json(out / "result.json", summary)
     (out / "state.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(out / "states", ignore_errors=True)
     return summary
 
 

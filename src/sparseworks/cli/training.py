@@ -10,8 +10,23 @@ from typing import Any
 from sparseworks.cli.plugins import load_plugins
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
 
-_FREE = {"out", "resume", "force", "json", "tensorboard", "save_every", "twin"}  # of a resumed run
+_FREE = {
+    "out",
+    "resume",
+    "force",
+    "json",
+    "tensorboard",
+    "log",
+    "save_every",
+    "twin",
+}  # of a resumed run
 ZOO = ("resnet20", "resnet56")
+_EXAMPLES = {
+    "train": "sparseworks train resnet20 --data train.parquet --method rigl --sparsity 0.9 "
+    "--out runs/rigl",
+    "finetune": "sparseworks finetune FOLDER --data text.txt --method sparsegpt --pattern 2:4 "
+    "--out runs/recovered",
+}
 
 
 @dataclasses.dataclass
@@ -25,7 +40,7 @@ class Job:
     start: str
 
 
-def settle(options: Any) -> tuple[Any, bool]:
+def settle(options: Any, command: str = "train") -> tuple[Any, bool]:
     """The options to train with, and whether the output folder holds a training to go on with."""
     out = options.out
     if out is None:
@@ -39,10 +54,7 @@ def settle(options: Any) -> tuple[Any, bool]:
         return options, True
     if not options.model or options.data is None or options.method is None:
         lacking = "model" if not options.model else "--data" if not options.data else "--method"
-        raise InvalidArgument(
-            f"no {lacking} given; for example: sparseworks train resnet20 --data train.parquet "
-            "--method rigl --sparsity 0.9 --out runs/rigl"
-        )
+        raise InvalidArgument(f"no {lacking} given; for example: {_EXAMPLES[command]}")
     if stored.is_file() and not (out / "result.json").is_file() and not options.force:
         raise InvalidArgument(
             f"{out}: holds an unfinished training; go on with --resume, or start anew with --force"
@@ -128,7 +140,9 @@ def prepare(options: Any) -> Job:
     batches = _epochs(options, plan, images, loaded.tokenizer)
     if sparse is not None:
         sparse = sparse.with_defaults(**_told(batches))
-    loss = _distillation(options, loaded, sparse, plan, device)
+    loss = distillation_of(
+        options, loaded, getattr(sparse, "chosen", None), device, plan.label_smoothing
+    )
     model = loaded.model.to(device)
     if any(isinstance(m, torch.nn.Conv2d) for m in model.modules()):
         model = model.to(memory_format=torch.channels_last)  # three times faster on CPUs
@@ -142,7 +156,9 @@ def prepare(options: Any) -> Job:
     return Job(training, loaded.tokenizer, metric, before, start)
 
 
-def _distillation(options: Any, loaded: Any, sparse: Any, plan: Any, device: str) -> Any:
+def distillation_of(
+    options: Any, loaded: Any, method: Any, device: str, label_smoothing: float = 0.0
+) -> Any:
     """The loss that --teacher and --distill ask for, or None."""
     import copy
 
@@ -161,10 +177,10 @@ def _distillation(options: Any, loaded: Any, sparse: Any, plan: Any, device: str
         teacher = load_model(options.teacher).model
     else:
         teacher = load(options.teacher, copy.deepcopy(loaded.model))
-    own = getattr(getattr(sparse, "chosen", None), "recovery", None)
+    own = getattr(method, "recovery", None)
     weights = parse_options(options.distill)
     weights = weights or own or {"task": 0.5, "kl": 0.5, "temperature": 2.0}
-    return Distillation.of(weights, teacher.to(device), label_smoothing=plan.label_smoothing)
+    return Distillation.of(weights, teacher.to(device), label_smoothing=label_smoothing)
 
 
 def model_and_data(options: Any) -> tuple[bool, Any, Any]:

@@ -97,7 +97,12 @@ def trainer_callback(
             that ends after it.
         MissingDependency: transformers is not installed.
     """
-    return _trainer_class()(Sparsifier(method, sparsity, steps, settings))
+    return sparse_trainer_callback(Sparsifier(method, sparsity, steps, settings))
+
+
+def sparse_trainer_callback(sparsifier: Any) -> Any:
+    """The callback that takes a `Sparsifier`, or what begins and finishes as it does, along."""
+    return _trainer_class()(sparsifier)
 
 
 @functools.cache
