@@ -24,7 +24,9 @@ def test_the_page_holds_every_figure(tmp_path: Path) -> None:
     result = {
         "model": "a<b>", "dtype": "fp32", "notes": ["openvino: <absent>"],
         "machine": {"cpu": "test", "threads": 1},
-        "rows": [row("ours", None, 2.0, 1.0), row("t<i>", None, 8.0, 4.0), row("t<i>", 0.9, 7, None)],
+        "rows": [
+            row("ours", None, 2, 1.0), row("t<i>", None, 8, 4.0), row("t<i>", 0.9, 7, None),
+        ],
     }  # fmt: skip
     write_bench(tmp_path / "bench.html", result)
     page = (tmp_path / "bench.html").read_text()

@@ -23,6 +23,7 @@ def write_bench(path: Path, result: Mapping[str, Any]) -> None:
         MissingDependency: plotly is not installed.
     """
     machine = result["machine"]
+    threads = machine["threads"]
     title = f"{result['model']} in {result['dtype']}: samples a second"
     head = "<tr><th>candidate<th>sparsity<th>batch<th>median ms<th>10-90 %<th>ours is faster by"
     rows = "".join(
@@ -32,8 +33,8 @@ def write_bench(path: Path, result: Mapping[str, Any]) -> None:
     )
     sections = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p class=muted>{html.escape(machine['cpu'])}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}; medians of "
-        "calls in turn, more is better</p>",
+        f"<p class=muted>{html.escape(machine['cpu'])}, {threads} thread{'s' * (threads > 1)}; "
+        "medians of calls in turn, more is better</p>",
         plot(_figure(result["rows"]), "bench"),
         f"<h2>Every candidate</h2><div class=scroll><table>{head}</tr>{rows}</table></div>",
         *(f"<p><strong>Note:</strong> {html.escape(n)}</p>" for n in result["notes"]),
