@@ -66,12 +66,13 @@ def write_report(path: Path, summary: Mapping[str, Any], model: nn.Module) -> No
     document(path, title, _sections(summary, model, title))
 
 
-def document(path: Path, title: str, sections: list[str]) -> None:
-    """Write a page with everything it needs inside, atomically."""
+def document(path: Path, title: str, sections: list[str], style: str = "") -> None:
+    """Write a page with everything it needs inside, atomically; `style` is its own, beside all
+    pages'."""
     page = (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}{TEXT_STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}{TEXT_STYLE}{style}</style>"
         f"<script>{_plotly()}</script></head><body>{''.join(sections)}</body></html>"
     )
     with atomic_file(path) as file:
