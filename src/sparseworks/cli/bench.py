@@ -1,8 +1,7 @@
 """Time a model: ours sparse and dense beside torch, onnxruntime and openvino, in one run.
 
-Candidates take turns in short blocks, so that a noisy machine is fair to them, with a rest before
-each block in which the threads of the one before go to sleep. The output folder holds
-bench.csv, bench.json and bench.html.
+Candidates take turns in short blocks with rests between them. The output folder holds bench.csv,
+bench.json and bench.html.
 """
 
 from __future__ import annotations
@@ -21,11 +20,6 @@ import tyro
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
-
-_BLOCK = 4  # calls in a row, or as many as fit into
-_SPAN = 0.02  # seconds
-_REST = 0.1  # seconds; idle threads of other runtimes spin for up to tens of milliseconds
-_WARM = 0.03  # seconds of calls before a block; caches and clocks settle
 
 
 @dataclass(frozen=True)
@@ -80,6 +74,7 @@ def run(options: Options) -> dict[str, Any]:
     from sparseworks.cli.preparing import check_inputs
     from sparseworks.diagnostics.claims import machine
     from sparseworks.diagnostics.decoding_runtimes import DECODERS
+    from sparseworks.diagnostics.turns import in_turn
     from sparseworks.engine.peers import PEERS, peer
 
     if not options.model:
@@ -124,7 +119,7 @@ def run(options: Options) -> dict[str, Any]:
                         notes.append(f"{name}: {made}")
                     else:
                         calls[name] = made
-                times = _in_turn(calls, options.repeat)
+                times = in_turn(calls, options.repeat)
             rows += _rows(times, sparsity, batch)
     result = {
         "machine": machine(), "model": Path(loaded.name).name, "dtype": options.dtype,
@@ -154,28 +149,6 @@ def _ours(
         notes.append(f"{name}: runs by {compiled.kind} ({'; '.join(compiled.notes) or 'measured'})")
     given = Arguments.of(example)
     return {name: lambda: compiled(*given.args, **given.kwargs)}
-
-
-def _in_turn(calls: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:
-    import time
-
-    import torch
-
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.no_grad():
-        for done in range(0, repeat, _BLOCK):
-            for name, call in calls.items():
-                time.sleep(_REST)
-                begin = time.perf_counter()
-                while time.perf_counter() - begin < _WARM:
-                    call()
-                begin, taken = time.perf_counter(), 0
-                while taken < min(_BLOCK, repeat - done) or time.perf_counter() - begin < _SPAN:
-                    start = time.perf_counter()
-                    call()
-                    times[name].append((time.perf_counter() - start) * 1e3)
-                    taken += 1
-    return times
 
 
 def _rows(
@@ -215,26 +188,10 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    import plotly.graph_objects as go
-
     from sparseworks.cli.running import write_csv, write_json
-    from sparseworks.io.atomic import atomic_file
+    from sparseworks.report.bench import write_bench
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "bench.json", result)
     write_csv(out / "bench.csv", result["rows"], otherwise=["candidate"])
-    cases = list(dict.fromkeys((r["sparsity"], r["batch"]) for r in result["rows"]))
-    labels = [f"{'as it is' if s is None else f'{s:.0%} sparse'}, batch {b}" for s, b in cases]
-    figure = go.Figure()
-    for name in dict.fromkeys(r["candidate"] for r in result["rows"]):
-        found = {(r["sparsity"], r["batch"]): r for r in result["rows"] if r["candidate"] == name}
-        rates = [b / found[s, b]["median_ms"] * 1e3 if (s, b) in found else None for s, b in cases]
-        figure.add_bar(name=name, x=labels, y=rates)
-    cpu = result["machine"]["cpu"]
-    threads = result["machine"]["threads"]
-    figure.update_layout(
-        title=f"{result['model']}: samples a second ({cpu}, {threads} threads)",
-        yaxis_title="samples a second", barmode="group", template="plotly_white",
-    )  # fmt: skip
-    with atomic_file(out / "bench.html") as path:
-        figure.write_html(path, include_plotlyjs=True)
+    write_bench(out / "bench.html", result)

@@ -78,25 +78,22 @@ def run(options: Options) -> dict[str, Any]:
     """Measure the curves, say where they end to be free, write them."""
     from sparseworks.cli.running import plain_options
     from sparseworks.diagnostics.claims import machine
-    from sparseworks.diagnostics.sweeping import finish
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks curve minilm")
     _measures(options)  # or what is wrong is said now
     options.checked()
     tasks = {f"{s}-{m}": (s, m) for s in options.seeds for m in options.methods}
-    answers = list(options.swept(_Subject, tasks, "measuring").values())
-    curves = [a["curve"] for a in answers]
-    found = {
-        **answers[0]["about"],
-        "tolerance": options.tolerance,
-        "curves": curves,
-        "options": plain_options(options),
-        "machine": machine(),
-    }
-    if options.out is not None:
-        _write(options.out, found)
-        finish(options.out / "tasks")
+    with options.swept(_Subject, tasks, "measuring") as answers:
+        found = {
+            **next(iter(answers.values()))["about"],
+            "tolerance": options.tolerance,
+            "curves": [a["curve"] for a in answers.values()],
+            "options": plain_options(options),
+            "machine": machine(),
+        }
+        if options.out is not None:
+            _write(options.out, found)
     _show(found, options)
     return found
 

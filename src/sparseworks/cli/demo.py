@@ -36,11 +36,11 @@ def run(options: Options) -> dict[str, Any]:
     from rich.table import Table
 
     import sparseworks as sw
-    from sparseworks.cli.compare import parse_amount
     from sparseworks.cli.loading import load_model
     from sparseworks.cli.preparing import calibration, make_metrics
     from sparseworks.cli.prune import Options as PruneOptions
     from sparseworks.cli.prune import summarize, write_output
+    from sparseworks.cli.recipes import parse_amount
     from sparseworks.cli.running import progress_bar, write_json
     from sparseworks.report.text import megabytes
 

@@ -1,4 +1,4 @@
-"""Example batches of a size that the user names, for timing."""
+"""Example batches of a size that the user names, for timing and counting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,33 @@ import torch
 
 from sparseworks.core.errors import InvalidArgument
 
-__all__ = ["random_example"]
+__all__ = ["example_of", "random_example"]
+
+
+def example_of(loaded: Any, options: Any) -> Any:
+    """A batch of `options.batch` samples: a random one, or the first of the data that is named;
+    None where neither tells what the model takes.
+
+    Raises:
+        InvalidArgument: a shape that is not one.
+        DataError: the data cannot be read.
+    """
+    from sparseworks.cli.preparing import own_batches
+    from sparseworks.data import load
+    from sparseworks.models.calls import Arguments
+
+    known = loaded.tokenizer is not None or type(loaded.model).__name__ == "CifarResNet"
+    if options.input_shape or known:
+        return random_example(
+            loaded, options.batch, tokens=options.tokens, input_shape=options.input_shape
+        )
+    source = options.data or options.eval_data
+    if source is None:
+        return None
+    if ".py:" in source:
+        return Arguments.of_batch(own_batches(source)[0])
+    batches = load(source, split="evaluation", samples=options.batch, batch_size=options.batch)
+    return Arguments.of_batch(batches[0])
 
 
 def random_example(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,6 +130,8 @@ class Measured:
     """Write into a folder that exists."""
     resume: bool = False
     """Go on with a sweep into --out that was interrupted, with the same options."""
+    share: bool = False
+    """Work on --out together with other processes of the same command: begin it, or join it."""
     ray: bool = False
     """Spread the work over a Ray cluster (RAY_ADDRESS, else the processors of this machine)."""
     json: bool = False
@@ -143,36 +145,52 @@ class Measured:
         """
         if not self.methods or not self.seeds:
             raise InvalidArgument("give at least one of --methods and one of --seeds")
-        if self.resume and self.out is None:
-            raise InvalidArgument("--resume goes on in a folder: give --out")
-        check_output(self.out, self.force or self.resume)
+        if (self.resume or self.share) and self.out is None:
+            raise InvalidArgument("--resume and --share go on in a folder: give --out")
+        if self.share and (self.ray or self.force):
+            raise InvalidArgument(
+                "--share takes neither --ray, which shares by itself, nor --force"
+            )
+        begun = self.share and self.out is not None and (self.out / "tasks").is_dir()
+        check_output(self.out, self.force or self.resume or begun)
         check_inputs(self)
 
-    def swept(self, make: Any, tasks: Mapping[str, tuple[Any, ...]], what: str) -> dict[str, Any]:
+    @contextmanager
+    def swept(
+        self, make: Any, tasks: Mapping[str, tuple[Any, ...]], what: str
+    ) -> Iterator[dict[str, Any]]:
         """What the subject that `make(self)` makes answers to every task.
 
-        Each answer is written into the folder "tasks" of --out as soon as it is there.
+        Each answer is written into the folder "tasks" of --out as soon as it is there; the folder
+        goes when the block, which is to write the result, ends well.
         """
         from sparseworks.cli.running import plain_options, progress_bar
-        from sparseworks.diagnostics.sweeping import Cluster, abandon, begin, sweep
+        from sparseworks.diagnostics.sharing import How, Shared
+        from sparseworks.diagnostics.sweeping import Cluster, sweep
 
-        folder = None if self.out is None else self.out / "tasks"
+        shared = None
         with (
             Cluster() if self.ray else nullcontext() as cluster,
             progress_bar(what, quiet=self.json) as progress,
         ):
-            if folder is not None:
-                aside = ("out", "force", "resume", "ray", "json")  # no answer depends on these
+            if self.out is not None:
+                # no answer depends on these
+                aside = ("out", "force", "resume", "share", "ray", "json")
                 asked = {k: v for k, v in plain_options(self).items() if k not in aside}
-                begin(folder, asked, resume=self.resume)
+                how: How = "join" if self.share else "resume" if self.resume else "new"
+                shared = Shared(self.out / "tasks", asked, how)
             try:
-                return sweep(
+                folder = None if shared is None else shared.folder
+                found = sweep(
                     partial(make, self), tasks, folder=folder, cluster=cluster, progress=progress
                 )
             except BaseException:
-                if folder is not None:
-                    abandon(folder)
+                if shared is not None:
+                    shared.abandon()
                 raise
+        yield found
+        if shared is not None:
+            shared.finish()
 
     def batches(self, loaded: Any, method: str, seed: int) -> list[Any] | None:
         """Calibration batches for one method."""

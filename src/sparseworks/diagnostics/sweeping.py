@@ -1,32 +1,33 @@
 """Many tasks that know nothing of each other: here one by one, or over the workers of Ray.
 
 What a task found is written as soon as it is there, a file a task; a sweep that was interrupted
-goes on with those that have none. Results do not depend on where a task ran: a worker computes with
-as many threads, in the same folder and with the same settings of the environment as this process.
+goes on with those that have none, and processes that share a folder take different ones (see
+`diagnostics.sharing`). Results do not depend on where a task ran: a worker computes with as many
+threads, in the same folder and with the same settings of the environment as this process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
 import os
-import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparseworks.core.errors import InvalidArgument, MissingDependency, SparseworksError
+from sparseworks.diagnostics.sharing import claimed
 from sparseworks.io.atomic import atomic_file
 
-__all__ = ["Cluster", "abandon", "begin", "finish", "sweep"]
+__all__ = ["Cluster", "sweep"]
 
 Subject = Callable[..., Mapping[str, Any]]
 Done = Callable[[str, Mapping[str, Any]], None]
-_ASKED = "asked.json"
+_LOOK = 0.2  # seconds between looks for the answers of others
 _KEPT = ("SPARSEWORKS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_")
 
 
@@ -135,8 +136,8 @@ def sweep(
         make: the subject; called once, or once by every worker (it is pickled for them), and only
             where a task is left.
         tasks: name -> arguments of the call of the subject. A name is one of a file.
-        folder: of one JSON file a task; those that are there are not computed again. None: nothing
-            is written.
+        folder: of one JSON file a task; those that are there are not computed again, and those
+            that another process computes now are waited for. None: nothing is written.
         cluster: that is entered; None: here, in order.
         progress: called with (tasks done, tasks in all, name).
 
@@ -144,68 +145,57 @@ def sweep(
         Name -> answer as JSON has it, in the order of the tasks.
     """
     found: dict[str, dict[str, Any]] = {}
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = {name: folder / f"{name}.json" for name in tasks}
-        found = {name: json.loads(p.read_text()) for name, p in kept.items() if p.is_file()}
-    left = {name: arguments for name, arguments in tasks.items() if name not in found}
+
+    def told(name: str, answer: dict[str, Any]) -> None:
+        found[name] = answer
+        if progress is not None:
+            progress(len(found), len(tasks), name)
 
     def done(name: str, answer: Mapping[str, Any]) -> None:
         text = json.dumps(answer, indent=1)
         if folder is not None:
             with atomic_file(folder / f"{name}.json") as file:
                 file.write_text(text + "\n")
-        found[name] = json.loads(text)
-        if progress is not None:
-            progress(len(found), len(tasks), name)
+        told(name, json.loads(text))
 
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        found.update(_answers(folder, tasks))
+    left = {name: arguments for name, arguments in tasks.items() if name not in found}
     if left and cluster is not None:
         cluster.run(make, left, done)
-    elif left:
+    elif left and folder is None:
         subject = make()
         for name, arguments in left.items():
             done(name, subject(*arguments))
+    elif left and folder is not None:
+        _in_turn(make, left, folder, done, told)
     return {name: found[name] for name in tasks}
 
 
-def begin(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
-    """Make the folder of a sweep's tasks, or take it up.
-
-    Args:
-        folder: what another sweep left there goes, unless it is taken up.
-        asked: what its tasks follow from, as JSON values.
-        resume: go on where it was left.
-
-    Raises:
-        InvalidArgument: nothing was begun there, or something else was.
-    """
-    note = folder / _ASKED
-    asked = json.loads(json.dumps(asked))
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with atomic_file(note) as file:
-            file.write_text(json.dumps(asked, indent=1) + "\n")
-        return
-    if not note.is_file():
-        raise InvalidArgument(f"{folder}: nothing was begun there; leave --resume out")
-    before = json.loads(note.read_text())
-    if odd := [k for k in asked if asked[k] != before.get(k)]:
-        raise InvalidArgument(
-            f"{folder}: was begun with {odd[0]}={before.get(odd[0])!r}, not {asked[odd[0]]!r}; go "
-            "on with the same options, or start anew"
-        )
+def _answers(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    kept = {name: folder / f"{name}.json" for name in names}
+    return {name: json.loads(p.read_text()) for name, p in kept.items() if p.is_file()}
 
 
-def finish(folder: Path) -> None:
-    """After the last answer was put where it belongs: the folder of the tasks is not needed."""
-    shutil.rmtree(folder)
-
-
-def abandon(folder: Path) -> None:
-    """After an error: a folder that holds no answer goes, with the one around it where that is
-    empty then."""
-    if [p.name for p in folder.iterdir()] == [_ASKED]:
-        shutil.rmtree(folder)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
+def _in_turn(
+    make: Callable[[], Subject], left: dict[str, tuple[Any, ...]], folder: Path, done: Done,
+    told: Callable[[str, dict[str, Any]], None],
+) -> None:  # fmt: skip
+    """Here, in order, but for what others that share the folder have taken."""
+    subject: Subject | None = None
+    while left:
+        before = len(left)
+        for name, arguments in list(left.items()):
+            with claimed(folder / f"{name}.claim") as mine:
+                other = _answers(folder, [name])
+                if not (mine or other):
+                    continue
+                if other:
+                    told(name, other[name])
+                else:
+                    subject = make() if subject is None else subject
+                    done(name, subject(*arguments))
+            del left[name]
+        if len(left) == before:
+            time.sleep(_LOOK)

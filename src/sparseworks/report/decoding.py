@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sparseworks.report.page import COLORS
+
 __all__ = ["decoding_figure"]
 
-_COLOURS = {"ours": "#0072b2", "llama.cpp": "#d55e00", "onnxruntime-genai": "#009e73",
-            "transformers": "#666666"}  # fmt: skip
+_COLOURS = dict(zip(("ours", "llama.cpp", "onnxruntime-genai", "transformers"), COLORS))
 _LARGEST = 60  # pixels across
 
 

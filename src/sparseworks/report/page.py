@@ -19,7 +19,8 @@ from sparseworks.report.texts import TEXT_STYLE, side_by_side
 
 __all__ = ["COLORS", "document", "layout", "plot", "versions", "write_report"]
 
-COLORS = ("#0b6e63", "#c2571a", "#4a5fa5", "#8a3b70", "#7a7a1f", "#3f8f3f", "#555f66")
+# apart for all kinds of colour vision, and from white paper
+COLORS = ("#0b6e63", "#c2571a", "#2132b2", "#c668b2", "#6b85f9", "#63340d", "#062d33")
 _ACCENT, _SOFT = "#0b6e63", "#c9ded9"
 _STYLE = """
 :root{color-scheme:light dark;--ink:#16211f;--paper:#fbfcfb;--muted:#5d6b68;--line:#d9e2df;
@@ -65,12 +66,13 @@ def write_report(path: Path, summary: Mapping[str, Any], model: nn.Module) -> No
     document(path, title, _sections(summary, model, title))
 
 
-def document(path: Path, title: str, sections: list[str]) -> None:
-    """Write a page with everything it needs inside, atomically."""
+def document(path: Path, title: str, sections: list[str], style: str = "") -> None:
+    """Write a page with everything it needs inside, atomically; `style` is its own, beside all
+    pages'."""
     page = (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}{TEXT_STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}{TEXT_STYLE}{style}</style>"
         f"<script>{_plotly()}</script></head><body>{''.join(sections)}</body></html>"
     )
     with atomic_file(path) as file:
