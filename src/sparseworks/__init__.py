@@ -40,6 +40,8 @@ _LAZY = {
     "sparsify": "sparseworks.training",
     "trainer_callback": "sparseworks.training.integrations",
     "lightning_callback": "sparseworks.training.integrations",
+    "Trace": "sparseworks.training.watching",
+    "open_log": "sparseworks.training.logs",
     "transform": "sparseworks.training",
     "Distillation": "sparseworks.training.distilling",
     "optimizer": "sparseworks.training.optimizing",

@@ -44,7 +44,9 @@ PURPOSES = {
     "compressed-tensors": "folders of integers: export, and reading them",
     "lm-eval": "tasks of evaluate",
     "ray": "--ray of compare, curve and claims",
-    "tensorboard": "events of train",
+    "tensorboard": "events of train, --log tensorboard",
+    "wandb": "runs of Weights & Biases, --log wandb",
+    "mlflow-skinny": "runs of MLflow, --log mlflow",
     "lightning": "the callback for Lightning",
     "pyyaml": "recorded runs in YAML, for audit",
 }
@@ -56,6 +58,7 @@ EXTRAS = {
     "evaluation": "`sparseworks evaluate`",
     "ray": "sweeps over machines, --ray",
     "quantized": "folders of integers, export",
+    "tracking": "figures of trainings, --log",
     "demo": "`sparseworks demo`",
     "test": "working on sparseworks itself",
     "docs": "the documentation site",

@@ -10,7 +10,8 @@ from typing import Any
 from sparseworks.cli.plugins import load_plugins
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
 
-_FREE = {"out", "resume", "force", "json", "tensorboard", "save_every", "twin"}  # of a resumed run
+# what a resumed run may say anew
+_FREE = {"out", "resume", "force", "json", "log", "tensorboard", "save_every", "twin"}
 ZOO = ("resnet20", "resnet56")
 
 
@@ -27,9 +28,12 @@ class Job:
 
 def settle(options: Any) -> tuple[Any, bool]:
     """The options to train with, and whether the output folder holds a training to go on with."""
+    from sparseworks.training.logs import check_trackers
+
     out = options.out
     if out is None:
         raise InvalidArgument("give --out, the folder of the trained model")
+    check_trackers(options.log)
     stored = out / "options.json"
     if options.resume:
         if not stored.is_file():
@@ -66,6 +70,8 @@ def _as_stored(options: Any, path: Path) -> Any:
         old = tuple(old) if isinstance(old, list) else old
         if option.name == "twin" and given is None and old is not None:
             kept["twin"] = Path(old)
+        if option.name == "log":
+            kept["log"] = given or old
         if option.name in _FREE:
             continue
         if given not in (option.default, old):
