@@ -27,7 +27,8 @@ class Options:
     """Options of `sparseworks train`."""
 
     model: Annotated[str, tyro.conf.Positional] = ""
-    """resnet20, resnet56, a CIFAR ResNet .safetensors, file.py:factory, a Hugging Face folder."""
+    """resnet20, resnet56, timm:NAME, torchvision:NAME, a CIFAR ResNet .safetensors,
+    file.py:factory, a Hugging Face folder."""
     data: str | None = None
     """Training data: a parquet file of images, an image folder, digits; a text file for text."""
     method: str | None = None

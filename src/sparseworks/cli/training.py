@@ -187,7 +187,7 @@ def model_and_data(options: Any) -> tuple[bool, Any, Any]:
     images: Any = None
     loaded: Any = None
     if options.model not in ZOO:
-        loaded = load_model(options.model)
+        loaded = load_model(options.model, seed=options.seed)
         if loaded.kind == "encoder" or (loaded.kind == "classifier" and loaded.tokenizer):
             raise InvalidArgument(
                 f"{options.model}: train takes image classifiers and causal language models; use "
