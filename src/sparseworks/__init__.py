@@ -35,6 +35,7 @@ _LAZY = {
     "from_pretrained": "sparseworks.io",
     "export_dense": "sparseworks.io",
     "export_quantized": "sparseworks.io",
+    "export_onnx": "sparseworks.io.onnx",
     "save_masks": "sparseworks.io",
     "load_masks": "sparseworks.io",
     "sparsify": "sparseworks.training",
