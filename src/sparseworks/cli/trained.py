@@ -21,13 +21,15 @@ def fresh_folder(out: Path) -> None:
     out.mkdir()
 
 
-def tensorboard(options: Any, step: int) -> Any:
-    """A writer of TensorBoard events, where the package is installed."""
-    if not options.tensorboard or importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+def open_log_of(options: Any, step: int) -> Any:
+    """The log that --log names; without it TensorBoard's, where the package is installed."""
+    from sparseworks.cli.running import plain_options
+    from sparseworks.training.logs import open_log
 
-    return SummaryWriter(str(options.out / "tensorboard"), purge_step=step + 1)
+    by_default = options.tensorboard and importlib.util.find_spec("tensorboard") is not None
+    trackers = options.log or (("tensorboard",) if by_default else ())
+    about = {k: v for k, v in plain_options(options).items() if v not in (None, (), [])}
+    return open_log(*trackers, folder=options.out, about=about, step=step)
 
 
 def say_epoch(row: dict[str, float], epochs: int) -> None:
@@ -38,16 +40,6 @@ def say_epoch(row: dict[str, float], epochs: int) -> None:
     known = {"epoch", "step", "loss", "seconds", "sparsity"}
     words += [f"{name} {value:.4g}" for name, value in row.items() if name not in known]
     print("  ".join([*words, f"{row['seconds']:.1f} s"]), file=sys.stderr)
-
-
-def write_masks(writer: Any, training: Any) -> None:
-    """The last look at the masks, as TensorBoard events."""
-    row = training.trace.rows[-1]
-    for name in ("sparsity", "churn", "explored", "flips", "moved"):
-        if name in row:
-            writer.add_scalar(f"masks/{name}", row[name], row["step"])
-    for name, zeros in zip(training.trace.names, row.get("tensors", ())):
-        writer.add_scalar(f"sparsity/{name}", zeros, row["step"])
 
 
 def twin_of(options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:

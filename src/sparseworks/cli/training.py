@@ -10,16 +10,8 @@ from typing import Any
 from sparseworks.cli.plugins import load_plugins
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
 
-_FREE = {
-    "out",
-    "resume",
-    "force",
-    "json",
-    "tensorboard",
-    "log",
-    "save_every",
-    "twin",
-}  # of a resumed run
+# what a resumed run may say anew
+_FREE = {"out", "resume", "force", "json", "log", "tensorboard", "save_every", "twin"}
 ZOO = ("resnet20", "resnet56")
 _EXAMPLES = {
     "train": "sparseworks train resnet20 --data train.parquet --method rigl --sparsity 0.9 "
@@ -42,9 +34,12 @@ class Job:
 
 def settle(options: Any, command: str = "train") -> tuple[Any, bool]:
     """The options to train with, and whether the output folder holds a training to go on with."""
+    from sparseworks.training.logs import check_trackers
+
     out = options.out
     if out is None:
         raise InvalidArgument("give --out, the folder of the trained model")
+    check_trackers(options.log)
     stored = out / "options.json"
     if options.resume:
         if not stored.is_file():
@@ -78,6 +73,8 @@ def _as_stored(options: Any, path: Path) -> Any:
         old = tuple(old) if isinstance(old, list) else old
         if option.name == "twin" and given is None and old is not None:
             kept["twin"] = Path(old)
+        if option.name == "log":
+            kept["log"] = given or old
         if option.name in _FREE:
             continue
         if given not in (option.default, old):
@@ -197,7 +194,7 @@ def model_and_data(options: Any) -> tuple[bool, Any, Any]:
     images: Any = None
     loaded: Any = None
     if options.model not in ZOO:
-        loaded = load_model(options.model)
+        loaded = load_model(options.model, seed=options.seed)
         if loaded.kind == "encoder" or (loaded.kind == "classifier" and loaded.tokenizer):
             raise InvalidArgument(
                 f"{options.model}: train takes image classifiers and causal language models; use "
