@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "time a model beside torch, onnxruntime and openvino",
     "evaluate": "score a language model on tasks of lm-evaluation-harness",
     "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
+    "recipe": "the best model under your goals, found within a time: slim, prune, bits, all",
     "compare": "methods x sparsities on one model and metric: table, CSV, plot",
     "curve": "how much one-shot pruning removes for free: the metric over the sparsity",
     "audit": "is a comparison of recorded runs fair: cost, schedule, seeds, layers, speed",
