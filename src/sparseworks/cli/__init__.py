@@ -36,6 +36,7 @@ COMMANDS = {
     "claims": "run, list and tabulate the papers' claims in miniature",
     "doctor": "is this installation sound: processor, native code, torch, packages",
     "demo": "prune a real sentence encoder and show the result",
+    "completion": "commands, options and methods behind the Tab key: bash, zsh, fish",
 }
 
 

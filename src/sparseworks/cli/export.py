@@ -1,9 +1,4 @@
-"""Write a model as other runtimes read it: zeros stay zeros, stored like any other weight.
-
-sparseworks export ./pruned --to pack-quantized --bits 4 --out ./int4
-sparseworks export ./pruned --to gguf --type Q4_0 --out model.gguf
-sparseworks export timm:convnext_atto:weights=out/model.safetensors --to onnx --out model.onnx
-"""
+"""Write a model as other runtimes read it: zeros stay zeros, stored like any other weight."""
 
 from __future__ import annotations
 
