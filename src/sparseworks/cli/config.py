@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def _json(text: str, path: Path) -> Any:
 
 def _yaml(text: str, path: Path) -> Any:
     try:
-        import yaml  # type: ignore[import-untyped]
+        yaml: Any = importlib.import_module("yaml")
     except ImportError:
         raise MissingDependency(
             f"{path}: YAML needs pyyaml (pip install pyyaml); JSON needs nothing"

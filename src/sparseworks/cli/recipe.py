@@ -82,7 +82,7 @@ def run(options: Options) -> dict[str, Any]:
     """Search, tell, write."""
     from sparseworks.cli.preparing import check_inputs, check_output
     from sparseworks.cli.running import plain_options, progress_bar
-    from sparseworks.cli.trying import trial_of
+    from sparseworks.cli.trials import trial_of
     from sparseworks.cli.worth_trying import ladders_for, not_tried
     from sparseworks.diagnostics.claims import machine
     from sparseworks.diagnostics.goals import best_of, parse_goals, search, seconds_of
