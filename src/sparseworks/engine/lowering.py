@@ -15,8 +15,9 @@ from torch.fx import Node
 
 from sparseworks.core.errors import ModelError
 from sparseworks.engine import rules as _rules  # fills the table
+from sparseworks.engine.making import LAST, RULES, Lowering
 from sparseworks.engine.patterns import gelu_in_parts, root_mean_square
-from sparseworks.engine.pieces import LAST, RULES, Lowering, Piece
+from sparseworks.engine.pieces import Piece
 from sparseworks.engine.rules.scores import SCORES
 from sparseworks.engine.tidying import fixed_nodes, folded, tidied
 

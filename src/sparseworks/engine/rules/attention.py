@@ -17,7 +17,9 @@ import torch
 from torch.fx import Node
 
 from sparseworks.engine.ir import Attention, Heads, Value
-from sparseworks.engine.pieces import Lowering, Native, Scores, filled, rule
+from sparseworks.engine.making import Lowering, rule
+from sparseworks.engine.nodes import filled
+from sparseworks.engine.pieces import Native, Scores
 from sparseworks.engine.rules.terms import repeats, summed
 from sparseworks.engine.views import Run, View, merged
 

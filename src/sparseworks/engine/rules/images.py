@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparseworks.engine.ir import Gather, Mean, Pool, Product, Upsample, Value
-from sparseworks.engine.pieces import Lowering, filled, rule, shape_of, size_now
+from sparseworks.engine.making import Lowering, rule
+from sparseworks.engine.nodes import filled, shape_of, size_now
 from sparseworks.engine.rules.views import joined, seen, take
 
 _aten = torch.ops.aten

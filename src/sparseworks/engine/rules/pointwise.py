@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparseworks.engine.ir import Activation, Combine, Norm, Product, Value
-from sparseworks.engine.pieces import Lowering, Native, filled, rule, same_sizes, shape_of
+from sparseworks.engine.making import Lowering, rule
+from sparseworks.engine.nodes import filled, same_sizes, shape_of
+from sparseworks.engine.pieces import Native
 from sparseworks.engine.rules.terms import fits, ordered
 from sparseworks.engine.rules.tokens import by_mean_square
 

@@ -10,7 +10,8 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from sparseworks.engine.ir import GroupNorm, Move, Moved, Product, Value
-from sparseworks.engine.pieces import Lowering, filled, rule, shape_of
+from sparseworks.engine.making import Lowering, rule
+from sparseworks.engine.nodes import filled, shape_of
 from sparseworks.engine.rules.images import mean_of
 
 _aten = torch.ops.aten

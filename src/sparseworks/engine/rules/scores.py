@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparseworks.engine.pieces import Lowering, Scores, filled
+from sparseworks.engine.making import Lowering
+from sparseworks.engine.nodes import filled
+from sparseworks.engine.pieces import Scores
 from sparseworks.engine.rules.terms import LOWEST, fits
 from sparseworks.engine.rules.views import VIEWS
 

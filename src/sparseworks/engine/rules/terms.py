@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparseworks.engine.pieces import Lowering
+from sparseworks.engine.making import Lowering
 from sparseworks.engine.views import View, expression
 
 __all__ = ["LOWEST", "Term", "fits", "ordered", "repeats", "summed"]

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparseworks.engine.ir import Gather, Norm, Product, Value
-from sparseworks.engine.pieces import Lowering, filled, kind_of, rule, shape_of
+from sparseworks.engine.making import Lowering, kind_of, rule
+from sparseworks.engine.nodes import filled, shape_of
 from sparseworks.engine.rules.attention import contracted
 from sparseworks.engine.views import Run
 

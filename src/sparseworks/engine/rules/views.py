@@ -12,7 +12,9 @@ import torch
 from torch.fx import Node
 
 from sparseworks.engine.ir import Gather, Product, Value
-from sparseworks.engine.pieces import Lowering, Native, filled, rule, shape_of
+from sparseworks.engine.making import Lowering, rule
+from sparseworks.engine.nodes import filled, shape_of
+from sparseworks.engine.pieces import Native
 from sparseworks.engine.views import Run, View, base_view
 
 __all__ = ["VIEWS", "joined", "seen", "take"]
