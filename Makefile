@@ -1,6 +1,6 @@
 # Every target sets itself up: .venv, torch, the package.
 PY := .venv/bin/python
-.PHONY: demo speed test lint type imports docs native sanitize bench claims clean
+.PHONY: demo speed test lint type imports docs native sanitize bench claims families reliability clean
 
 demo:  ## prune a real sentence encoder and show the result
 	@scripts/setup.sh demo
@@ -56,6 +56,17 @@ bench:  ## speed and memory against peers, on demand
 claims:  ## run every claim that has no result of its present version
 	@scripts/setup.sh test
 	@.venv/bin/sparseworks claims run $$(.venv/bin/sparseworks claims list | awk '/not run|outdated/ {print $$1}')
+
+families:  ## prune, save, slim and compile a small model of 87 families; some 15 minutes, resumes
+	@scripts/setup.sh test
+	@$(PY) -m pip install --quiet -c .venv/constraints.txt timm
+	@$(PY) benchmarks/families.py --out benchmarks/results/families.json
+	@$(PY) scripts/make_docs.py
+
+reliability:  ## damage, kill and fuzz everything that is written; some 10 minutes
+	@scripts/setup.sh test
+	@$(PY) benchmarks/reliability.py --out benchmarks/results/reliability.json
+	@$(PY) scripts/make_docs.py
 
 clean:
 	rm -rf .venv build out runs site

@@ -1,4 +1,5 @@
-"""Write the generated pages of the documentation: the catalogue and the results of the claims."""
+"""Write the generated pages of the documentation: the catalogue, and the results of claims and
+benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+from result_pages import families_page, reliability_page
 
 import sparseworks  # noqa: F401  (registers the methods)
 from sparseworks.diagnostics.claims import results, table
@@ -22,6 +25,7 @@ intervals are widened so that all looks together err in 5 %. The proposed margin
 Machine, versions and per-seed values are in `claims/*/*.json`.
 
 """
+RESULTS = {"families": families_page, "reliability": reliability_page}
 
 
 def pages() -> dict[Path, str]:
@@ -34,7 +38,17 @@ def pages() -> dict[Path, str]:
             results(ROOT / "claims"), indent=1
         )
         + "\n",
+        **{
+            ROOT / "docs" / f"{name}.md": page(json.loads(result(name).read_text()))
+            for name, page in RESULTS.items()
+            if result(name).is_file()
+        },
     }
+
+
+def result(name: str) -> Path:
+    """Where a benchmark that has a page puts its figures."""
+    return ROOT / "benchmarks" / "results" / f"{name}.json"
 
 
 def main() -> None:

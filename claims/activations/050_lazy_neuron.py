@@ -2,6 +2,9 @@
 
 The figures of runs with permuted targets are recorded beside: where they become sparse too, the
 data have no part in it. Robustness to label noise and calibration are not measured.
+
+5 seeds left four promises open, so there are up to 8; figures without a promise are measured on the
+first 3, for time.
 """
 
 from __future__ import annotations
@@ -59,14 +62,16 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
             found[f"{name} live density, {place}"] = sum(x.live_density for x in layers) / LAYERS
             found[f"{name} dead, {place}"] = max(x.dead for x in layers)
 
-    for name, hidden in (("relu", 256), ("wide", WIDE), ("permuted", 256)):
+    beside = seed < 3
+    arms = [("relu", 256), ("wide", WIDE), *([("permuted", 256)] if beside else [])]
+    for name, hidden in arms:
         model = _decoder(seed, hidden)
         densities(f"{name} start", model)
         more = {"loss": _permuted(seed)} if name == "permuted" else {}
         fit_bytes(model, text, steps=steps, lr=3e-3, seed=seed, **more)
         densities(name, model)
         found[f"{name} loss"] = text.loss(model)
-    for percent in (10, 5, 2):
+    for percent in (10, 5, 2) if beside else (10,):
         model = _decoder(seed, 256)
         sw.sparse_activations(model, "lazy-neuron", sparsity=1 - percent / 100, data=held)
         fit_bytes(model, text, steps=steps, lr=3e-3, seed=seed)
@@ -99,5 +104,5 @@ CLAIM = Claim(
         Promise("top 10 kept", "trained with a tenth of 256 units: loss at most 0.05 above"),
     ),
     measure=measure,
-    looks=(3, 5),
+    looks=(3, 5, 8),
 )

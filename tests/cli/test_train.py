@@ -17,6 +17,7 @@ import sparseworks as sw
 from sparseworks.cli import main
 from sparseworks.io import inspect
 from sparseworks.training.checkpointing import load_state
+from tracked import READERS
 
 NET = """
 import torch
@@ -315,6 +316,37 @@ def test_a_resnet_on_a_folder_of_images(work, tmp_path):
         assert any(p.name.startswith("events") for p in (out / "tensorboard").iterdir())
 
 
+def test_the_log_is_the_trace_and_goes_on_with_the_training(work, tmp_path, monkeypatch):
+    """Stopped in the second epoch, and resumed without naming the trackers again."""
+    for name in ("tensorboard", "mlflow"):
+        pytest.importorskip(name)
+    from sparseworks.training import loop
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    advance, out = loop.Training._advance, tmp_path / "out"
+
+    def broken(self, batches):
+        advance(self, batches)
+        if self.step == 12:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Training, "_advance", broken)
+    words = arguments(work, out, "--log", "tensorboard", "mlflow", "--option", "every=3")
+    assert main(words) == 130
+    monkeypatch.undo()
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    trace = json.loads((out / "trace.json").read_text())
+    epochs = json.loads((out / "result.json").read_text())["history"]
+    for tracker in ("tensorboard", "mlflow"):
+        shown = READERS[tracker](out)
+        if tracker == "mlflow":  # steps that were taken again stand there twice
+            shown = {name: list(dict(values).items()) for name, values in shown.items()}
+        for name, key in (("loss", "loss"), ("masks/flips", "flips")):
+            wanted = [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in trace["rows"]]
+            assert shown[name] == wanted, (tracker, name)
+        assert [step for step, _ in shown["epoch/loss"]] == [row["step"] for row in epochs]
+
+
 def test_bad_input_is_refused_in_one_line(work, tmp_path, capsys):
     out = tmp_path / "out"
 
@@ -324,6 +356,7 @@ def test_bad_input_is_refused_in_one_line(work, tmp_path, capsys):
         return error
 
     assert "did you mean 'rigl'" in refused(method="rigel")
+    assert "no tracker 'tensorbord'" in refused("--log", "tensorbord")
     assert "is one-shot, not hooked or transform" in refused(method="wanda")
     assert "needs `sparsity`" in refused(sparsity=None)
     assert "sparsity" in refused(sparsity=1.5)

@@ -103,7 +103,7 @@ def test_an_interrupted_write_leaves_the_old_state(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparseworks.training.checkpointing.save_file", broken)
+    monkeypatch.setattr("sparseworks.training.checkpointing.write_sealed", broken)
     with pytest.raises(KeyboardInterrupt):
         save_state(tmp_path / "state", {"a": 2})
     assert load_state(tmp_path / "state") == {"a": 1}

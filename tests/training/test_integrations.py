@@ -12,6 +12,7 @@ from torch import nn
 
 import sparseworks as sw
 from sparseworks.core.errors import CheckpointError, InvalidArgument, MissingDependency
+from tracked import READERS
 
 
 class Net(nn.Module):
@@ -337,6 +338,32 @@ def test_a_callback_serves_one_training_after_another(name, failed_at, method, l
     assert sw.masks(model).sparsity() == pytest.approx(0.8, abs=2e-3)
 
 
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow"])
+def test_the_trainer_reports_sparsity_and_flips(tracker, trainer, tmp_path, monkeypatch):
+    """Into the same events and runs as the trainer's own figures, and into its history."""
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "out"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "out" / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "sparseworks")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "out" / "tensorboard"))
+    (tmp_path / "out").mkdir()
+    callback = sw.trainer_callback("set", sparsity=0.8, every=2)
+    _, made = trainer(callback, report_to=[tracker], save_strategy="no")
+    made.train()
+    if tracker == "wandb":
+        __import__("wandb").finish()
+    shown = READERS[tracker](tmp_path / "out")
+    for name in ("sparsity", "flips"):
+        kept = [(r["step"], r[name]) for r in made.state.log_history if name in r]
+        assert (
+            kept[:6] == [(step, pytest.approx(value)) for step, value in shown["train/" + name]][:6]
+        )
+        assert [step for step, _ in kept][:6] == [4, 8, 12, 16, 20, 24]
+    assert kept[0][1] > 0
+
+
 def test_a_real_trainer_twice(trainer):
     callback = sw.trainer_callback("gradual", sparsity=0.8)
     for folder in ("first", "second"):
@@ -347,8 +374,10 @@ def test_a_real_trainer_twice(trainer):
     assert law(model) and callback.run.finished and callback.run.step == 24
 
 
-def test_a_real_lightning_trainer(tmp_path):
-    lightning = pytest.importorskip("lightning.pytorch")
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def fit(request, tmp_path):
+    """Trains 24 steps with one of Lightning's two packages, whichever class the callback has."""
+    lightning = pytest.importorskip(request.param)
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -361,19 +390,55 @@ def test_a_real_lightning_trainer(tmp_path):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), 0.01)
 
-    def fit(epochs, folder, **more):
+    def trained(callback, folder, logger=False, epochs=3, **more):
         module = Module()
         trainer = lightning.Trainer(
-            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
-            gradient_clip_val=1.0, default_root_dir=str(tmp_path / folder),
-            callbacks=[sw.lightning_callback("rigl", sparsity=0.8, every=2)],
+            max_epochs=epochs, accelerator="cpu", logger=logger, enable_progress_bar=False,
+            gradient_clip_val=1.0, default_root_dir=str(tmp_path / folder), callbacks=[callback],
+            log_every_n_steps=4, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(module, torch.utils.data.DataLoader(rows(), batch_size=8), **more)
         return module, trainer
 
-    module, _ = fit(3, "whole")
-    assert law(module)
-    assert sw.masks(module).sparsity() == pytest.approx(0.8, abs=2e-3)
+    return trained
+
+
+def test_a_real_lightning_trainer_serves_twice(fit):
+    callback = sw.lightning_callback("rigl", sparsity=0.8, steps=24, every=2)
+    first, _ = fit(callback, "first")
+    second, _ = fit(callback, "second")
+    assert equal(first, second) and law(first) and law(second)
+    assert sw.masks(second).sparsity() == pytest.approx(0.8, abs=2e-3)
+
+
+def test_a_real_lightning_trainer_resumes_exactly(fit, tmp_path):
+    callback = sw.lightning_callback("rigl", sparsity=0.8, steps=24, every=2)
+    kept = tmp_path / "middle.ckpt"
+
+    def save(trainer, module):
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(kept)
+
+    callback.on_train_epoch_end = save
+    whole, _ = fit(callback, "whole")
+    own = sw.lightning_callback("rigl", sparsity=0.8, steps=24, every=2)
+    resumed, trainer = fit(own, "again", ckpt_path=kept)
+    assert trainer.global_step == own.run.step == 24
+    assert equal(whole, resumed) and law(resumed)
+
+
+def test_lightning_logs_sparsity_and_flips(fit, tmp_path):
+    loggers = pytest.importorskip("lightning.pytorch.loggers")
+    logger = loggers.CSVLogger(str(tmp_path), "csv")
+    callback = sw.lightning_callback("set", sparsity=0.8, every=2)
+    fit(callback, "logged", logger=logger)
+    lines = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    head, *told = (line.split(",") for line in lines)
+    assert {"sparsity", "flips"} <= set(head)
+    assert [float(row[head.index("step")]) for row in told] == [3, 7, 11, 15, 19, 23]
+    for row in told:
+        assert float(row[head.index("sparsity")]) == pytest.approx(0.8, abs=2e-3)
+    assert any(float(row[head.index("flips")]) > 0 for row in told)
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparseworks.activations.chess import OutputGate
@@ -19,6 +18,7 @@ from sparseworks.activations.rotation import RotatedGate
 from sparseworks.activations.spark import StatisticalGate
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.io.atomic import atomic_file
+from sparseworks.io.sealed import check_seal, write_sealed
 from sparseworks.models.active import ActiveInputs, Gate, InputGate, RuledGate
 
 __all__ = ["read_gates", "write_gates"]
@@ -54,7 +54,7 @@ def write_gates(path: str | os.PathLike[str], method: str, options: Mapping[str,
         lines[name] = line
     about = {"format": _FORMAT, "method": method, "options": dict(options), "gates": lines}
     with atomic_file(Path(path)) as file:
-        save_file(tensors, file, {_KEY: json.dumps(about)})
+        write_sealed(tensors, file, {_KEY: json.dumps(about)})
 
 
 def read_gates(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dict[str, Gate]]:
@@ -65,13 +65,14 @@ def read_gates(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dict[
     """
     try:
         with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get(_KEY)
-            if header is None:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
                 raise CheckpointError(f"{path}: not gates that sparseworks saved")
-            about = json.loads(header)
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            check_seal(path, tensors, metadata)
+            about = json.loads(metadata[_KEY])
             if about.get("format") != _FORMAT:
                 raise CheckpointError(f"{path}: format {about.get('format')}, this reads {_FORMAT}")
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         found = {n: _gate(n, line, tensors) for n, line in about["gates"].items()}
         return str(about["method"]), dict(about["options"]), found
     except CheckpointError:

@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "prune": "make a trained model sparse, save it, and report what it cost",
     "train": "train a classifier or a language model sparse, with checkpoints",
+    "finetune": "fine-tune a Hugging Face model sparse, by transformers' Trainer",
     "slim": "cut channels and heads: a smaller dense model for any runtime",
     "tickets": "train a classifier several times: lottery tickets and sparse soups",
     "quantize": "weights as integers in groups, alone or with pruned groups",
@@ -26,6 +27,7 @@ COMMANDS = {
     "bench": "time a model beside torch, onnxruntime and openvino",
     "evaluate": "score a language model on tasks of lm-evaluation-harness",
     "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
+    "recipe": "the best model under your goals, found within a time: slim, prune, bits, all",
     "compare": "methods x sparsities on one model and metric: table, CSV, plot",
     "curve": "how much one-shot pruning removes for free: the metric over the sparsity",
     "audit": "is a comparison of recorded runs fair: cost, schedule, seeds, layers, speed",
@@ -34,6 +36,7 @@ COMMANDS = {
     "claims": "run, list and tabulate the papers' claims in miniature",
     "doctor": "is this installation sound: processor, native code, torch, packages",
     "demo": "prune a real sentence encoder and show the result",
+    "completion": "commands, options and methods behind the Tab key: bash, zsh, fish",
 }
 
 

@@ -13,10 +13,9 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from sparseworks.cli.fields import Model
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -26,8 +25,7 @@ __all__ = ["Options", "run"]
 class Options:
     """Options of `sparseworks bench`."""
 
-    model: Annotated[str, tyro.conf.Positional] = ""
-    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    model: Model = ""
     weights: Path | None = None
     """A checkpoint that `sparseworks prune` wrote: time it as it is."""
     sparsity: tuple[float, ...] = ()

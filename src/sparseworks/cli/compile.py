@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from sparseworks.cli.fields import Model
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -20,8 +19,7 @@ __all__ = ["Options", "run"]
 class Options:
     """Options of `sparseworks compile`."""
 
-    model: Annotated[str, tyro.conf.Positional] = ""
-    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    model: Model = ""
     weights: Path | None = None
     """A checkpoint that `sparseworks prune` wrote, loaded into the model."""
     activations: Path | None = None

@@ -1,8 +1,5 @@
 """Score a causal language model on tasks of lm-evaluation-harness: a folder, pruned or dense, or a
 compiled decoder.
-
-sparseworks evaluate out/checkpoint --tasks arc_easy hellaswag --limit 200
-sparseworks evaluate decoder.safetensors --tasks task.yaml
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def random_example(
         loaded: from `load_model`.
         batch: samples.
         tokens: of each text.
-        input_shape: of one sample, for models that are neither of text nor CIFAR ResNets.
+        input_shape: of one sample, for models that do not tell.
 
     Raises:
         InvalidArgument: sizes below 1, or a model whose input is not known.
@@ -61,6 +61,6 @@ def random_example(
         words = loaded.model.config.vocab_size
         ids = torch.randint(0, words, (batch, tokens), generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if type(loaded.model).__name__ == "CifarResNet":
-        return torch.randn(batch, 3, 32, 32, generator=generator)
+    if loaded.input_shape:
+        return torch.randn(batch, *loaded.input_shape, generator=generator)
     raise InvalidArgument("give --input-shape, the shape of one sample (for example 3 224 224)")

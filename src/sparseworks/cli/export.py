@@ -1,17 +1,12 @@
-"""Write a model as other runtimes read it: zeros stay zeros, stored like any other weight.
-
-sparseworks export ./pruned --to pack-quantized --bits 4 --out ./int4
-sparseworks export ./pruned --to gguf --type Q4_0 --out model.gguf
-"""
+"""Write a model as other runtimes read it: zeros stay zeros, stored like any other weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
+from sparseworks.cli.fields import Model
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -21,11 +16,11 @@ __all__ = ["Options", "run"]
 class Options:
     """Options of `sparseworks export`."""
 
-    model: Annotated[str, tyro.conf.Positional] = ""
-    """Hugging Face folder or hub name, or file.py:factory of a transformers model."""
-    to: Literal["dense", "gguf", "pack-quantized", "int-quantized"] = "dense"
-    """dense: as transformers writes it; gguf: for llama.cpp; pack-quantized, int-quantized: Linear
-    weights as integers, for what reads compressed-tensors."""
+    model: Model = ""
+    to: Literal["dense", "gguf", "onnx", "pack-quantized", "int-quantized"] = "dense"
+    """dense: as transformers writes it (any model: a file, where --out ends in .safetensors); gguf:
+    for llama.cpp; onnx: any model, for the sizes of an example; pack-quantized, int-quantized:
+    Linear weights as integers, for what reads compressed-tensors."""
     weights: Path | None = None
     """A checkpoint that `sparseworks prune` wrote, loaded into the model."""
     bits: int | None = None
@@ -36,10 +31,16 @@ class Options:
     """Of the matrices of gguf: F32, F16, BF16, Q8_0 or Q4_0."""
     head: str | None = None
     """Of the output head of gguf; as --type where not given."""
+    batch: int = 1
+    """Samples of the example of onnx."""
+    tokens: int = 128
+    """Of each text in it."""
+    input_shape: tuple[int, ...] = ()
+    """Of one sample in it, for models that do not tell."""
     dtype: str | None = None
     """fp32, bf16 or fp16, of what stays floating; default: as stored."""
     out: Path | None = None
-    """Folder (gguf: file) to write; it must not exist yet."""
+    """Folder (gguf, onnx: file) to write; it must not exist yet."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -88,15 +89,24 @@ def _stored(name: str) -> str | None:
 
 
 def _write(options: Options, loaded: Any, out: Path) -> dict[str, Any]:
+    from sparseworks.cli.examples import random_example
     from sparseworks.io import export_dense, export_quantized
     from sparseworks.io.gguf import export_gguf
+    from sparseworks.io.onnx import export_onnx
 
     if options.to == "gguf":
         export_gguf(loaded.model, out, options.type, options.head)
         return {"bytes": out.stat().st_size}
+    if options.to == "onnx":
+        shape = options.input_shape
+        example = random_example(loaded, options.batch, tokens=options.tokens, input_shape=shape)
+        export_onnx(loaded.model, example, out)
+        return {"bytes": sum(f.stat().st_size for f in out.parent.glob(f"{out.name}*"))}
     if options.to == "dense":
-        export_dense(loaded.model, out, tokenizer=loaded.tokenizer)
-        return {"bytes": sum(f.stat().st_size for f in out.glob("*.safetensors"))}
+        single = out.suffix == ".safetensors"
+        export_dense(loaded.model, out, tokenizer=None if single else loaded.tokenizer)
+        files = [out] if single else out.glob("*.safetensors")
+        return {"bytes": sum(f.stat().st_size for f in files)}
     done = export_quantized(
         loaded.model, out, options.to, bits=options.bits, group=options.group,
         tokenizer=loaded.tokenizer,

@@ -7,8 +7,17 @@ from typing import Annotated
 import tyro
 
 __all__ = ["BatchSize", "Data", "EvalData", "EvalSamples", "Length", "MethodOptions", "Metrics",
-           "Samples"]  # fmt: skip
+           "Model", "Samples"]  # fmt: skip
 
+Model = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        help="Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, "
+        "file.py:factory, timm:NAME or torchvision:NAME (options behind another colon: "
+        "timm:convnext_atto:num_classes=10,weights=FILE.safetensors)."
+    ),
+]
 Data = Annotated[
     str | None,
     tyro.conf.arg(

@@ -1,8 +1,4 @@
-"""Text from a causal language model, decoded by the native decoder.
-
-sparseworks generate ./llama --prompt "It was a dark night" --dtype int4
-sparseworks generate decoder.safetensors --tokenizer ./llama --chat
-"""
+"""Text from a causal language model, decoded by the native decoder."""
 
 from __future__ import annotations
 

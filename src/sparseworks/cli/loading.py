@@ -1,7 +1,9 @@
-"""Models by name: HF folder or hub name, `minilm`, a zoo checkpoint, or file.py:factory."""
+"""Models by name: HF folder or hub name, `minilm`, of timm or torchvision, a zoo checkpoint, or
+file.py:factory."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from sparseworks.core.errors import InvalidArgument, MissingDependency
+from sparseworks.models.zoo.libraries import LIBRARIES
 
 __all__ = [
     "LoadedModel", "default_metrics", "kind_of_class", "load_model", "parse_dtype",
@@ -33,12 +36,14 @@ class LoadedModel:
         kind: what it computes, by which metrics and calibration data are chosen.
         tokenizer: of text models, else None.
         name: as the user gave it.
+        input_shape: of one image, where it is known; else ().
     """
 
     model: Any
     kind: Kind
     tokenizer: Any
     name: str
+    input_shape: tuple[int, ...] = ()
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -58,16 +63,23 @@ def parse_precision(name: str) -> torch.dtype:
     return known[name]
 
 
-def load_model(name: str, dtype: str | None = None) -> LoadedModel:
+def load_model(name: str, dtype: str | None = None, seed: int = 0) -> LoadedModel:
     """Load a model by name.
 
+    Args:
+        name: see the module.
+        dtype: of its weights.
+        seed: of random weights, for models of timm and torchvision that name no file.
+
     Raises:
-        InvalidArgument: there is no such file or factory, or it is a pickle.
+        InvalidArgument: there is no such file, model or factory, or it is a pickle.
         MissingDependency: a package is needed.
     """
     wanted = parse_dtype(dtype)
     if ".py:" in name:
         return _from_factory(name, wanted)
+    if name.partition(":")[0] in LIBRARIES:
+        return _from_library(name, wanted, seed)
     path = Path(name)
     if path.suffix in _PICKLES:
         raise InvalidArgument(
@@ -75,7 +87,8 @@ def load_model(name: str, dtype: str | None = None) -> LoadedModel:
         )
     if path.suffix == ".safetensors":
         model = _zoo_model(path)
-        return LoadedModel(model.to(wanted or torch.float32), "classifier", None, name)
+        model = model.to(wanted or torch.float32)
+        return LoadedModel(model, "classifier", None, name, (3, 32, 32))
     folder = _minilm() if name == "minilm" else name
     if path.is_file():
         raise InvalidArgument(
@@ -84,6 +97,29 @@ def load_model(name: str, dtype: str | None = None) -> LoadedModel:
     if name.startswith((".", "/", "~")) and not path.expanduser().is_dir():
         raise InvalidArgument(f"{name}: no such folder")
     return _from_huggingface(folder, name, wanted)
+
+
+def _from_library(name: str, dtype: torch.dtype | None, seed: int) -> LoadedModel:
+    """`timm:NAME:option=value,...`; weights=FILE.safetensors is a plain or packed file of it."""
+    from sparseworks.cli.preparing import parse_options
+    from sparseworks.io import load
+    from sparseworks.models.zoo.libraries import from_library, input_shape
+
+    library, model, *given = name.split(":", 2)
+    options = parse_options([pair for text in given for pair in text.split(",")])
+    weights = options.pop("weights", None)
+    made = from_library(f"{library}:{model}", seed=seed, **options)
+    if weights is not None:
+        load(weights, made)
+    else:
+        separator = "," if given else ":"
+        print(
+            f"sparseworks: {name}: its weights are random, unless an option names a file of them "
+            f"({name}{separator}weights=FILE.safetensors)",
+            file=sys.stderr,
+        )
+    shape = input_shape(f"{library}:{model}", made)
+    return LoadedModel(made.to(dtype or torch.float32), "classifier", None, name, shape)
 
 
 def _zoo_model(path: Path) -> nn.Module:

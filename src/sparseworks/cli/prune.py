@@ -11,9 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from sparseworks.cli.fields import (
     BatchSize,
@@ -23,6 +21,7 @@ from sparseworks.cli.fields import (
     Length,
     MethodOptions,
     Metrics,
+    Model,
     Samples,
 )
 from sparseworks.cli.plugins import Plugins
@@ -35,8 +34,7 @@ __all__ = ["Options", "run"]
 class Options:
     """Options of `sparseworks prune`."""
 
-    model: Annotated[str, tyro.conf.Positional] = ""
-    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    model: Model = ""
     method: str = "wanda"
     """Registered method; `sparseworks methods` lists them."""
     plugin: Plugins = ()

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from sparseworks.cli.fields import (
     BatchSize,
@@ -20,6 +18,7 @@ from sparseworks.cli.fields import (
     Length,
     MethodOptions,
     Metrics,
+    Model,
     Samples,
 )
 from sparseworks.cli.plugins import Plugins
@@ -32,8 +31,7 @@ __all__ = ["Options", "run"]
 class Options:
     """Options of `sparseworks quantize`."""
 
-    model: Annotated[str, tyro.conf.Positional] = ""
-    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    model: Model = ""
     method: str = "rounding"
     """Registered method of kind quantization; `sparseworks methods` lists them."""
     plugin: Plugins = ()

@@ -15,19 +15,24 @@ _PATIENCE = timedelta(hours=12)  # the other ranks wait while one solves, measur
 
 
 @contextmanager
-def process_group() -> Iterator[Any]:
+def process_group(*, training: bool = False) -> Iterator[Any]:
     """The group of the processes that torchrun started, or None where this one is alone.
 
     Only rank 0 prints.
+
+    Args:
+        training: gradients go between devices too (NCCL on CUDA), not objects and weights alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         yield None
         return
+    import torch
     from torch import distributed
 
     own = not distributed.is_initialized()
     if own:
-        distributed.init_process_group("gloo", timeout=_PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if training and torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=_PATIENCE)
     shown = sys.stdout
     try:
         if distributed.get_rank() != 0:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sparseworks.core.errors import InvalidArgument, SparseworksError
+from sparseworks.core.errors import SparseworksError
 
 __all__ = ["progress_bar", "run_command", "write_csv", "write_json"]
 
@@ -25,14 +25,16 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     """Parse the options of a command, run it, and turn errors into one line and a code."""
     import tyro
 
+    from sparseworks.cli.config import take_config
     from sparseworks.cli.plugins import load_plugins
+    from sparseworks.cli.usage import footer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        default, rest = _config(module.Options, list(arguments))
+        default, rest = take_config(module.Options, arguments, f"sparseworks {name}")
         kwargs: dict[str, Any] = {} if default is None else {"default": default}
         options = tyro.cli(
             module.Options,
@@ -50,6 +52,8 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
         print("sparseworks: interrupted; nothing was written", file=sys.stderr)
         return 130
     except SystemExit as stop:
+        if stop.code in (0, None) and {"-h", "--help"} & set(arguments):
+            print(footer(name))
         return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:
         return 1
@@ -79,37 +83,6 @@ def _failed_in_a_plugin(error: Exception) -> bool:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def _config(options: type, arguments: list[str]) -> tuple[Any, list[str]]:
-    """Take `--config FILE` out of the arguments; its values become the defaults."""
-    for i, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            inline = argument.partition("=")[2]
-            if not inline and i + 1 >= len(arguments):
-                raise InvalidArgument("--config needs the name of a JSON file")
-            path = Path(inline or arguments[i + 1])
-            rest = arguments[:i] + arguments[i + (1 if inline else 2) :]
-            return _read_config(options, path), rest
-    return None, arguments
-
-
-def _read_config(options: type, path: Path) -> Any:
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise InvalidArgument(f"{path}: cannot be read ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"{path}: not JSON ({error})") from None
-    known = {f.name: f for f in dataclasses.fields(options)}
-    if not isinstance(values, dict) or set(values) - set(known):
-        odd = sorted(set(values) - set(known)) if isinstance(values, dict) else type(values)
-        raise InvalidArgument(f"{path}: unknown options {odd}; `--help` lists those there are")
-    made = {
-        k: tuple(v) if isinstance(v, list) else Path(v) if k == "out" and v else v
-        for k, v in values.items()
-    }
-    return options(**made)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,11 +11,9 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
-from sparseworks.cli.fields import Length, MethodOptions
+from sparseworks.cli.fields import Length, MethodOptions, Model
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument, MissingDependency
 
@@ -26,8 +24,7 @@ __all__ = ["Options", "run"]
 class Options:
     """Options of `sparseworks slim`."""
 
-    model: Annotated[str, tyro.conf.Positional] = ""
-    """Hugging Face folder or hub name, `minilm`, a CIFAR ResNet .safetensors, file.py:factory."""
+    model: Model = ""
     flops: float | None = None
     """Share of the floating-point operations to keep, in (0, 1)."""
     params: float | None = None

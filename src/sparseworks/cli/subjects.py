@@ -33,9 +33,9 @@ def subject(loaded: Any, options: Any, method: Any) -> tuple[Any, Any]:
     if options.data is None and options.input_shape:
         return torch.randn(options.input_shape, generator=generator), None
     if options.data is None and loaded.tokenizer is None:
-        if type(loaded.model).__name__ != "CifarResNet" or needed:
+        if not loaded.input_shape or needed:
             raise InvalidArgument("give --data, or --input-shape where the method needs no data")
-        return torch.randn(options.batch_size, 3, 32, 32, generator=generator), None
+        return torch.randn(options.batch_size, *loaded.input_shape, generator=generator), None
     own = options.data is not None and ".py:" in options.data
     if method.info.kind == "train-and-cut":
         batches: Any = own_batches(options.data) if own else _epochs(loaded, options)

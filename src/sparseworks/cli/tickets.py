@@ -29,7 +29,8 @@ class Options:
     """Options of `sparseworks tickets`."""
 
     model: Annotated[str, tyro.conf.Positional] = ""
-    """resnet20, resnet56, a CIFAR ResNet .safetensors, file.py:factory."""
+    """resnet20, resnet56, timm:NAME, torchvision:NAME, a CIFAR ResNet .safetensors,
+    file.py:factory."""
     data: str | None = None
     """Training images: a parquet file, a folder with one folder a class, digits."""
     method: str = "rewinding"

@@ -27,7 +27,8 @@ class Options:
     """Options of `sparseworks train`."""
 
     model: Annotated[str, tyro.conf.Positional] = ""
-    """resnet20, resnet56, a CIFAR ResNet .safetensors, file.py:factory, a Hugging Face folder."""
+    """resnet20, resnet56, timm:NAME, torchvision:NAME, a CIFAR ResNet .safetensors,
+    file.py:factory, a Hugging Face folder."""
     data: str | None = None
     """Training data: a parquet file of images, an image folder, digits; a text file for text."""
     method: str | None = None
@@ -98,8 +99,11 @@ class Options:
     """Also checkpoint every so many steps; default: after every epoch only."""
     twin: Path | None = None
     """Folder of another finished training, say a dense one: its loss goes into report.html too."""
+    log: tuple[str, ...] = ()
+    """Where loss, sparsity and flips go while it trains: tensorboard, wandb (an offline run, unless
+    WANDB_MODE says otherwise), mlflow (a store in --out, unless MLFLOW_TRACKING_URI does)."""
     tensorboard: bool = True
-    """Write TensorBoard events into --out, where the tensorboard package is installed."""
+    """Without --log: TensorBoard events in --out, where the tensorboard package is installed."""
     force: bool = False
     """Replace the output folder."""
     json: bool = False
@@ -109,6 +113,7 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Prepare or resume, train with a checkpoint per epoch, save, report."""
     from sparseworks.cli import trained, training
+    from sparseworks.cli.recording import train_record
     from sparseworks.cli.running import plain_options, progress_bar, write_json
     from sparseworks.training.checkpointing import load_state, save_state
 
@@ -129,16 +134,13 @@ def run(options: Options) -> dict[str, Any]:
     if not resumed:
         trained.fresh_folder(out)
         write_json(out / "options.json", plain_options(options))
-    writer = trained.tensorboard(options, job.training.step)
+    log = trained.open_log_of(options, job.training.step)
+    job.training.trace.log = log
     try:
         with progress_bar("training", quiet=options.json) as progress:
 
             def on_step(now: Any) -> None:
                 progress(now.step, now.steps, f"epoch {now.epoch + 1}")
-                if writer is not None and now.step % 10 == 0 and now.step % now.per_epoch:
-                    writer.add_scalar("loss/step", now.loss, now.step)
-                if writer is not None and now.step % now.trace.every == 0:
-                    trained.write_masks(writer, now)
                 every = options.save_every
                 if every and now.step % every == 0 and now.step % now.per_epoch:
                     save_state(state, now.state_dict())
@@ -147,9 +149,10 @@ def run(options: Options) -> dict[str, Any]:
                 if job.metric is not None:
                     row[job.metric.name] = job.metric(now.model)
                 save_state(state, now.state_dict())
-                trained.say_epoch(row, now, options)
-                for name in row.keys() - {"epoch", "step"} if writer is not None else ():
-                    writer.add_scalar(f"epoch/{name}", row[name], now.step)
+                if not options.json:
+                    trained.say_epoch(row, now.plan.epochs)
+                told = {f"epoch/{n}": row[n] for n in row if n not in ("epoch", "step")}
+                log.write(now.step, told)
 
             job.training.fit(on_step=on_step, on_epoch=on_epoch)
     except KeyboardInterrupt:
@@ -160,8 +163,7 @@ def run(options: Options) -> dict[str, Any]:
         )
         raise SystemExit(130) from None
     finally:
-        if writer is not None:
-            writer.close()
-    summary = trained.finish(job, options, twin)
+        log.close()
+    summary = trained.finish(job, options, twin, train_record)
     trained.show(summary, options, "")
     return summary

@@ -21,35 +21,25 @@ def fresh_folder(out: Path) -> None:
     out.mkdir()
 
 
-def tensorboard(options: Any, step: int) -> Any:
-    """A writer of TensorBoard events, where the package is installed."""
-    if not options.tensorboard or importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+def open_log_of(options: Any, step: int) -> Any:
+    """The log that --log names; without it TensorBoard's, where the package is installed."""
+    from sparseworks.cli.running import plain_options
+    from sparseworks.training.logs import open_log
 
-    return SummaryWriter(str(options.out / "tensorboard"), purge_step=step + 1)
+    by_default = options.tensorboard and importlib.util.find_spec("tensorboard") is not None
+    trackers = options.log or (("tensorboard",) if by_default else ())
+    about = {k: v for k, v in plain_options(options).items() if v not in (None, (), [])}
+    return open_log(*trackers, folder=options.out, about=about, step=step)
 
 
-def say_epoch(row: dict[str, float], training: Any, options: Any) -> None:
+def say_epoch(row: dict[str, float], epochs: int) -> None:
     """One line per epoch on standard error."""
-    if options.json:
-        return
-    words = [f"epoch {int(row['epoch'])}/{training.plan.epochs}", f"loss {row['loss']:.4f}"]
+    words = [f"epoch {row['epoch']:g}/{epochs}", f"loss {row['loss']:.4f}"]
     if "sparsity" in row:
         words.append(f"sparsity {row['sparsity']:.2%}")
     known = {"epoch", "step", "loss", "seconds", "sparsity"}
     words += [f"{name} {value:.4g}" for name, value in row.items() if name not in known]
     print("  ".join([*words, f"{row['seconds']:.1f} s"]), file=sys.stderr)
-
-
-def write_masks(writer: Any, training: Any) -> None:
-    """The last look at the masks, as TensorBoard events."""
-    row = training.trace.rows[-1]
-    for name in ("sparsity", "churn", "explored", "flips", "moved"):
-        if name in row:
-            writer.add_scalar(f"masks/{name}", row[name], row["step"])
-    for name, zeros in zip(training.trace.names, row.get("tensors", ())):
-        writer.add_scalar(f"sparsity/{name}", zeros, row["step"])
 
 
 def twin_of(options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -72,9 +62,12 @@ def twin_of(options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
     return found[0], found[1]
 
 
-def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
-    """Zeros exact, model saved, result written; then the state is no longer needed."""
-    from sparseworks.cli.recording import train_record
+def finish(job: Job, options: Any, twin: Any, record_of: Any = None) -> dict[str, Any]:
+    """Zeros exact, model saved, result written; then the state is no longer needed.
+
+    Args:
+        record_of: `(job, options, score, machine)`, what `sparseworks audit` reads; None: nothing.
+    """
     from sparseworks.cli.running import plain_options, write_json
     from sparseworks.diagnostics.claims import machine
     from sparseworks.io import save
@@ -104,7 +97,8 @@ def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
         summary["metric"] = {"name": metric.name, "unit": metric.unit,
                              "before": job.before, "after": metric(model)}  # fmt: skip
     score = None if job.metric is None else summary["metric"]["after"]
-    summary["record"] = train_record(job, options, score, summary["machine"])
+    if record_of is not None:
+        summary["record"] = record_of(job, options, score, summary["machine"])
     trace = training.trace.report()
     write_json(out / "trace.json", trace)
     if importlib.util.find_spec("plotly") is not None:
@@ -113,6 +107,7 @@ def finish(job: Job, options: Any, twin: Any) -> dict[str, Any]:
         write_training(out / "report.html", summary, trace, twin)
     write_json(out / "result.json", summary)
     (out / "state.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(out / "states", ignore_errors=True)
     return summary
 
 

@@ -10,8 +10,15 @@ from typing import Any
 from sparseworks.cli.plugins import load_plugins
 from sparseworks.core.errors import CheckpointError, DataError, InvalidArgument
 
-_FREE = {"out", "resume", "force", "json", "tensorboard", "save_every", "twin"}  # of a resumed run
+# what a resumed run may say anew
+_FREE = {"out", "resume", "force", "json", "log", "tensorboard", "save_every", "twin"}
 ZOO = ("resnet20", "resnet56")
+_EXAMPLES = {
+    "train": "sparseworks train resnet20 --data train.parquet --method rigl --sparsity 0.9 "
+    "--out runs/rigl",
+    "finetune": "sparseworks finetune FOLDER --data text.txt --method sparsegpt --pattern 2:4 "
+    "--out runs/recovered",
+}
 
 
 @dataclasses.dataclass
@@ -25,11 +32,14 @@ class Job:
     start: str
 
 
-def settle(options: Any) -> tuple[Any, bool]:
+def settle(options: Any, command: str = "train") -> tuple[Any, bool]:
     """The options to train with, and whether the output folder holds a training to go on with."""
+    from sparseworks.training.logs import check_trackers
+
     out = options.out
     if out is None:
         raise InvalidArgument("give --out, the folder of the trained model")
+    check_trackers(options.log)
     stored = out / "options.json"
     if options.resume:
         if not stored.is_file():
@@ -39,10 +49,7 @@ def settle(options: Any) -> tuple[Any, bool]:
         return options, True
     if not options.model or options.data is None or options.method is None:
         lacking = "model" if not options.model else "--data" if not options.data else "--method"
-        raise InvalidArgument(
-            f"no {lacking} given; for example: sparseworks train resnet20 --data train.parquet "
-            "--method rigl --sparsity 0.9 --out runs/rigl"
-        )
+        raise InvalidArgument(f"no {lacking} given; for example: {_EXAMPLES[command]}")
     if stored.is_file() and not (out / "result.json").is_file() and not options.force:
         raise InvalidArgument(
             f"{out}: holds an unfinished training; go on with --resume, or start anew with --force"
@@ -66,6 +73,8 @@ def _as_stored(options: Any, path: Path) -> Any:
         old = tuple(old) if isinstance(old, list) else old
         if option.name == "twin" and given is None and old is not None:
             kept["twin"] = Path(old)
+        if option.name == "log":
+            kept["log"] = given or old
         if option.name in _FREE:
             continue
         if given not in (option.default, old):
@@ -128,7 +137,9 @@ def prepare(options: Any) -> Job:
     batches = _epochs(options, plan, images, loaded.tokenizer)
     if sparse is not None:
         sparse = sparse.with_defaults(**_told(batches))
-    loss = _distillation(options, loaded, sparse, plan, device)
+    loss = distillation_of(
+        options, loaded, getattr(sparse, "chosen", None), device, plan.label_smoothing
+    )
     model = loaded.model.to(device)
     if any(isinstance(m, torch.nn.Conv2d) for m in model.modules()):
         model = model.to(memory_format=torch.channels_last)  # three times faster on CPUs
@@ -142,7 +153,9 @@ def prepare(options: Any) -> Job:
     return Job(training, loaded.tokenizer, metric, before, start)
 
 
-def _distillation(options: Any, loaded: Any, sparse: Any, plan: Any, device: str) -> Any:
+def distillation_of(
+    options: Any, loaded: Any, method: Any, device: str, label_smoothing: float = 0.0
+) -> Any:
     """The loss that --teacher and --distill ask for, or None."""
     import copy
 
@@ -161,10 +174,10 @@ def _distillation(options: Any, loaded: Any, sparse: Any, plan: Any, device: str
         teacher = load_model(options.teacher).model
     else:
         teacher = load(options.teacher, copy.deepcopy(loaded.model))
-    own = getattr(getattr(sparse, "chosen", None), "recovery", None)
+    own = getattr(method, "recovery", None)
     weights = parse_options(options.distill)
     weights = weights or own or {"task": 0.5, "kl": 0.5, "temperature": 2.0}
-    return Distillation.of(weights, teacher.to(device), label_smoothing=plan.label_smoothing)
+    return Distillation.of(weights, teacher.to(device), label_smoothing=label_smoothing)
 
 
 def model_and_data(options: Any) -> tuple[bool, Any, Any]:
@@ -181,7 +194,7 @@ def model_and_data(options: Any) -> tuple[bool, Any, Any]:
     images: Any = None
     loaded: Any = None
     if options.model not in ZOO:
-        loaded = load_model(options.model)
+        loaded = load_model(options.model, seed=options.seed)
         if loaded.kind == "encoder" or (loaded.kind == "classifier" and loaded.tokenizer):
             raise InvalidArgument(
                 f"{options.model}: train takes image classifiers and causal language models; use "

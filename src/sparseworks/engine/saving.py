@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -33,6 +33,7 @@ from sparseworks.engine.plan import Plan
 from sparseworks.engine.recent import LIMIT
 from sparseworks.engine.steps import Call, decode, encode
 from sparseworks.io.atomic import atomic_file
+from sparseworks.io.sealed import check_seal, write_sealed
 from sparseworks.kernels.native import available
 
 __all__ = ["read_plan", "save_plan", "unpacked"]
@@ -63,7 +64,7 @@ def save_plan(
         )
     about |= {"format": _FORMAT, "error": error, "times": times, "shown": shown.to_json()}
     with atomic_file(Path(path)) as file:
-        save_file(tensors, file, {"sparseworks_plan": json.dumps(about)})
+        write_sealed(tensors, file, {"sparseworks_plan": json.dumps(about)})
 
 
 def _packed(plan: Plan) -> tuple[dict[str, Any], bytes, int, int]:
@@ -142,14 +143,15 @@ def read_plan(
         raise CheckpointError(f"{path}: a plan needs the native kernels, which are not built here")
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("sparseworks_plan")
+            metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
-    if text is None:
+    if "sparseworks_plan" not in metadata:
         raise CheckpointError(f"{path}: not a compiled plan; write one with `compiled.save(path)`")
+    check_seal(path, tensors, metadata)
     try:
-        about = json.loads(text)
+        about = json.loads(metadata["sparseworks_plan"])
         if about["format"] != _FORMAT:
             raise CheckpointError(
                 f"{path}: a plan of format {about['format']}, this version reads {_FORMAT}: "

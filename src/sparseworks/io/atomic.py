@@ -8,6 +8,7 @@ untouched until that moment. What a killed process left is removed when its targ
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -136,6 +137,18 @@ def _move(files: list[Path], source: Path, target: Path, last: str) -> None:
     sync_folder(target)
 
 
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Two folders change places in one step; False where the system cannot do that."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0)
+
+
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; it takes the place of `path`, and of all that stood there, when
@@ -147,9 +160,10 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
+        if path.exists() and not _exchanged(temporary, path):
+            os.rename(path, old)  # between the two nothing is at the path
+        if temporary.exists() and not path.exists():
+            os.rename(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:

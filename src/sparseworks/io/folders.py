@@ -28,6 +28,7 @@ from sparseworks.io.atomic import atomic_file, atomic_folder
 from sparseworks.io.gather import unwrap
 from sparseworks.io.opening import PACKED_NAME
 from sparseworks.io.records import FORMAT_VERSION
+from sparseworks.io.sealed import text_seal
 from sparseworks.io.summary import CheckpointInfo
 from sparseworks.io.writing import refuse_pickle_target, write_dense, write_packed
 
@@ -190,13 +191,13 @@ def _write_config(model: Any, folder: Path, note: dict[str, Any] | None) -> None
     if getattr(config, "tie_word_embeddings", False) and _is_untied(model):
         config.tie_word_embeddings = False
     config.save_pretrained(folder)
-    if note is not None:
-        file = folder / "config.json"
-        written = json.loads(file.read_text())
-        written["sparseworks"] = note
-        file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+    if note is not None:
+        held = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*config.json"))}
+        seals = {name: text_seal(value) for name, value in held.items()}  # without the note
+        written = {**held["config.json"], "sparseworks": {**note, "crc32": seals}}
+        (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def _is_untied(model: Any) -> bool:

@@ -22,6 +22,7 @@ from sparseworks.io.masks_beside import read_beside
 from sparseworks.io.opening import PACKED_NAME, open_checkpoint
 from sparseworks.io.packed import PackedCheckpoint
 from sparseworks.io.plain import read_json
+from sparseworks.io.sealed import note_edits
 
 __all__ = ["class_of", "from_pretrained", "without_weights"]
 
@@ -78,10 +79,11 @@ def from_pretrained(
             f"{path}: no config.json, so no model can be built; build it and use sparseworks.load"
         )
     written = read_json(path / "config.json")
+    _note_edits(path, written.get("sparseworks"))
     config_options.setdefault("trust_remote_code", False)  # else transformers asks at a prompt
     try:
         config = transformers.AutoConfig.from_pretrained(path, **config_options)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # whatever its class meets there
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
     with open_checkpoint(path) as checkpoint:
         cls = model_class or class_of(transformers, path, config)
@@ -103,6 +105,17 @@ def from_pretrained(
     if device is not None:
         model.to(device)
     return model.eval()
+
+
+def _note_edits(path: Path, note: Any) -> None:
+    """Warn of configs that are not as `save` wrote them."""
+    if note is None and (path / PACKED_NAME).is_file():
+        note_edits(path / "config.json", {}, "")  # the note that `save` wrote is gone
+    seals = note.get("crc32") if isinstance(note, dict) else None
+    for name, seal in (seals if isinstance(seals, dict) else {}).items():
+        if Path(name).name == name and (path / name).is_file():
+            found = {k: v for k, v in read_json(path / name).items() if k != "sparseworks"}
+            note_edits(path / name, found, seal)
 
 
 def _convert(model: Any, dtype: torch.dtype) -> None:
@@ -150,8 +163,12 @@ def _from_packed(cls: Any, config: Any, checkpoint: Checkpoint, progress: Progre
     if cls.__module__.startswith("transformers.models.auto"):
         cls = cls._model_mapping[type(config)]
     dtype = getattr(config, "dtype", None)
-    with without_weights(dtype if isinstance(dtype, torch.dtype) else None):
-        model = cls(config)
+    try:
+        with without_weights(dtype if isinstance(dtype, torch.dtype) else None):
+            model = cls(config)
+    except Exception as error:  # whatever the class meets in its config
+        file = checkpoint.path.parent / "config.json"
+        raise CheckpointError(f"{file}: no {cls.__name__} can be built of it ({error})") from error
     fill(model, checkpoint, progress)
     left = [n for n, p in model.named_parameters() if p.is_meta]
     if left:
@@ -187,7 +204,10 @@ def without_weights(dtype: torch.dtype | None) -> Iterator[None]:
 
 def _read_generation_config(transformers: Any, path: Path, model: Any) -> None:
     if model.can_generate() and (path / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        except Exception as error:  # whatever its class meets there
+            raise CheckpointError(f"{path / 'generation_config.json'}: {error}") from error
 
 
 def _through_transformers(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.core.masks import MaskEntry, Masks, masks, unpack_bits
 from sparseworks.io.atomic import atomic_file
-from sparseworks.io.container import Container, Part, as_bytes, header_bytes
-from sparseworks.io.writing import write_at
+from sparseworks.io.container import Container
+from sparseworks.io.sealed import check_seal, write_sealed
 
 __all__ = ["FOLDER", "load_masks", "read_beside", "save_masks", "write_beside"]
 
@@ -30,16 +30,9 @@ _METHOD = "sparseworks.method"
 def write_beside(path: Path, record: Masks) -> None:
     """Write some masks as one file, the same bytes for the same masks."""
     packed = {n: record.entry(n).packed for n in sorted(record)}
-    parts, position = {}, 0
-    for name, bits in packed.items():
-        parts[name] = Part(name, torch.uint8, (bits.numel(),), position, position + bits.numel())
-        position += bits.numel()
     patterns = {n: record.entry(n).pattern for n in packed}
-    header = header_bytes(parts, {**patterns, _METHOD: record.method})
-    with atomic_file(path) as temporary, open(temporary, "wb", buffering=0) as file:
-        write_at(file.fileno(), memoryview(header), 0)
-        for name, bits in packed.items():
-            write_at(file.fileno(), as_bytes(bits), len(header) + parts[name].start)
+    with atomic_file(path) as temporary:
+        write_sealed(packed, temporary, {**patterns, _METHOD: record.method})
 
 
 def save_masks(source: nn.Module | Masks, path: str | os.PathLike[str]) -> int:
@@ -97,6 +90,7 @@ def _entries(file: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Ma
             packed, shape = bits.elements(part), tuple(parameters[name].shape)
             kept = int(unpack_bits(packed, shape).sum())
             entries[name] = MaskEntry(packed, shape, kept, bits.metadata.get(name, ""))
+        check_seal(file, {n: e.packed for n, e in entries.items()}, bits.metadata)
         return entries, bits.metadata.get(_METHOD, "")
 
 

@@ -47,18 +47,23 @@ tr[hidden]{display:none}tr.chosen{background:color-mix(in srgb,var(--accent) 14%
 """
 
 
-def write_comparison(path: Path, found: Mapping[str, Any]) -> None:
+def write_comparison(
+    path: Path, found: Mapping[str, Any], *, title: str = "", above: str = "", below: str = ""
+) -> None:
     """Write the page of `sparseworks compare`.
 
     Args:
         path: of the HTML file.
         found: what the command writes to compare.json.
+        title: in place of its own.
+        above: HTML in place of its cards.
+        below: HTML under its table.
 
     Raises:
         MissingDependency: plotly is not installed.
     """
     metric, points = found["metric"], found["points"]
-    title = f"What {metric} of {Path(found['model']).name} costs"
+    title = title or f"What {metric} of {Path(found['model']).name} costs"
     runs, seeds = len(found["rows"]), max((p["seeds"] for p in points), default=1)
     better = "higher" if found["higher_is_better"] else "lower"
     of = "one seed" if seeds == 1 else f"up to {seeds} seeds; bands and bars are 95 % intervals"
@@ -66,7 +71,7 @@ def write_comparison(path: Path, found: Mapping[str, Any]) -> None:
         f"<h1>{html.escape(title)}</h1>",
         f"<p class=muted>{html.escape(metric)}, {better} is better, of the dense model "
         f"{found['dense']:.4g}{html.escape(found['unit'])}; {runs} runs, {of}</p>",
-        _cards(found),
+        above or _cards(found),
         _controls(found),
         "<div class=plot id=plot tabindex=0 role=group aria-label='The picture. Arrow keys move "
         "through its points; what is chosen is told below.'><div id=picture></div></div>",
@@ -74,8 +79,9 @@ def write_comparison(path: Path, found: Mapping[str, Any]) -> None:
         "<div id=chosen aria-live=polite><p class=muted>Point at a model, or go to the picture "
         "and press an arrow key: here is the command that makes it.</p></div>",
         "<h2>Every model</h2><p class=muted>The front is that of the two axes above, among the "
-        "families that are shown; compare.csv has every run.</p>",
+        f"families that are shown; {path.stem}.csv has every run.</p>",
         _table(found),
+        below,
         f"<p class=muted>{html.escape(versions(found['machine']))}</p>",
         f"<script type=application/json id=data>{_data(found)}</script>",
         f"<script>{_SCRIPT.read_text(encoding='utf-8')}</script>",

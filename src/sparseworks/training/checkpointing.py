@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.io.atomic import atomic_file
+from sparseworks.io.sealed import check_seal, write_sealed
 
 __all__ = ["load_state", "random_state", "restore_random", "save_state"]
 
@@ -39,7 +39,7 @@ def save_state(path: str | os.PathLike[str], tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
     header = {"format": _FORMAT, "tree": json.dumps(_plain(tree, tensors, ""))}
     with atomic_file(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        write_sealed(tensors, temporary, header)
 
 
 def load_state(path: str | os.PathLike[str]) -> Any:
@@ -56,6 +56,7 @@ def load_state(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path}: cannot be read as a training state ({error})") from None
     if header.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: not a training state of this version of sparseworks")
+    check_seal(path, tensors, header)
     try:
         return _tree(json.loads(header["tree"]), tensors)
     except (KeyError, ValueError, TypeError) as error:

@@ -14,6 +14,8 @@ trainer's own checkpoints, resume from it, and finish the run when the training 
 from __future__ import annotations
 
 import functools
+import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from torch import nn
 from sparseworks.core.errors import CheckpointError, InvalidArgument, MissingDependency
 from sparseworks.training.checkpointing import load_state, save_state
 from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.logs import Log, join_log
 from sparseworks.training.planning import Sparse
 from sparseworks.training.sparsify import sparsify
+from sparseworks.training.watching import Changes
 
 __all__ = ["lightning_callback", "trainer_callback"]
 
@@ -36,6 +40,7 @@ class Sparsifier:
 
     Attributes:
         run: the sparse run, once the training has begun.
+        changes: its sparsity and flips, for the trainer's logs.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Sparsifier:
             )
         self.steps = steps
         self.run: Run | None = None
+        self.changes: Changes | None = None
 
     def begin(self, model: nn.Module, optimizer: Any, total: int) -> Run:
         """Start the run for a training of `total` optimizer steps."""
@@ -69,7 +75,14 @@ class Sparsifier:
             steps=steps,
             **self.sparse.settings,
         )
+        self.changes = Changes(self.run)
         return self.run
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the masks of a checkpoint."""
+        assert self.run is not None
+        self.run.load_state_dict(state)
+        self.changes = Changes(self.run)  # they count from there
 
     def finish(self) -> None:
         """End the run; it warns of a training that stopped too early."""
@@ -83,8 +96,9 @@ def trainer_callback(
     """A callback for `transformers.Trainer` that makes its training sparse.
 
     The state of the run lies in every checkpoint folder, so `resume_from_checkpoint` goes on with
-    the same masks and `load_best_model_at_end` gets those of the best one. The current sparsity is
-    in the logs.
+    the same masks and `load_best_model_at_end` gets those of the best one. Sparsity and flips
+    (since the log before) are in the trainer's logs, and in the TensorBoard events, W&B and MLflow
+    runs that its `report_to` names.
 
     Args:
         method: a hooked method, as `sparsify` takes it.
@@ -97,7 +111,12 @@ def trainer_callback(
             that ends after it.
         MissingDependency: transformers is not installed.
     """
-    return _trainer_class()(Sparsifier(method, sparsity, steps, settings))
+    return sparse_trainer_callback(Sparsifier(method, sparsity, steps, settings))
+
+
+def sparse_trainer_callback(sparsifier: Any) -> Any:
+    """The callback that takes a `Sparsifier`, or what begins and finishes as it does, along."""
+    return _trainer_class()(sparsifier)
 
 
 @functools.cache
@@ -112,16 +131,18 @@ def _trainer_class() -> Any:
     class SparseTrainerCallback(TrainerCallback):
         def __init__(self, sparsifier: Sparsifier) -> None:
             self.sparsifier = sparsifier
+            self.log: Log | None = None
 
         @property
         def run(self) -> Run | None:
             return self.sparsifier.run
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            run = self.sparsifier.begin(given["model"], given["optimizer"], state.max_steps)
+            self.sparsifier.begin(given["model"], given["optimizer"], state.max_steps)
+            self.log = None
             if state.global_step:
                 # the trainer does not say which folder it resumes from, only at which step
-                self._restore(run, _resumed_folder(args, state))
+                self._restore(_resumed_folder(args, state))
 
         def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             if self.run is not None and state.is_world_process_zero:
@@ -132,21 +153,34 @@ def _trainer_class() -> Any:
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any
         ) -> None:
-            if self.run is not None and logs is not None:
-                logs["sparsity"] = self.run.current_sparsity
+            changes = self.sparsifier.changes
+            if changes is None or logs is None:
+                return
+            figures = changes.look()
+            logs.update(figures)
+            if state.log_history and state.log_history[-1]["step"] == state.global_step:
+                state.log_history[-1].update(figures)
+            if state.is_world_process_zero:
+                # the trainer's own reporters come first in its list: they have been called already
+                if self.log is None:
+                    self.log = join_log(args.report_to, _events(args), "train/global_step")
+                told = {f"train/{name}": value for name, value in figures.items()}
+                self.log.write(state.global_step, told)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             best = state.best_model_checkpoint
             if args.load_best_model_at_end and best and self.run is not None:
-                self._restore(self.run, Path(best))
+                self._restore(Path(best))
+            if self.log is not None:
+                self.log.close()
             self.sparsifier.finish()
 
-        def _restore(self, run: Run, folder: Path) -> None:
+        def _restore(self, folder: Path) -> None:
             if not (folder / _FILE).is_file():
                 raise CheckpointError(
                     f"{folder}: holds no {_FILE}; it was not saved by a training with this callback"
                 )
-            run.load_state_dict(load_state(folder / _FILE))
+            self.sparsifier.restore(load_state(folder / _FILE))
 
     return SparseTrainerCallback
 
@@ -156,6 +190,15 @@ def _resumed_folder(args: Any, state: Any) -> Path:
     if isinstance(given, str) and Path(given).is_dir():
         return Path(given)
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _events(args: Any) -> Path | None:
+    """Where the trainer writes TensorBoard's events: the newest folder where it does not say."""
+    said = os.environ.get("TENSORBOARD_LOGGING_DIR") or getattr(args, "logging_dir", None)
+    if said:
+        return Path(said).expanduser()
+    made = [p for p in (Path(args.output_dir) / "runs").glob("*") if p.is_dir()]
+    return max(made, key=lambda p: p.stat().st_mtime, default=None)
 
 
 def lightning_callback(
@@ -169,7 +212,8 @@ def lightning_callback(
     """A callback for Lightning's Trainer that makes its training sparse.
 
     The state of the run is part of Lightning's checkpoints; `trainer.fit(..., ckpt_path=...)` goes
-    on with the same masks.
+    on with the same masks. Sparsity and flips are logged every `log_every_n_steps` to whichever
+    logger the trainer has.
 
     Args:
         method: a hooked method, as `sparsify` takes it.
@@ -189,22 +233,25 @@ def lightning_callback(
     return _lightning_class()(sparsifier, numbers)
 
 
+def _lightning_base() -> Any:
+    """Callback of whichever of Lightning's two packages is there; they are one class twice."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            return importlib.import_module(name).Callback
+        except ImportError:
+            continue
+    raise MissingDependency("the Lightning callback needs lightning: pip install lightning")
+
+
 @functools.cache
 def _lightning_class() -> Any:
-    try:
-        from lightning.pytorch import Callback
-    except ImportError:
-        try:
-            from pytorch_lightning import Callback
-        except ImportError:
-            raise MissingDependency(
-                "the Lightning callback needs lightning: pip install lightning"
-            ) from None
+    base: Any = _lightning_base()
 
-    class SparseLightningCallback(Callback):  # type: ignore[misc]
+    class SparseLightningCallback(base):  # type: ignore[misc]
         def __init__(self, sparsifier: Sparsifier, numbers: tuple[int, ...]) -> None:
             self.sparsifier, self.numbers = sparsifier, numbers
             self._saved: dict[str, Any] | None = None
+            self._looked, self._figures = -1, dict[str, float]()
 
         @property
         def run(self) -> Run | None:
@@ -214,10 +261,21 @@ def _lightning_class() -> Any:
             # Lightning loads a callback's state before there is an optimizer to hook
             total = int(trainer.estimated_stepping_batches)
             chosen = [trainer.optimizers[i] for i in self.numbers]
-            run = self.sparsifier.begin(pl_module, chosen, total)
+            self.sparsifier.begin(pl_module, chosen, total)
             if self._saved is not None:
-                run.load_state_dict(self._saved)
+                self.sparsifier.restore(self._saved)
                 self._saved = None
+            self._looked, self._figures = -1, {}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            changes, look = (
+                self.sparsifier.changes,
+                trainer.global_step // trainer.log_every_n_steps,
+            )
+            if changes is not None and trainer.loggers and look != self._looked:
+                self._looked, self._figures = look, changes.look()
+            if self._figures:  # Lightning decides which of them it writes
+                pl_module.log_dict(self._figures, on_step=True, on_epoch=False)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self.sparsifier.finish()

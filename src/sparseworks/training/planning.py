@@ -136,8 +136,12 @@ class Sparse:
         """The sparse run and the optimizer, made in the order that the method needs."""
         given = {"sparsity": self.sparsity, "steps": steps, **self.settings}
         if isinstance(self.chosen, Transform):
-            job = transform(model, self.method, **given)
+            job = self.transformed(model, steps)
             optimizer = build(job.parameter_groups())
             return job.attach(optimizer), optimizer
         optimizer = build(model.parameters())
         return sparsify(model, optimizer, self.method, **given), optimizer
+
+    def transformed(self, model: nn.Module, steps: int) -> Transformed:
+        """The model changed by a method of kind "transform"; it has yet to be attached."""
+        return transform(model, self.method, sparsity=self.sparsity, steps=steps, **self.settings)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.core.masks import Masks
+from sparseworks.training.logs import Log, figures_of
 
-__all__ = ["Masked", "Trace"]
+__all__ = ["Changes", "Masked", "Trace"]
 
 
 class Masked(Protocol):
@@ -20,6 +21,30 @@ class Masked(Protocol):
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Parameter name -> bool mask."""
+
+
+class Changes:
+    """Sparsity and flips (as `Trace` has them) since the look before; holds a bool per weight."""
+
+    def __init__(self, run: Masked) -> None:
+        self.run = run
+        self._last = {n: m.clone() for n, m in run.masks.items()}
+
+    @torch.no_grad()
+    def look(self) -> dict[str, float]:
+        """`sparsity` and `flips`; empty where nothing is masked yet."""
+        now = self.run.masks
+        total = sum(m.numel() for m in now.values())
+        if not total:
+            return {}
+        kept = sum(int(torch.count_nonzero(m)) for m in now.values())
+        flips = _differing(now, self._last)
+        self._last = {n: m.clone() for n, m in now.items()}
+        return {"sparsity": 1 - kept / total, "flips": flips / total}
+
+
+def _differing(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int:
+    return sum(int(torch.count_nonzero(m ^ others[n])) for n, m in masks.items())
 
 
 class Trace:
@@ -39,12 +64,13 @@ class Trace:
     Args:
         run: whose masks; None: the loss only.
         every: steps between looks.
+        log: where every row goes too, as `figures_of` names it.
     """
 
-    def __init__(self, run: Masked | None, every: int = 1) -> None:
+    def __init__(self, run: Masked | None, every: int = 1, log: Log | None = None) -> None:
         if every < 1:
             raise InvalidArgument(f"every={every} must be at least 1")
-        self.run, self.every = run, every
+        self.run, self.every, self.log = run, every, log
         self.rows: list[dict[str, Any]] = []
         masks = {} if run is None else run.masks
         self.names = list(masks)
@@ -65,6 +91,8 @@ class Trace:
         if self.run is not None:
             row |= self._masks()
         self.rows.append(row)
+        if self.log is not None:
+            self.log.write(step, figures_of(row, self.names))
         return row
 
     def _masks(self) -> dict[str, Any]:
@@ -73,11 +101,9 @@ class Trace:
         if not now:  # what is sparse is no masked parameter yet
             return {}
         kept = {n: int(torch.count_nonzero(m)) for n, m in now.items()}
-        new = flips = moved = 0
+        flips, moved, new = _differing(now, self._last), _differing(now, self._first), 0
         for name, mask in now.items():
             new += int(torch.count_nonzero(mask & ~self._last[name]))
-            flips += int(torch.count_nonzero(mask ^ self._last[name]))
-            moved += int(torch.count_nonzero(mask ^ self._first[name]))
             self._ever[name] = self._ever[name] | mask
             self._last[name] = mask.clone()
         total = max(1, sum(m.numel() for m in now.values()))

@@ -126,3 +126,35 @@ def test_the_config_stays_when_the_call_fails() -> None:
         sw.slim(model, batch, flops=0.01)
     assert model.config.to_dict() == fields
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+class Joined(nn.Module):
+    """A part of the inputs passes by, as in rotations of a part of a head; here it is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).relu()
+        return self.down(torch.cat([y, x[:, 8:]], 1))
+
+
+def test_a_joined_part_may_be_empty() -> None:
+    torch.manual_seed(0)
+    done = slim(Joined(), torch.randn(2, 8), flops=0.5, include="up.weight")
+    assert done.parameters[1] < done.parameters[0] and done.model.up.out_features == 8
+
+
+def test_a_config_that_refuses_a_number_describes_nothing() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MptConfig(
+        vocab_size=64, d_model=32, n_layers=1, n_heads=4, use_cache=False
+    )
+    model = transformers.MptForCausalLM(config).eval()
+    given = {"input_ids": torch.arange(6)[None]}
+    with pytest.raises(sw.SparseworksError, match="uniform=False"):
+        slim(model, given, flops=0.72, copy=True)
+    done = slim(model, given, flops=0.72, uniform=False)
+    assert done.flops[1] <= 0.72 * done.flops[0]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument, ModelError
 from sparseworks.engine.decoder import spec as specs
@@ -14,6 +16,7 @@ from sparseworks.engine.decoder.native import NativeDecoder
 from sparseworks.engine.decoder.packing import Line, Report
 from sparseworks.engine.decoder.rotary import Rotary
 from sparseworks.engine.decoder.saving import FILE_FORMAT
+from sparseworks.io.sealed import check_seal
 from sparseworks.kernels.panels import Format, Panels
 from sparseworks.models.active import ActiveInputs
 
@@ -45,15 +48,17 @@ def load_decoder(
 
     try:
         with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("sparseworks_decoder")
-            if header is None:
+            metadata = file.metadata() or {}
+            if "sparseworks_decoder" not in metadata:
                 raise CheckpointError(f"{path}: not a decoder that sparseworks saved")
-            about = json.loads(header)
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            check_seal(path, tensors, metadata)
+            about = json.loads(metadata["sparseworks_decoder"])
             if about.get("format") != FILE_FORMAT:
                 raise CheckpointError(
                     f"{path}: format {about.get('format')}, this reads {FILE_FORMAT}"
                 )
-            spec = _decode(about["spec"], file)
+        spec = _decode(about["spec"], tensors)
         config = dict(about["config"])
         made = AutoConfig.for_model(config.pop("model_type"), **config)
         made._name_or_path = about.get("source") or ""
@@ -73,15 +78,15 @@ def load_decoder(
     return Decoder(made, native, report, generation)
 
 
-def _decode(value: Any, file: Any) -> Any:
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return [_decode(v, file) for v in value]
+        return [_decode(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return file.get_tensor(value["tensor"])
+        return tensors[value["tensor"]]
     if "panels" in value:
         format, rows, columns, zeros, data, offset = value["panels"]
-        return Panels(Format(format), int(rows), int(columns), bool(zeros), _decode(data, file),
-                      _decode(offset, file))  # fmt: skip
-    return _KINDS[value["kind"]](**{k: _decode(v, file) for k, v in value["fields"].items()})
+        return Panels(Format(format), int(rows), int(columns), bool(zeros), _decode(data, tensors),
+                      _decode(offset, tensors))  # fmt: skip
+    return _KINDS[value["kind"]](**{k: _decode(v, tensors) for k, v in value["fields"].items()})

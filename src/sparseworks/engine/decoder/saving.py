@@ -8,10 +8,10 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparseworks.io.atomic import atomic_file
+from sparseworks.io.sealed import write_sealed
 from sparseworks.kernels.panels import Panels
 
 __all__ = ["FILE_FORMAT", "save_decoder"]
@@ -38,7 +38,7 @@ def save_decoder(decoder: Any, path: str | os.PathLike[str]) -> None:
         "generation_config": decoder.generation_config.to_dict(),
     }  # fmt: skip
     with atomic_file(Path(path)) as file:
-        save_file(tensors, file, {"sparseworks_decoder": json.dumps(about, default=str)})
+        write_sealed(tensors, file, {"sparseworks_decoder": json.dumps(about, default=str)})
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

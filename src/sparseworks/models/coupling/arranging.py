@@ -49,8 +49,10 @@ def transpose(call: Call) -> Provenance:
 
 
 def cat(call: Call) -> Provenance:
-    parts = [t for t in call["tensors"] if t.shape != (0,)]
-    return shapes.concatenate(call.atoms, parts, call.arguments.get("dim", 0), call.shape)
+    dim = call.arguments.get("dim", 0)
+    parts = [t for t in call["tensors"] if t.shape != (0,) and t.shape[dim]]
+    parts = parts or call["tensors"][:1]  # all of them are empty
+    return shapes.concatenate(call.atoms, parts, dim, call.shape)
 
 
 def stack(call: Call) -> Provenance:

@@ -3,6 +3,7 @@
 from sparseworks.models.zoo.decoder import ByteDecoder, FeedForward
 from sparseworks.models.zoo.diffusion import DDIM, TextToImage
 from sparseworks.models.zoo.hyperbolic import HyperbolicClassifier, LorentzLinear
+from sparseworks.models.zoo.libraries import from_library
 from sparseworks.models.zoo.recommenders import LightGCN, MatrixFactorization
 from sparseworks.models.zoo.resnet import CifarResNet, load_resnet, resnet20, resnet56
 from sparseworks.models.zoo.supernet import CellNetwork, SuperNetwork
@@ -21,6 +22,7 @@ __all__ = [
     "SuperNetwork",
     "TextToImage",
     "ViT",
+    "from_library",
     "load_resnet",
     "resnet20",
     "resnet56",

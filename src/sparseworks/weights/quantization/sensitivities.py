@@ -20,6 +20,7 @@ from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.modes import hooked
 from sparseworks.models.tap import calibration_mode
 from sparseworks.models.views import View
+from sparseworks.weights.quantization.prefixes import PrefixLosses
 
 __all__ = ["canonical_correlation", "correlation", "pruning", "taylor"]
 
@@ -36,9 +37,13 @@ def pruning(
 ) -> dict[str, float]:
     """Mean rise of the loss when the smallest |w| of each tensor of one layer alone are 0."""
     found = {}
+    blocks = _blocks(model, layers)
+    place = {n: i for i, (name, _) in enumerate(blocks) for n in layers if _within(n, name)}
     with calibration_mode(model):
-        before = _mean_loss(model, batches, loss)
-        for name, views in layers.items():
+        losses = PrefixLosses(model, batches, loss, [b for _, b in blocks])
+        for name in sorted(layers, key=lambda n: place.get(n, 0)):
+            losses.skip(place.get(name, 0))
+            views = layers[name]
             dense = [v.parameter.detach().clone() for v in views]
             rises = []
             try:
@@ -46,12 +51,28 @@ def pruning(
                     for view, weight in zip(views, dense, strict=True):
                         keep = weight.numel() - count_dropped(weight.numel(), sparsity)
                         view.parameter.copy_(weight * keep_top(weight.float().abs(), keep))
-                    rises.append(_mean_loss(model, batches, loss) - before)
+                    rises.append(losses.mean() - losses.dense)
             finally:
                 for view, weight in zip(views, dense, strict=True):
                     view.parameter.copy_(weight)
             found[name] = sum(rises) / len(rises)
-    return found
+    return {name: found[name] for name in layers}
+
+
+def _within(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(parent + ".")
+
+
+def _blocks(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module]]:
+    """The children of the list of modules most of whose children hold layers."""
+    best: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            inside = [(f"{name}.{k}" if name else k, c) for k, c in module.named_children()]
+            held = [p for p in inside if any(_within(n, p[0]) for n in layers)]
+            if len(held) > len(best):
+                best = held
+    return best
 
 
 def taylor(
@@ -163,7 +184,3 @@ def _factor(x: Tensor, damping: float) -> Tensor:
     covariance.diagonal().add_(damping * covariance.diagonal().mean().clamp_min(1e-30))
     factor: Tensor = torch.linalg.cholesky(covariance)
     return factor
-
-
-def _mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
-    return sum(float(loss(model, b)) for b in batches) / len(batches)

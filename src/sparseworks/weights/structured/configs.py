@@ -50,7 +50,10 @@ def describe(model: nn.Module, before: Shapes, after: Shapes) -> dict[str, Any] 
             if path in chosen:
                 continue
             trial = copy.deepcopy(config)
-            _put(trial, path, value)
+            try:
+                _put(trial, path, value)
+            except Exception:  # configs that know their types refuse others, each in its own way
+                continue
             left = _distance(model, trial, after)
             if left < wrong and (best is None or left < best[0]):
                 best = (left, path, value)

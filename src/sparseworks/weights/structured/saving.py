@@ -21,6 +21,8 @@ from torch import nn
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.core.types import PruneResult
 from sparseworks.io.atomic import replaced_folder
+from sparseworks.io.plain import read_json
+from sparseworks.io.sealed import note_edits, sealed, text_seal, unsealed
 from sparseworks.models.recurrence import relist
 from sparseworks.weights.structured.backup import Backup
 from sparseworks.weights.structured.configs import has_config
@@ -65,8 +67,9 @@ def save_slim(result: SlimResult | PruneResult, folder: str | Path) -> Path:
             config = copy.deepcopy(model.config)
             config.architectures = [type(model).__name__]
             config.save_pretrained(part)
+            record["config"] = text_seal(json.loads((part / "config.json").read_text()))
         save(model, part / _WEIGHTS)
-        (part / _RECORD).write_text(json.dumps(record, indent=1))
+        (part / _RECORD).write_text(json.dumps(sealed(record), indent=1))
     return folder
 
 
@@ -85,7 +88,7 @@ def load_slim(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     folder = Path(folder)
     try:
-        record = json.loads((folder / _RECORD).read_text())
+        record = unsealed(json.loads((folder / _RECORD).read_text()))
         if record.get("format") != "sparseworks-slim" or record.get("version") != 1:
             raise ValueError("unknown format or version")
         shapes = {str(n): tuple(int(x) for x in s) for n, s in record["shapes"].items()}
@@ -93,10 +96,10 @@ def load_slim(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         plain = [str(p) for p in record.get("plain", [])]
         gone = [str(b) for b in record.get("blocks", [])]
         sliced = [str(b) for b in record.get("sliced", [])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: no readable {_RECORD} ({error})") from error
     if model is None:
-        model = _built(folder)
+        model = _built(folder, record.get("config"))
     for path in plain:
         _make_plain(model, path, folder)
     for block in gone:
@@ -112,18 +115,26 @@ def load_slim(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
-def _built(folder: Path) -> nn.Module:
+def _built(folder: Path, seal: Any) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
         raise InvalidArgument("give load_slim the model, of its shapes before slimming") from error
     if not (folder / "config.json").exists():
         raise InvalidArgument(f"{folder} has no config.json: give load_slim the unslimmed model")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or [""])[0]
-    if not hasattr(transformers, name):
-        raise CheckpointError(f"{folder}: transformers has no class {name!r}")
-    built: nn.Module = getattr(transformers, name)(config)
+    note_edits(folder / "config.json", read_json(folder / "config.json"), seal)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        name = (config.architectures or [""])[0]
+        if not hasattr(transformers, name):
+            raise CheckpointError(f"{folder}: transformers has no class {name!r}")
+        built: nn.Module = getattr(transformers, name)(config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a class of transformers meets in a config
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no model can be built of it ({error})"
+        ) from error
     return built
 
 

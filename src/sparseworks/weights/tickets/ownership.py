@@ -37,6 +37,7 @@ from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.core.masks import Masks, masks
 from sparseworks.core.registry import MethodInfo
+from sparseworks.io.sealed import sealed, unsealed
 from sparseworks.training.experiment import Driver, Experiment
 from sparseworks.training.runs import Finished
 from sparseworks.weights.tickets.keys import matched_split, split
@@ -83,7 +84,8 @@ class Certificate:
         from sparseworks.io.atomic import atomic_file
 
         with atomic_file(Path(path)) as place:
-            place.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+            said = sealed({"format": _FORMAT, **asdict(self)})
+            place.write_text(json.dumps(said, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Certificate:
@@ -93,7 +95,7 @@ class Certificate:
             CheckpointError: the file is not a certificate.
         """
         try:
-            said = json.loads(Path(path).read_text())
+            said = unsealed(json.loads(Path(path).read_text()))
             if said.pop("format") != _FORMAT:
                 raise ValueError("another format")
             found = cls(**said)
