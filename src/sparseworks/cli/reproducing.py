@@ -12,14 +12,16 @@ from sparseworks.cli.stages import COMMANDS, options_of
 __all__ = ["making", "measuring"]
 
 _ASIDE = {"out": None, "force": False, "resume": False, "share": False, "ray": False, "json": False}
-_SWEPT = {"sparsity": "sparsities"}
+_SWEPT = {"sparsity": "sparsities", "flops": "flops", "bits": "bits"}
 
 
 def measuring(options: Any, recipe: Recipe, amounts: Mapping[str, Any]) -> str:
     """`sparseworks compare` of this point alone, with all its seeds."""
     from sparseworks.cli.prune import command_of
 
-    told = {_SWEPT.get(name, name): (value,) for name, value in amounts.items()}
+    plain = type(options)()
+    told = {field: getattr(plain, field) for field in _SWEPT.values()}
+    told |= {_SWEPT[name]: (value,) for name, value in amounts.items()}
     one = dataclasses.replace(options, methods=(recipe.text,), **told, **_ASIDE)
     return command_of(one, "compare")
 

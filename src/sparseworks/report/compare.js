@@ -37,7 +37,7 @@ const at = (p, axis) => p.values[axis][0] / axes[axis].scale;
 const number = v => Number(v.toPrecision(4)).toString();
 function told(p, axis) {
   const [mean, low, high] = p.values[axis].map(v => v === null ? null : v / axes[axis].scale);
-  return low === null || low === high ? number(mean)
+  return low === null || number(low) === number(high) ? number(mean)
     : `${number(mean)} (${number(low)} to ${number(high)})`;
 }
 

@@ -108,7 +108,9 @@ def _cards(found: Mapping[str, Any]) -> str:
         best = best_within(others, axis, found["dense"], found["higher_is_better"], _SHARE)
         whole, value = dense["values"][name][0], best["values"][name][0] if best else 0.0
         ratio = value if name == "speedup" else whole / value if value else 0.0
-        than = "than dense torch" if name == "speedup" else "than dense"
+        than = "than dense"
+        if name == "speedup":
+            than = f"than dense in torch (compiled alone {whole:.2f}x)"
         if best is None or ratio <= 1:
             cards.append(("none", f"is {word} {than} within {_SHARE:.0%} of its {found['metric']}"))
         else:
