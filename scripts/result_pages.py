@@ -32,17 +32,18 @@ table.
 RELIABILITY = """# Reliability
 
 What damaged files, killed processes and random cases come to (`make reliability`; figures and
-machine in `benchmarks/results/reliability.json`, seed {seed}). Of {trials:,} trials {wrong} came out
-as none must.
+machine in `benchmarks/results/reliability.json`, seed {seed}). Of {trials:,} trials {wrong} came
+out as none must.
 
 """
 DAMAGE = """
 ## Damaged files
 
 One change to a file that was written: a bit, a byte, two pieces that change places, a piece of
-zeros, a truncation, bytes at the end. Reading it must give an error of ours that says what is wrong,
-or exactly what was written. *Warned* is for `config.json` and `generation_config.json`, which people
-edit: a value that is not as it was saved is told, and used. The last three must not be.
+zeros, a truncation, bytes at the end. Reading it must give an error of ours that says what is
+wrong, or exactly what was written. *Warned* is for `config.json` and `generation_config.json`,
+which people edit: a value that is not as it was saved is told, and used. The last three must not
+be.
 
 """
 EXPORTS = """
