@@ -7,7 +7,9 @@ All sums are fp32 on the parameter's device.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,13 +22,21 @@ __all__ = ["Collector", "Hessian", "InputMoments", "InputNorm"]
 
 
 class Collector(ABC):
-    """Streams inputs `[tokens, in]` of each group.
+    """Streams inputs `[tokens, in]` of each group; what it is depends on them alone, so that
+    parameters which see the same inputs may share it.
 
     Args:
         groups: number of matrices that share the parameter.
         inputs: number of input features of each.
         device: where the sums live.
+
+    Attributes:
+        power: sum over all tokens of |W x|^2, fp32 `[groups]`, W being the parameter as it was;
+            None unless `reads_power` and every product showed its outputs.
     """
+
+    reads_power: ClassVar[bool] = False
+    power: Tensor | None = None
 
     def __init__(self, groups: int, inputs: int, device: torch.device | str = "cpu") -> None:
         self.groups, self.inputs = groups, inputs
@@ -59,6 +69,10 @@ class Collector(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The running sums, which must stay finite."""
 
+    def twin(self) -> Self:
+        """The same sums, not a copy of them, for a parameter that saw the same inputs."""
+        return copy.copy(self)
+
     def check(self, name: str) -> None:
         """Raise when the evidence holds NaN or Inf.
 
@@ -66,7 +80,7 @@ class Collector(ABC):
             DataError: with the name of the tensor whose inputs were not finite.
         """
         for tensor in self.tensors():
-            if not bool(torch.isfinite(tensor).all()):
+            if not bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
                 raise DataError(
                     f"{name}: the calibration data gives NaN or Inf at the input of this tensor"
                 )
@@ -136,10 +150,15 @@ class Hessian(Collector):
 
     Attributes:
         gram: sum x x^T in bands of columns, each from its square on the diagonal down; 0 above.
+        kept: what solvers derive from H, for the other parameters that share it; None where this
+            parameter has it alone.
     """
+
+    reads_power = True
 
     def __init__(self, groups: int, inputs: int, device: torch.device | str = "cpu") -> None:
         super().__init__(groups, inputs, device)
+        self.kept: dict[object, object] | None = None
         self.gram = torch.zeros(groups, inputs, inputs, device=self.device)
 
     def _add(self, inputs: Tensor, group: int) -> None:
@@ -150,6 +169,11 @@ class Hessian(Collector):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.gram,)
+
+    def twin(self) -> Self:
+        if self.kept is None:
+            self.kept = {}
+        return super().twin()
 
     def hessian(self, group: int) -> Tensor:
         """H of one group, `[in, in]`, a new tensor."""

@@ -139,7 +139,7 @@ def find_stages(model: nn.Module, views: Iterable[View], batch: Batch) -> list[S
     candidates = _candidates(model, views)
     first_use: dict[str, int] = {}
 
-    def note(view: View, inputs: Tensor, groups: range) -> None:
+    def note(view: View, inputs: Tensor, groups: range, outputs: Tensor | None) -> None:
         first_use.setdefault(view.name, len(first_use))
 
     def started(seen: _Observed) -> None:

@@ -22,6 +22,7 @@ from sparseworks.models.blocks import Stack, find_stages
 from sparseworks.models.calls import Batch, call, first_sample, move, token_mask
 from sparseworks.models.modes import hooked
 from sparseworks.models.ranks import Evidence, Ranks
+from sparseworks.models.recurrence import products_shown
 from sparseworks.models.residence import Residence
 from sparseworks.models.stacked import capture, device_of, placed, run_block
 from sparseworks.models.tap import EvidenceTap, calibration_mode
@@ -68,7 +69,7 @@ def collect(
     model: nn.Module, views: Sequence[View], calibration: Calibration, make: MakeCollectors
 ) -> Mapping[str, Sequence[Collector]]:
     """Evidence of all views at once, on the model as it is."""
-    with calibration_mode(model):
+    with calibration_mode(model, shown=False):
         return _replay(model, views, calibration, make, everywhere=True).collectors
 
 
@@ -110,10 +111,11 @@ def stream(
         Names of the views that the calibration data did not use.
     """
     home = calibration.home
-    with calibration_mode(model):
+    with calibration_mode(model, shown=False):  # a mode would see all calls in `visit` too
         example = calibration.batches[0]
         first = _on(first_sample(example) if home.lazy else example, device_of(model))
-        stages = find_stages(model, views, first)
+        with products_shown():
+            stages = find_stages(model, views, first)
         done = 0
         for stage in stages:
             if isinstance(stage, Stack):
@@ -137,8 +139,8 @@ def _all_views(stack: Stack) -> list[View]:
 
 
 def _visit(views: Sequence[View], found: Evidence, visit: Visit, settle: Settle) -> None:
-    _check({v.name: found.collectors[v.name] for v in views if found.owned(v)})
     collectors = dict(found.collectors)
+    found.collectors.clear()  # each goes when the last weight that needs it is visited
     for view in views:
         if found.owned(view):
             visit(view, collectors.pop(view.name))
@@ -155,12 +157,36 @@ def _on(batch: Batch, device: torch.device) -> Batch:
     return moved
 
 
-def _evidence(
-    views: Sequence[View], calibration: Calibration, make: MakeCollectors, everywhere: bool = False
+def _gather(
+    views: Sequence[View],
+    calibration: Calibration,
+    make: MakeCollectors,
+    run: Callable[[int], object],
+    mask: Callable[[int], Tensor | None],
+    everywhere: bool = False,
 ) -> Evidence:
-    """Of some views, which are at hand."""
-    found = Evidence(views, {}, calibration.batches, calibration.ranks, everywhere)
-    found.collectors = {v.name: make(v, found.device(v)) for v in views}
+    """Evidence of some views, which are at hand.
+
+    Args:
+        run: computes a batch.
+        mask: of the real tokens of a batch.
+    """
+    for share in (True, False):
+        found = Evidence(
+            views, make, calibration.batches, calibration.ranks, everywhere, share=share
+        )
+        with products_shown(), EvidenceTap(views, found.listen()) as tap:
+            for i in calibration.ranks.rounds(len(calibration.batches)):
+                if i is not None:
+                    tap.padding = mask(i)
+                    run(i)
+                found.end_of_round()
+                if found.broken:
+                    break
+        if not found.broken:
+            break
+    found.finish()
+    _check({v.name: found.collectors[v.name] for v in views if found.owned(v)})
     return found
 
 
@@ -173,15 +199,12 @@ def _replay(
 ) -> Evidence:
     """Evidence of some views by full forward passes."""
     device = device_of(model)
-    found = _evidence(views, calibration, make, everywhere)
-    with EvidenceTap(views, found.listen()) as tap:
-        for i in calibration.ranks.rounds(len(calibration.batches)):
-            if i is not None:
-                tap.padding = token_mask(calibration.batches[i])
-                call(model, _on(calibration.batches[i], device))
-            found.end_of_round()
-    _check({v.name: found.collectors[v.name] for v in views if found.owned(v)})
-    return found
+    batches = calibration.batches
+
+    def run(i: int) -> None:
+        call(model, _on(batches[i], device))
+
+    return _gather(views, calibration, make, run, lambda i: token_mask(batches[i]), everywhere)
 
 
 def _check(collectors: Mapping[str, Sequence[Collector]]) -> None:
@@ -199,10 +222,11 @@ def _stream_stack(
     settle: Settle,
 ) -> Iterator[int]:
     """Evidence and visits block by block; yields the number of views finished."""
-    home, count = calibration.home, len(calibration.batches)
-    own = calibration.ranks.own(count)
+    home = calibration.home
+    own = calibration.ranks.own(len(calibration.batches))
     with home.hidden(stack.name, calibration.spill) as store:
-        arguments = capture(model, stack, {i: calibration.batches[i] for i in own}, store)
+        with products_shown():
+            arguments = capture(model, stack, {i: calibration.batches[i] for i in own}, store)
         calibration.hidden_bytes = max(calibration.hidden_bytes, store.nbytes)
         yield 0  # says how large the inputs are before the work starts
         masks = [token_mask(b) for b in calibration.batches]
@@ -221,24 +245,28 @@ def _stream_stack(
                 placed(block, calibration.device) as device,
             ):
                 dense: dict[int, Tensor] = {}
+
+                def run(
+                    i: int, at: int = position, block: nn.Module = block, device: Any = device
+                ) -> Tensor:
+                    return run_block(block, arguments[i][at], store[i], device)
+
+                def note(i: int, dense: dict[int, Tensor] = dense, run: Any = run) -> None:
+                    output = run(i)
+                    if calibration.propagate == "dense":
+                        dense[i] = output
+
                 if views and not old:
-                    found = _evidence(views, calibration, make)
-                    with EvidenceTap(views, found.listen()) as tap:
-                        for i in calibration.ranks.rounds(count):
-                            if i is not None:
-                                tap.padding = masks[i]
-                                output = run_block(block, arguments[i][position], store[i], device)
-                                if calibration.propagate == "dense":
-                                    dense[i] = output
-                            found.end_of_round()
+                    found = _gather(views, calibration, make, note, masks.__getitem__)
                     _visit(views, found, visit, settle)
                     del found
                 if dense:
                     for i, output in dense.items():
                         store[i] = output
                 elif position < last:
-                    for i in own:
-                        store[i] = run_block(block, arguments[i][position], store[i], device)
+                    with products_shown():
+                        for i in own:
+                            store[i] = run(i)
                 if dense or position < last:
                     store.passed(position + 1)
             yield len(views)

@@ -10,7 +10,7 @@ the sums and their solution are on one rank each, which sends the new weight to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from torch import Tensor
 from sparseworks.core.evidence import Collector
 from sparseworks.models.calls import Batch, batch_size
 from sparseworks.models.matrix import View
+from sparseworks.models.sharing import Sharing
 from sparseworks.models.tap import Listener
 
 __all__ = ["Evidence", "Ranks"]
 
-Entry = tuple[str, int, int, int, tuple[Tensor, ...]]
-"""View, which of its collectors, group, tokens, what they add."""
+Entry = tuple[str, int, int, int, tuple[Tensor, ...], Tensor | None]
+"""View, which of its collectors, group, tokens, what they add, what their outputs add."""
+Make = Callable[[View, torch.device], Sequence[Collector]]
 
 
 class Ranks:
@@ -92,53 +94,85 @@ class Evidence:
 
     Args:
         views: each is owned by one rank, in turn.
-        collectors: of every view.
+        make: the collectors of a view.
         batches: all of them, also those of other ranks.
         everywhere: the sums of all views are wanted on all ranks.
+        share: gather once for weights that see the same inputs. Of several ranks, where each has
+            the sums of other weights, none does.
+
+    Attributes:
+        collectors: of every view, after `finish`.
+        sharing: which views share them, or None.
     """
 
     def __init__(
         self,
         views: Sequence[View],
-        collectors: Mapping[str, Sequence[Collector]],
+        make: Make,
         batches: Sequence[Batch],
         ranks: Ranks,
         everywhere: bool = False,
+        share: bool = True,
     ) -> None:
-        self.collectors, self.batches, self.ranks = collectors, batches, ranks
-        self.everywhere = everywhere
+        self.views, self.batches, self.ranks = views, batches, ranks
+        self.everywhere, self._make = everywhere, make
         self.owner = {v.name: i % ranks.size for i, v in enumerate(views)}
-        self._round = 0
+        self.sharing = Sharing() if share and ranks.size == 1 else None
+        self.collectors: dict[str, Sequence[Collector]] = {}
+        shapes = {v.name: make(v, torch.device("meta")) for v in views}
+        self._kinds = {n: tuple(type(c) for c in several) for n, several in shapes.items()}
+        self._groups = {v.name: v.groups for v in views}
+        self._powered = {n: any(k.reads_power for k in kinds) for n, kinds in self._kinds.items()}
+        self._powers: dict[str, Tensor] = {}
+        self._round = self._samples = 0
         self._entries: list[Entry] = []
+        if ranks.size > 1:
+            for view in views:
+                self._of(view)
 
     def owned(self, view: View) -> bool:
         """Are the sums of this view on this rank?"""
         return self.everywhere or self.owner[view.name] == self.ranks.rank
 
+    @property
+    def broken(self) -> bool:
+        """Weights that shared their sums have seen different inputs: gather again, unshared."""
+        return self.sharing is not None and self.sharing.broken
+
     def listen(self) -> Listener:
         """What `EvidenceTap` tells of inputs."""
 
-        def listener(view: View, inputs: Tensor, groups: range) -> None:
-            for k, collector in enumerate(self.collectors.get(view.name, ())):
-                for group in groups:
-                    if self.ranks.size == 1:
-                        collector.update(inputs.detach(), group)
-                    elif inputs.numel():
+        def listener(view: View, inputs: Tensor, groups: range, outputs: Tensor | None) -> None:
+            kinds = self._kinds.get(view.name)
+            if not kinds or self.broken:
+                return
+            power = self._power(view, groups, outputs)
+            if self.ranks.size > 1:
+                for k, collector in enumerate(self.collectors[view.name]):
+                    for group in groups if inputs.numel() else ():
                         parts = tuple(
                             p.detach().to("cpu", copy=True).contiguous()
                             for p in collector.part(inputs.detach())
                         )
-                        self._entries.append((view.name, k, group, inputs.shape[0], parts))
+                        entry = view.name, k, group, inputs.shape[0], parts, power
+                        self._entries.append(entry)
+                return
+            like = kinds, groups, view.groups, view.shape[1], view.parameter.device
+            if self.sharing is None or not self.sharing.covers(view.name, inputs, like):
+                for collector in self._of(view):
+                    for group in groups:
+                        collector.update(inputs.detach(), group)
+            self._add(view.name, groups, power)
 
         return listener
 
     def end_of_round(self) -> None:
         """Every rank has computed a batch, or had none left."""
+        if self.sharing is not None:
+            self.sharing.end_of_batch()
         first = self._round
         for index in range(first, min(first + self.ranks.size, len(self.batches))):
-            for several in self.collectors.values():
-                for collector in several:
-                    collector.samples += batch_size(self.batches[index])
+            self._samples += batch_size(self.batches[index])
         self._round += self.ranks.size
         if self.ranks.size == 1:
             return
@@ -146,13 +180,53 @@ class Evidence:
         for owner in owners:
             entries = [e for e in self._entries if owner is None or self.owner[e[0]] == owner]
             for several_entries in self.ranks.gather(entries, owner) or ():
-                for name, k, group, tokens, parts in several_entries:
+                for name, k, group, tokens, parts, power in several_entries:
                     collector = self.collectors[name][k]
                     at = collector.device
                     collector.tokens[group] += tokens
                     collector.merge(tuple(p.to(at) for p in parts), group)
+                    if k == 0:
+                        self._add(name, range(group, group + 1), power)
         self._entries.clear()
 
-    def device(self, view: View) -> torch.device:
+    def finish(self) -> None:
+        """All batches are through: the collectors of every view are complete."""
+        leaders = {} if self.sharing is None else self.sharing.leaders
+        for view in self.views:
+            if view.name not in leaders:
+                self._of(view)
+        for view in self.views:
+            if view.name in leaders:
+                self.collectors[view.name] = [c.twin() for c in self.collectors[leaders[view.name]]]
+            for collector in self.collectors[view.name]:
+                collector.samples = self._samples
+                collector.power = self._powers.get(view.name)
+
+    def _of(self, view: View) -> Sequence[Collector]:
+        """The collectors of a view, made when it is first seen."""
+        if view.name not in self.collectors:
+            self.collectors[view.name] = self._make(view, self._device(view))
+        return self.collectors[view.name]
+
+    def _device(self, view: View) -> torch.device:
         """Where the sums of a view are: nowhere, where another rank owns them."""
         return view.parameter.device if self.owned(view) else torch.device("meta")
+
+    def _power(self, view: View, groups: range, outputs: Tensor | None) -> Tensor | None:
+        """Sum of squares of outputs, where someone asks and they are those of one matrix."""
+        if outputs is None or len(groups) != 1 or not self._powered.get(view.name):
+            return None
+        exact = torch.promote_types(outputs.dtype, torch.float32)
+        power: Tensor = torch.linalg.vector_norm(outputs.detach(), dtype=exact)
+        power = power.square().float()
+        return power if self.ranks.size == 1 else power.cpu()
+
+    def _add(self, name: str, groups: range, power: Tensor | None) -> None:
+        if not self._powered.get(name):
+            return
+        if power is None:
+            self._powered[name] = False
+            self._powers.pop(name, None)
+            return
+        known = self._powers.setdefault(name, torch.zeros(self._groups[name], device=power.device))
+        known[groups.start] += power

@@ -24,10 +24,10 @@ class _ProductTap(EvidenceTap):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, views: Iterable[View]) -> None:
-        super().__init__(views, lambda view, inputs, groups: None)
+        super().__init__(views, lambda view, inputs, groups, outputs: None)
         self.found: dict[str, set[tuple[Layout, int] | None]] = {}
 
-    def product(self, left: Tensor, right: Tensor) -> None:
+    def product(self, left: Tensor, right: Tensor, output: Tensor | None = None) -> None:
         self._note(right.mT if right.ndim > 1 else right)
         self._note(left)
 

@@ -8,15 +8,14 @@ storage; slices of it (one expert, the query part of an in-projection) are told 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseworks.core.evidence import Collector
 from sparseworks.models.matrix import View
 from sparseworks.models.modes import evaluating
 from sparseworks.models.recurrence import products_shown
@@ -24,7 +23,7 @@ from sparseworks.models.recurrence import products_shown
 __all__ = ["EvidenceTap", "calibration_mode", "conv_patches"]
 
 _aten = torch.ops.aten
-Listener = Callable[[View, Tensor, range], None]
+Listener = Callable[[View, Tensor, range, Tensor | None], None]
 
 
 def conv_patches(
@@ -62,8 +61,10 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         views: the parameters to watch.
-        listener: called with (view, inputs, groups); `groups` are the matrices of the view that
-            see these inputs.
+        listener: called with (view, inputs, groups, outputs); `groups` are the matrices of the view
+            that see these inputs, `outputs` `[tokens, out]` their product where it is known without
+            a bias, else None. Products with the very same inputs, one after the other, give the
+            same tensor object.
 
     Set `padding` to a bool mask `[batch, tokens]` to leave padded tokens out.
     """
@@ -72,6 +73,7 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.listener = listener
         self.padding: Tensor | None = None
+        self._last: _Seen | None = None
         self._by_storage: dict[int, list[View]] = {}
         for view in views:
             if view.parameter.is_meta:  # its weights are elsewhere now
@@ -82,10 +84,15 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        output = func(*args, **(kwargs or {}))
         handler = _HANDLERS.get(func)
         if handler is not None:
-            handler(self, args)
-        return func(*args, **(kwargs or {}))
+            handler(self, args, output)
+        return output
+
+    def __exit__(self, *exception: Any) -> Any:
+        self._last = None
+        return super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _find(self, operand: Any) -> tuple[View, range] | None:
         """The watched view this operand is (a part of), and the groups it covers."""
@@ -101,12 +108,12 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return view, range(first, first + max(1, operand.numel() // size))
         return None
 
-    def product(self, left: Tensor, right: Tensor) -> None:
+    def product(self, left: Tensor, right: Tensor, output: Tensor | None = None) -> None:
         """left [tokens, in] @ right [in, out], where either may be the parameter."""
         if (found := self._find(right)) is not None:
-            self._tell(*found, left)
+            self._tell(*found, left, output)
         elif (found := self._find(left)) is not None:
-            self._tell(*found, right.t())
+            self._tell(*found, right.t(), None if output is None else output.t())
 
     def batched_product(self, left: Tensor, right: Tensor) -> None:
         """left [e, tokens, in] @ right [e, in, out], one product per group."""
@@ -147,55 +154,91 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
             patches = conv_patches(part, tuple(weight.shape[2:]), stride, padding, dilation)
             for group in range(view.groups):
                 own = patches[:, :, group * channels : (group + 1) * channels]
-                self.listener(view, own.flatten(1), range(group, group + 1))
+                self.listener(view, own.flatten(1), range(group, group + 1), None)
 
-    def _tell(self, view: View, groups: range, inputs: Tensor) -> None:
+    def _tell(
+        self, view: View, groups: range, inputs: Tensor, outputs: Tensor | None = None
+    ) -> None:
         if inputs.shape[-1] != view.shape[1]:
             return
-        inputs = inputs.reshape(-1, inputs.shape[-1])
-        if self.padding is not None and inputs.shape[0] == self.padding.numel():
-            inputs = inputs[self.padding.flatten().to(inputs.device)]
-        self.listener(view, inputs, groups)
+        padding, tokens = self.padding, inputs.numel() // max(1, inputs.shape[-1])
+        if padding is not None and tokens != padding.numel():
+            padding = None
+        if self._last is None or not self._last.is_of(inputs, padding):
+            self._last = _Seen(inputs, padding)
+        if outputs is not None and padding is not None:
+            outputs = outputs[padding.flatten().to(outputs.device)]
+        self.listener(view, self._last.rows, groups, outputs)
 
 
-_HANDLERS: dict[Any, Callable[[EvidenceTap, tuple[Any, ...]], None]] = {
-    _aten.mm.default: lambda tap, a: tap.product(a[0], a[1]),
-    _aten.addmm.default: lambda tap, a: tap.product(a[1], a[2]),
-    _aten._addmm_activation.default: lambda tap, a: tap.product(a[1], a[2]),
-    _aten.mv.default: lambda tap, a: tap.product(a[0], a[1][:, None]),
-    _aten.addmv.default: lambda tap, a: tap.product(a[1], a[2][:, None]),
-    _aten.linear.default: lambda tap, a: tap.product(a[0].flatten(0, -2), a[1].t()),
-    _aten.bmm.default: lambda tap, a: tap.batched_product(a[0], a[1]),
-    _aten.baddbmm.default: lambda tap, a: tap.batched_product(a[1], a[2]),
-    _aten.convolution.default: lambda tap, a: tap.convolution(a),
+class _Seen:
+    """Inputs `[..., in]` of a product, and their rows `[tokens, in]` without padded ones.
+
+    As long as this lives nothing else can lie where they lie, so that place, shape and version say
+    that another tensor has the same values.
+    """
+
+    def __init__(self, inputs: Tensor, padding: Tensor | None) -> None:
+        self._inputs, self._padding = inputs, padding
+        self._version = None if inputs.is_inference() else inputs._version
+        self.rows = inputs.reshape(-1, inputs.shape[-1])
+        if padding is not None:
+            self.rows = self.rows[padding.flatten().to(inputs.device)]
+
+    def is_of(self, inputs: Tensor, padding: Tensor | None) -> bool:
+        """Are these the same numbers in the same place?"""
+        mine = self._inputs
+        if self._version is None or inputs.is_inference() or padding is not self._padding:
+            return False
+        return (
+            mine.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
+            and mine.storage_offset() == inputs.storage_offset()
+            and mine.shape == inputs.shape
+            and mine.stride() == inputs.stride()
+            and mine.dtype == inputs.dtype
+            and mine.device == inputs.device
+            and self._version == inputs._version
+        )
+
+
+def _no_bias(args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Outputs of `linear` as rows, where nothing was added."""
+    return None if len(args) > 2 and args[2] is not None else output.flatten(0, -2)
+
+
+_HANDLERS: dict[Any, Callable[[EvidenceTap, tuple[Any, ...], Any], None]] = {
+    _aten.mm.default: lambda tap, a, out: tap.product(a[0], a[1], out),
+    _aten.addmm.default: lambda tap, a, _: tap.product(a[1], a[2]),
+    _aten._addmm_activation.default: lambda tap, a, _: tap.product(a[1], a[2]),
+    _aten.mv.default: lambda tap, a, _: tap.product(a[0], a[1][:, None]),
+    _aten.addmv.default: lambda tap, a, _: tap.product(a[1], a[2][:, None]),
+    _aten.linear.default: lambda tap, a, out: tap.product(
+        a[0].flatten(0, -2), a[1].t(), _no_bias(a, out)
+    ),
+    _aten.bmm.default: lambda tap, a, _: tap.batched_product(a[0], a[1]),
+    _aten.baddbmm.default: lambda tap, a, _: tap.batched_product(a[1], a[2]),
+    _aten.convolution.default: lambda tap, a, _: tap.convolution(a),
 }
 if hasattr(_aten, "_grouped_mm"):
-    _HANDLERS[_aten._grouped_mm.default] = lambda tap, a: tap.grouped_product(
+    _HANDLERS[_aten._grouped_mm.default] = lambda tap, a, _: tap.grouped_product(
         a[0], a[1], a[2] if len(a) > 2 else None
     )
 
 
-def collect_into(collectors: Mapping[str, Iterable[Collector]]) -> Listener:
-    """A listener that adds inputs to the collectors of each view's name."""
-
-    def listen(view: View, inputs: Tensor, groups: range) -> None:
-        for collector in collectors.get(view.name, ()):
-            for group in groups:
-                collector.update(inputs.detach(), group)
-
-    return listen
-
-
 @contextmanager
-def calibration_mode(model: nn.Module) -> Any:
-    """Evaluation mode without gradients, caches, or fused paths that hide the products."""
+def calibration_mode(model: nn.Module, shown: bool = True) -> Any:
+    """Evaluation mode without gradients, caches, or fused paths that hide the products.
+
+    Args:
+        shown: False where the caller enters `products_shown` itself, for the passes that need it.
+    """
     changed: list[tuple[Any, str, Any]] = []
     for sub in {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values():
         for key, value in (("use_cache", False), ("_experts_implementation", "eager")):
             if sub is not None and getattr(sub, key, None) not in (None, value):
                 changed.append((sub, key, getattr(sub, key)))
                 setattr(sub, key, value)
-    with torch.no_grad(), products_shown(), evaluating(model):
+    with torch.no_grad(), products_shown() if shown else nullcontext(), evaluating(model):
         try:
             yield
         finally:

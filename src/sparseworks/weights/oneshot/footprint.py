@@ -24,34 +24,32 @@ class Footprint:
     Args:
         block: the weights of the largest block.
         converted: weights outside of blocks, where they are not kept as they are on disk.
-        evidence: sums of all weights of a block.
-        solving: the largest weight in fp32 with its scores, mask and solution.
+        gathering: the sums of all weights of a block, and one batch in it.
+        solving: a weight in fp32 with its scores, mask and solution, and the sums of the weights of
+            its block that are still to come; of the weight where that is most.
         hidden: inputs of a block for all batches, and further arguments of its call.
-        forward: one batch in a block.
         kept: what the allocator does not give back at once, and code that is read on the way.
     """
 
     block: int
     converted: int
-    evidence: int
+    gathering: int
     solving: int
     hidden: int
-    forward: int
     kept: int = 250_000_000
 
     @property
     def total(self) -> int:
-        working = self.evidence + self.solving + self.forward
+        working = max(self.gathering, self.solving)
         return self.block + self.converted + working + self.hidden + self.kept
 
     def __str__(self) -> str:
         parts = {
             "a block": self.block,
             "weights outside of blocks": self.converted,
-            "its evidence": self.evidence,
-            "solving": self.solving,
+            "its evidence": self.gathering if self.gathering >= self.solving else 0,
+            "solving": self.solving if self.solving > self.gathering else 0,
             "block inputs": self.hidden,
-            "a forward pass": self.forward,
             "else": self.kept,
         }
         said = ", ".join(f"{what} {size / 1e6:.0f}" for what, size in parts.items() if size)
@@ -80,16 +78,12 @@ def footprint(
         groups.setdefault(model.unit_of(view.name), []).append(view)
     both = (method.collector, None if recovery is None else recovery.evidence)
     kinds: set[type[Collector]] = {k for k in both if k is not None}
-    evidence = max(
-        sum(
-            t.numel() * 4
-            for v in several
-            for kind in kinds
-            for t in kind(v.groups, v.shape[1], "meta").tensors()
-        )
-        for several in groups.values()
-    )
-    solving = max(_solving(v, Hessian in kinds) for v in views)
+    evidence = solving = 0
+    for several in groups.values():  # visited in their order; sums go with the weight they are of
+        sums = [_sums(v, kinds) for v in several]
+        evidence = max(evidence, sum(sums))
+        steps = [sum(sums[i:]) + _solving(v, Hessian in kinds) for i, v in enumerate(several)]
+        solving = max(solving, *steps)
     hidden = forward = 0
     if batches is not None:
         text = model.model.config.get_text_config()
@@ -112,15 +106,21 @@ def footprint(
     return Footprint(
         block=max((size(u) for u in model.blocks), default=0),
         converted=outside if stored != {model.dtype} else 0,
-        evidence=evidence,
+        gathering=evidence + forward,
         solving=solving,
         hidden=hidden,
-        forward=forward,
     )
 
 
+def _sums(view: View, kinds: set[type[Collector]]) -> int:
+    """Of each kind; weights that see the same inputs have them once, which is seen only later."""
+    made = [kind(view.groups, view.shape[1], "meta") for kind in kinds]
+    return sum(t.numel() * 4 for collector in made for t in collector.tensors())
+
+
 def _solving(view: View, hessian: bool) -> int:
-    """fp32 copies of a weight, its scores, their order (int64) and masks; of a Hessian as well."""
+    """fp32 copies of a weight, its scores, their order (int64) and masks; of a Hessian one, which
+    its factor replaces, and what that needs on the way."""
     rows, columns = view.shape
     matrix = rows * columns
-    return matrix * 22 + (columns * columns * 4 * 5 if hessian else 0)
+    return matrix * 22 + (columns * columns * 4 * 9 // 4 if hessian else 0)

@@ -74,22 +74,17 @@ class SparseGPT(OneShot):
     def solve(self, target: Target, weight: Tensor, evidence: Hessian) -> Solution:
         groups = target.view.groups
         rows = weight.shape[0] // groups
-        unseen = set(evidence.unseen_groups())
         weights, masks = [], []
         loss, whole = 0.0, 0.0
         share = target.keep // groups
         for group in range(groups):
             part = weight[group * rows : (group + 1) * rows]
-            gram = evidence.hessian(group)
-            vanishing = float(gram.diagonal().mean()) < _VANISHING
-            if group in unseen or vanishing:  # nothing to go by: fall back to magnitude
-                gram = torch.eye(gram.shape[0], device=gram.device)
-            hessian, dead = prepare_hessian(gram, self.damping, overwrite=True)
-            whole += energy(part, hessian)
+            known, all_of_it = _factored(evidence, group, part, self.damping)
+            whole += all_of_it
             allowed = target.allowed
             new, mask, cost = column_solve(
-                torch.where(dead[None, :], 0.0, part),
-                inverse_factor(hessian, overwrite=True),
+                torch.where(known.dead[None, :], 0.0, part),
+                known.factor,
                 target.pattern,
                 share + (1 if group < target.keep - share * groups else 0),
                 allowed=None if allowed is None else allowed[group * rows : (group + 1) * rows],
@@ -99,4 +94,58 @@ class SparseGPT(OneShot):
             weights.append(new)
             masks.append(mask)
             loss += cost
-        return Solution(torch.cat(weights), torch.cat(masks), loss / whole if whole > 0 else 0.0)
+        error = loss / whole if whole > 0 else 0.0
+        if groups == 1:  # the solver works on columns; a copy by rows is quicker than `cat`
+            return Solution(weights[0].contiguous(), masks[0].contiguous(), error)
+        return Solution(torch.cat(weights), torch.cat(masks), error)
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """A damped Hessian, factored.
+
+    Attributes:
+        factor: U of `inverse_factor`.
+        dead: inputs that are always zero.
+        added: to every entry of the diagonal.
+        blind: there was nothing to go by, and H is the identity.
+    """
+
+    factor: Tensor
+    dead: Tensor
+    added: float
+    blind: bool
+
+
+def _factored(
+    evidence: Hessian, group: int, weight: Tensor, damping: float
+) -> tuple[_Factored, float]:
+    """The factored Hessian of a group, once for all weights that share it, and 1/2 tr(W H W^T).
+
+    That loss of a weight without its outputs is known from the outputs where calibration saw them;
+    else it takes as many multiply-adds as the solver.
+    """
+    key, kept, power = ("factored", group, damping), evidence.kept, evidence.power
+    known = None if kept is None else kept.get(key)
+    assert known is None or isinstance(known, _Factored)
+    loss = None
+    if known is None or known.blind or power is None:
+        hessian = evidence.hessian(group)
+        blind = group in evidence.unseen_groups()
+        if blind or float(hessian.diagonal().mean()) < _VANISHING:
+            blind, hessian = True, torch.eye(hessian.shape[0], device=hessian.device)
+        diagonal = hessian.diagonal().clone()
+        hessian, dead = prepare_hessian(hessian, damping, overwrite=True)
+        if power is None or blind:
+            loss = energy(weight, hessian)
+        if known is None:
+            added = damping * float(diagonal.masked_fill_(dead, 1.0).mean())
+            known = _Factored(inverse_factor(hessian, overwrite=True), dead, added, blind)
+            if kept is not None:
+                kept[key] = known
+    if loss is None:
+        assert power is not None
+        idle = weight[:, known.dead].square().sum() / 2
+        damped = known.added * torch.linalg.vector_norm(weight).square() / 2
+        loss = float(power[group] / evidence.samples + damped + idle)
+    return known, loss

@@ -61,7 +61,7 @@ def watch_inputs(
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
             rank = module.weight.ndim
             handles.append(module.register_forward_pre_hook(hook(name, 1 - rank)))
-    tap = EvidenceTap(recurrent, lambda view, x, _: see(view.name, x.detach().double()))
+    tap = EvidenceTap(recurrent, lambda view, x, *_: see(view.name, x.detach().double()))
     try:
         with calibration_mode(model), tap if recurrent else nullcontext():
             for batch in batches:
