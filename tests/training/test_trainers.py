@@ -165,3 +165,37 @@ def test_a_transform_goes_through_one_training(build):
     trainer.train()
     with pytest.raises(InvalidArgument, match="anew"):
         trainer.train()
+
+
+@pytest.mark.parametrize("method", ["ast", "maskllm"])
+def test_trainers_of_trl(method, tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = {w: i for i, w in enumerate(["?", *"abcdefghijklmnopqrstuvwxyz ."])}
+    core = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="?", eos_token=".", pad_token="?"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(letters), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=12, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False,
+        gradient_accumulation_steps=2, gradient_checkpointing=False, save_strategy="no",
+    )  # fmt: skip
+    said = [{"prompt": f"a {w}", "completion": f" is {w}"} for w in ("fox", "dog", "sun", "sea")]
+    trainer = trl.SFTTrainer(
+        model, arguments, train_dataset=datasets.Dataset.from_list(said * 4),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    teacher = copy.deepcopy(model)
+    sw.sparsify_trainer(
+        trainer, method, pattern="2:4", loss=sw.Distillation(teacher=teacher, task=0.5, kl=0.5)
+    )
+    trainer.train()
+    assert sw.masks(model).violations(model) == {} and sw.masks(model).sparsity() == 0.5

@@ -35,28 +35,50 @@ __all__ = ["lightning_callback", "trainer_callback"]
 _FILE = "sparseworks.safetensors"
 
 
-class Sparsifier:
-    """What every callback does, whatever its trainer calls it.
+class Follower:
+    """A sparse run beside someone else's trainer.
 
     Attributes:
-        run: the sparse run, once the training has begun.
+        run: once the training has begun.
         changes: its sparsity and flips, for the trainer's logs.
     """
+
+    def __init__(self) -> None:
+        self.run: Any = None
+        self.changes: Changes | None = None
+
+    def begin(self, model: nn.Module, optimizer: Any, total: int) -> None:
+        """Start, or follow the optimizer, for a training of `total` optimizer steps."""
+        raise NotImplementedError
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the masks of a checkpoint."""
+        self.run.load_state_dict(state)
+        self.changes = Changes(self.run)  # they count from there
+
+    def finish(self) -> None:
+        """End the run; it warns of a training that stopped too early."""
+        if self.run is not None and not self.run.finished:
+            self.run.finish()
+
+
+class Sparsifier(Follower):
+    """Of a hooked method, which starts when there is an optimizer."""
 
     def __init__(
         self, method: Any, sparsity: float | None, steps: int | None, settings: dict[str, Any]
     ) -> None:
+        super().__init__()
         self.sparse = Sparse(method, sparsity, settings)
         if not isinstance(self.sparse.chosen, Hooked):
             raise InvalidArgument(
                 f"method {method!r} changes the model before its optimizer exists: call "
-                "`sw.transform` on the model first, and give that to the trainer"
+                "`sw.sparsify_trainer` on a transformers Trainer, or `sw.transform` on the model "
+                "in a loop of your own"
             )
         self.steps = steps
-        self.run: Run | None = None
-        self.changes: Changes | None = None
 
-    def begin(self, model: nn.Module, optimizer: Any, total: int) -> Run:
+    def begin(self, model: nn.Module, optimizer: Any, total: int) -> None:
         """Start the run for a training of `total` optimizer steps."""
         if self.run is not None:
             self.run.remove()  # of a training that failed: it must not go on beside this one
@@ -76,18 +98,6 @@ class Sparsifier:
             **self.sparse.settings,
         )
         self.changes = Changes(self.run)
-        return self.run
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on with the masks of a checkpoint."""
-        assert self.run is not None
-        self.run.load_state_dict(state)
-        self.changes = Changes(self.run)  # they count from there
-
-    def finish(self) -> None:
-        """End the run; it warns of a training that stopped too early."""
-        if self.run is not None and not self.run.finished:
-            self.run.finish()
 
 
 def trainer_callback(
@@ -114,9 +124,9 @@ def trainer_callback(
     return sparse_trainer_callback(Sparsifier(method, sparsity, steps, settings))
 
 
-def sparse_trainer_callback(sparsifier: Any) -> Any:
-    """The callback that takes a `Sparsifier`, or what begins and finishes as it does, along."""
-    return _trainer_class()(sparsifier)
+def sparse_trainer_callback(follower: Follower) -> Any:
+    """The callback for `transformers.Trainer` that takes a run along."""
+    return _trainer_class()(follower)
 
 
 @functools.cache
@@ -134,7 +144,7 @@ def _trainer_class() -> Any:
             self.log: Log | None = None
 
         @property
-        def run(self) -> Run | None:
+        def run(self) -> Any:
             return self.sparsifier.run
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -254,7 +264,7 @@ def _lightning_class() -> Any:
             self._looked, self._figures = -1, dict[str, float]()
 
         @property
-        def run(self) -> Run | None:
+        def run(self) -> Any:
             return self.sparsifier.run
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -14,13 +14,15 @@ import functools
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.training.hooked import Hooked
-from sparseworks.training.integrations import Sparsifier, sparse_trainer_callback
+from sparseworks.training.integrations import Follower, Sparsifier, sparse_trainer_callback
 from sparseworks.training.optimizers import Optimizers
 from sparseworks.training.planning import Sparse
 from sparseworks.training.transformed import Transformed
+from sparseworks.training.watching import Changes
 
 __all__ = ["sparsify_trainer"]
 
@@ -53,7 +55,7 @@ def sparsify_trainer(
     Raises:
         InvalidArgument: a method or option that cannot be used; the model is as it was.
     """
-    own: _Begun | Sparsifier | None = None
+    own: Follower | None = None
     if method is not None:
         sparse = Sparse(method, sparsity, settings)
         steps = _steps(trainer)
@@ -78,13 +80,14 @@ def sparsify_trainer(
     return callback
 
 
-class _Begun:
-    """A transform in the place of a `Sparsifier`: the run began before there is an optimizer."""
+class _Begun(Follower):
+    """A run of a transform, which began before there is an optimizer."""
 
     def __init__(self, run: Transformed) -> None:
-        self.run = run
+        super().__init__()
+        self.run, self.changes = run, Changes(run)
 
-    def begin(self, model: Any, optimizer: Any, total: int) -> Transformed:
+    def begin(self, model: nn.Module, optimizer: Any, total: int) -> None:
         """Follow the optimizer."""
         if self.run.optimizer is not None:
             raise InvalidArgument(
@@ -92,11 +95,7 @@ class _Begun:
                 "build the trainer anew and call `sparsify_trainer` on it"
             )
         [inside] = Optimizers(optimizer).all
-        return self.run.attach(inside)
-
-    def finish(self) -> None:
-        """End the run."""
-        self.run.finish()
+        self.run.attach(inside)
 
 
 def _steps(trainer: Any) -> int:
