@@ -24,7 +24,7 @@ from torch import nn
 
 from sparseworks.core.errors import CheckpointError, InvalidArgument, MissingDependency
 from sparseworks.training.checkpointing import load_state, save_state
-from sparseworks.training.hooked import Hooked, Run
+from sparseworks.training.hooked import Hooked
 from sparseworks.training.logs import Log, join_log
 from sparseworks.training.planning import Sparse
 from sparseworks.training.sparsify import sparsify
