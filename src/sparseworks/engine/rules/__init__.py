@@ -6,8 +6,10 @@ from sparseworks.engine.rules import (
     pointwise,
     resampling,
     scores,
+    spelt_attention,
     tokens,
     views,
 )
 
-__all__ = ["attention", "images", "pointwise", "resampling", "scores", "tokens", "views"]
+__all__ = ["attention", "images", "pointwise", "resampling", "scores", "spelt_attention", "tokens",
+           "views"]  # fmt: skip

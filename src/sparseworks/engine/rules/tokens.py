@@ -11,7 +11,7 @@ from torch.fx import Node
 from sparseworks.engine.ir import Gather, Norm, Product, Value
 from sparseworks.engine.making import Lowering, kind_of, rule
 from sparseworks.engine.nodes import filled, shape_of
-from sparseworks.engine.rules.attention import contracted
+from sparseworks.engine.rules.spelt_attention import contracted
 from sparseworks.engine.views import Run
 
 _aten = torch.ops.aten
