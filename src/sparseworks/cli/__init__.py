@@ -28,7 +28,7 @@ COMMANDS = {
     "evaluate": "score a language model on tasks of lm-evaluation-harness",
     "inspect": "sparsity, size and FLOPs per tensor of a model or checkpoint",
     "recipe": "the best model under your goals, found within a time: slim, prune, bits, all",
-    "compare": "methods x sparsities on one model and metric: table, CSV, plot",
+    "compare": "what methods trade on one model: quality, size, FLOPs, time; table, CSV, page",
     "curve": "how much one-shot pruning removes for free: the metric over the sparsity",
     "audit": "is a comparison of recorded runs fair: cost, schedule, seeds, layers, speed",
     "methods": "the catalogue of methods",

@@ -23,7 +23,7 @@ def example_of(loaded: Any, options: Any) -> Any:
     from sparseworks.data import load
     from sparseworks.models.calls import Arguments
 
-    known = loaded.tokenizer is not None or type(loaded.model).__name__ == "CifarResNet"
+    known = loaded.tokenizer is not None or loaded.input_shape
     if options.input_shape or known:
         return random_example(
             loaded, options.batch, tokens=options.tokens, input_shape=options.input_shape

@@ -72,6 +72,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "compare": (
         "sparseworks compare minilm --methods magnitude wanda sparsegpt --sparsities 0.5 0.7 "
         "--out out/compare",
+        "sparseworks compare minilm --methods sparsegpt group-norm rounding sparsegpt+rounding "
+        "--bits 8 4 --seeds 0 1 2 --latency --x latency --out out/trade",
+        "sparseworks compare minilm --share --out out/together    # in several shells at once",
     ),
     "curve": (
         "sparseworks curve model.py:make --data digits --metric accuracy --eval-data digits "
