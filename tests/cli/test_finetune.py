@@ -131,6 +131,24 @@ def test_every_kind_of_data_and_method(case, work, tmp_path, capsys):
         assert model.config.id2label == {0: "bad", 1: "good"}
 
 
+def test_zeros_of_an_encoder_stay_under_a_new_head(work, tmp_path):
+    encoder = sw.from_pretrained(work / "bert")
+    sw.prune(encoder, "magnitude", pattern="2:4")
+    sw.save(encoder, tmp_path / "pruned")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work / "bert")
+    tokenizer.save_pretrained(tmp_path / "pruned")
+    words = command(work, tmp_path / "out", data="labelled.csv", method="fixed", lr=0.01)
+    words[1] = str(tmp_path / "pruned")
+    assert main(words) == 0
+    model = sw.from_pretrained(tmp_path / "out" / "checkpoint")
+    record = sw.masks(model)
+    assert record.violations(model) == {} and len(record) == len(sw.masks(encoder))
+    for name in sw.masks(encoder):
+        assert torch.equal(record[f"bert.{name}"], sw.masks(encoder)[name])
+    assert not torch.equal(model.bert.encoder.layer[0].output.dense.weight,
+                           encoder.encoder.layer[0].output.dense.weight)  # fmt: skip
+
+
 def test_training_helps(work, tmp_path):
     out = tmp_path / "out"
     options = {"method": "magnitude", "sparsity": 0.5, "epochs": 6, "lr": 0.01}
@@ -187,6 +205,8 @@ REFUSALS = {
     "no method": ({}, "no --method given"),
     "sparsity of dense": ({"method": "dense", "sparsity": 0.5}, "takes no --sparsity"),
     "no sparsity": ({"method": "wanda"}, "sparsity"),
+    "too much": ({"method": "wanda", "sparsity": 1.5}, "1.5"),
+    "pattern": ({"method": "wanda", "pattern": "2:x"}, "2:x"),
     "kind of method": ({"method": "rewinding"}, "is driver"),
     "kind of data": ({"method": "dense", "data": "labelled.csv"}, "labelled texts, which need"),
     "text for an encoder": ({"method": "dense", "model": "bert"}, "causal language model"),

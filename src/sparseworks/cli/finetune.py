@@ -7,11 +7,6 @@ messages, labelled texts or labelled images; an encoder gets a head for the labe
 The output folder holds the checkpoint, result.json, options.json, trace.json and report.html (where
 plotly is installed); while the training runs, its states, from which --resume goes on bit for bit.
 `torchrun --nproc-per-node N -m sparseworks finetune ...` trains on N processes.
-
-    sparseworks finetune MODEL --data text.txt --method sparsegpt --pattern 2:4 --teacher start \\
-      --eval-data held.txt --out OUT
-    sparseworks finetune MODEL --data chats.jsonl --method ast --pattern 2:4 --amp bf16 --out OUT
-    sparseworks finetune BERT --data labelled.csv --method gradual --sparsity 0.8 --out OUT
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from typing import Any
 
@@ -18,6 +19,7 @@ def prepare(options: Any, resumed: bool) -> Any:
     from sparseworks.cli.preparing import check_inputs, parse_options
     from sparseworks.cli.training import Job, distillation_of
     from sparseworks.core import registry
+    from sparseworks.core.patterns import check_sparsity, parse_pattern
     from sparseworks.data.finetuning import kind_of_source
     from sparseworks.io import load
     from sparseworks.training.planning import HALVES
@@ -45,6 +47,10 @@ def prepare(options: Any, resumed: bool) -> Any:
         one_shot = method.info.kind in ("one-shot", "staged")
     elif options.sparsity is not None:
         raise InvalidArgument("--method dense takes no --sparsity")
+    if options.sparsity is not None:
+        check_sparsity(options.sparsity)
+    if options.pattern is not None:
+        parse_pattern(options.pattern)
     kind = kind_of_source(options.data)
     transformers.set_seed(options.seed)
     loaded = _fitting(load_model(options.model, options.dtype), kind, options)
@@ -84,7 +90,9 @@ def _fitting(loaded: Any, kind: str, options: Any) -> Any:
     needed = {"text": "causal", "completions": "causal"}.get(kind, "classifier")
     name = type(loaded.model).__name__
     if kind == "labelled texts" and loaded.kind in ("encoder", "other") and loaded.tokenizer:
-        return dataclasses.replace(loaded, model=_with_head(options), kind="classifier")
+        return dataclasses.replace(
+            loaded, model=_with_head(loaded.model, options), kind="classifier"
+        )
     of_text = loaded.tokenizer is not None
     if loaded.kind != needed or of_text != (kind != "images"):
         wants = {
@@ -100,24 +108,36 @@ def _fitting(loaded: Any, kind: str, options: Any) -> Any:
     return loaded
 
 
-def _with_head(options: Any) -> Any:
-    """The encoder of a folder under a new head for the classes of the data."""
+def _with_head(encoder: Any, options: Any) -> Any:
+    """The encoder, with its zeros and their record, under a new head for the data's classes."""
     import transformers
 
-    from sparseworks.cli.loading import parse_dtype
+    from sparseworks.core.masks import Masks, attach, masks
     from sparseworks.data.finetuning import classes_of
 
     classes = classes_of(options.data)
     if len(classes) < 2:
         raise DataError(f"{options.data}: has one class alone, {classes[0]!r}")
-    names = dict(enumerate(classes))
+    config = copy.deepcopy(encoder.config)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: i for i, name in enumerate(classes)}
     try:
-        return transformers.AutoModelForSequenceClassification.from_pretrained(
-            options.model, num_labels=len(classes), id2label=names,
-            label2id={v: k for k, v in names.items()}, dtype=parse_dtype(options.dtype),
-        ).eval()  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"{options.model}: takes no classification head ({error})") from None
+        auto: Any = transformers.AutoModelForSequenceClassification
+        model = auto.from_config(config).to(encoder.dtype)
+    except ValueError:
+        raise InvalidArgument(
+            f"{options.model}: transformers has no classifier of sequences for "
+            f"{type(encoder).__name__}"
+        ) from None
+    base = encoder.base_model
+    model.base_model.load_state_dict(base.state_dict(), strict=False)  # a pooler may be new
+    record = masks(encoder)
+    if record is not None:
+        cut = "" if base is encoder else f"{encoder.base_model_prefix}."
+        named = {n.removeprefix(cut): record.entry(n) for n in record if n.startswith(cut)}
+        prefix = model.base_model_prefix
+        attach(model, Masks({f"{prefix}.{n}": e for n, e in named.items()}))
+    return model.eval()
 
 
 def _examples(source: Any, kind: str, loaded: Any, options: Any, count: int | None) -> Any:

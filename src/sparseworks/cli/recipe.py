@@ -8,9 +8,6 @@ of quality the fastest model that keeps it is chosen, else the best one that is 
 The output folder holds the chosen model (best/checkpoint, and best/compiled for `load_compiled` or
 `load_decoder`), recipe.json, recipe.csv, options.json and the page recipe.html: all that was tried,
 the Pareto front, and what was not tried.
-
-    sparseworks recipe minilm --goal latency=0.3 --budget 5m --out OUT
-    sparseworks recipe LLAMA --goal quality=0.97 --data texts.txt --budget 30m --out OUT
 """
 
 from __future__ import annotations

@@ -19,6 +19,23 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "--log tensorboard mlflow --out runs/llama",
         "sparseworks train --resume --out runs/llama",
     ),
+    "finetune": (
+        "sparseworks finetune ./llama --data text.txt --method sparsegpt --pattern 2:4 "
+        "--teacher start --eval-data held.txt --out out/recovered",
+        "sparseworks finetune ./llama --data chats.jsonl --method ast --pattern 2:4 --amp bf16 "
+        "--accumulate 8 --checkpointing --out out/chat",
+        "sparseworks finetune minilm --data labelled.csv --method gradual --sparsity 0.8 "
+        "--out out/labels",
+        "torchrun --nproc-per-node 4 -m sparseworks finetune ./llama --data text.txt "
+        "--method wanda --sparsity 0.5 --out out/four",
+        "sparseworks finetune --resume --out out/recovered",
+    ),
+    "recipe": (
+        "sparseworks recipe minilm --goal latency=0.3 --budget 5m --out out/best",
+        "sparseworks recipe ./llama --goal quality=0.97 --data text.txt --budget 30m --out out/lm",
+        "sparseworks recipe timm:convnext_atto --data images --eval-data held --goal size=0.3 "
+        "quality=0.98 --out out/image",
+    ),
     "slim": (
         "sparseworks slim minilm --flops 0.6 --out out/slim",
         "sparseworks slim torchvision:resnet18 --flops 0.5 --round-to 8 --onnx --out out/resnet",
@@ -74,7 +91,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "--out out/compare",
         "sparseworks compare minilm --methods sparsegpt group-norm rounding sparsegpt+rounding "
         "--bits 8 4 --seeds 0 1 2 --latency --x latency --out out/trade",
-        "sparseworks compare minilm --share --out out/together    # in several shells at once",
+        "sparseworks compare minilm --share --out out/together",
     ),
     "curve": (
         "sparseworks curve model.py:make --data digits --metric accuracy --eval-data digits "
