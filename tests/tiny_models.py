@@ -5,6 +5,8 @@ The tests of methods import them; those of commands name them as FILE.py:FACTORY
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -83,6 +85,17 @@ def language_model(kind: str = "Llama", **more: int) -> nn.Module:
     config = getattr(transformers, f"{kind}Config")(**{**DECODER_SIZES, **more})
     model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
     return model.eval()
+
+
+def letters(**special: str) -> Any:
+    """A tokenizer of transformers to which every letter is a token; 28 of them, 0 unknown."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz "])}
+    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", **special)
 
 
 def mixture() -> nn.Module:

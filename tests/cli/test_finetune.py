@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import sparseworks as sw
+import tiny_models
 from sparseworks.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -29,25 +30,19 @@ TEMPLATE = (
 def work(tmp_path_factory):
     """A tiny Llama and BERT with a tokenizer, a ViT, and a file of every kind of data."""
     from PIL import Image
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     root = tmp_path_factory.mktemp("finetune")
-    words = {w: i for i, w in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz "])}
-    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="[UNK]", eos_token="z", pad_token="[UNK]"
-    )
+    tokenizer = tiny_models.letters(eos_token="z", pad_token="[UNK]")
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
              "intermediate_size": 24}  # fmt: skip
     transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=len(words), num_key_value_heads=1, **small)
+        transformers.LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **small)
     ).save_pretrained(root / "lm")
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **small)).save_pretrained(
-        root / "bert"
-    )
+    transformers.BertModel(
+        transformers.BertConfig(vocab_size=len(tokenizer), **small)
+    ).save_pretrained(root / "bert")
     transformers.ViTForImageClassification(
         transformers.ViTConfig(image_size=12, patch_size=4, num_labels=2, **small)
     ).save_pretrained(root / "vit")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sparseworks as sw
+import tiny_models
 from sparseworks.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -17,19 +18,12 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A tiny Llama with a tokenizer and a text; a small net with its metric."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     root = tmp_path_factory.mktemp("recipe")
-    words = {w: i for i, w in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz "])}
-    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]").save_pretrained(
-        root / "lm"
-    )
+    tiny_models.letters().save_pretrained(root / "lm")
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=len(words),
+            vocab_size=28,
             hidden_size=64,
             num_hidden_layers=1,
             num_attention_heads=2,

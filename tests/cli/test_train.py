@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import sparseworks as sw
+import tiny_models
 from sparseworks.cli import main
 from sparseworks.io import inspect
 from sparseworks.training.checkpointing import load_state
@@ -40,18 +41,14 @@ def wide():
 def work(tmp_path_factory):
     """A classifier factory, its weights, a tiny Llama with a tokenizer, a text, and images."""
     from PIL import Image
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     root = tmp_path_factory.mktemp("train")
     (root / "net.py").write_text(NET)
-    words = {w: i for i, w in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz "])}
-    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]").save_pretrained(root / "lm")
+    tiny_models.letters().save_pretrained(root / "lm")
     torch.manual_seed(0)
     LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1,
+        LlamaConfig(vocab_size=28, hidden_size=16, num_hidden_layers=1,
                     num_attention_heads=2, num_key_value_heads=1, intermediate_size=24)
     ).save_pretrained(root / "lm")  # fmt: skip
     (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sparseworks as sw
+import tiny_models
 from sparseworks.core.errors import InvalidArgument
 
 transformers = pytest.importorskip("transformers")
@@ -171,16 +172,9 @@ def test_a_transform_goes_through_one_training(build):
 def test_trainers_of_trl(method, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    letters = {w: i for i, w in enumerate(["?", *"abcdefghijklmnopqrstuvwxyz ."])}
-    core = Tokenizer(models.WordLevel(letters, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="?", eos_token=".", pad_token="?"
-    )
+    tokenizer = tiny_models.letters(eos_token="z", pad_token="[UNK]")
     config = transformers.LlamaConfig(
-        vocab_size=len(letters), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)

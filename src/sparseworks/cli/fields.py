@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-__all__ = ["BatchSize", "Data", "EvalData", "EvalSamples", "Length", "MethodOptions", "Metrics",
-           "Model", "Samples"]  # fmt: skip
+__all__ = ["BatchSize", "Data", "Dense", "Distill", "EvalData", "EvalSamples", "Length",
+           "MaskBudget", "MaskPattern", "Masked", "MethodOptions", "Metrics", "Model", "Samples",
+           "Start", "Teacher", "Twin"]  # fmt: skip
 
 Model = Annotated[
     str,
@@ -47,4 +49,41 @@ EvalSamples = Annotated[
 ]
 MethodOptions = Annotated[
     tuple[str, ...], tyro.conf.arg(help="Options of the method, name=value (JSON values).")
+]
+# of trainings
+Start = Annotated[
+    str | None,
+    tyro.conf.arg(help="Weights to start from: a packed or plain safetensors file of the model."),
+]
+MaskPattern = Annotated[
+    str | None,
+    tyro.conf.arg(help="unstructured, row, N:M, blockHxW; default: the method's own."),
+]
+MaskBudget = Annotated[
+    str | None, tyro.conf.arg(help="uniform, erk or global; default: the method's own.")
+]
+Masked = Annotated[
+    tuple[str, ...], tyro.conf.arg(help="Name patterns of the only weights to mask.")
+]
+Dense = Annotated[tuple[str, ...], tyro.conf.arg(help="Name patterns of weights to leave dense.")]
+Teacher = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Teacher of a distillation: start (a copy of the model as it starts, before any "
+        "pruning), or its weights in a safetensors file, or a Hugging Face folder."
+    ),
+]
+Distill = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        help="Weights of its loss, name=value: task, kl, temperature, squarehead, features, half "
+        "(bf16); default: the method's own, else task=0.5 kl=0.5 temperature=2."
+    ),
+]
+Twin = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        help="Folder of another finished training, say a dense one: its loss goes into "
+        "report.html too."
+    ),
 ]

@@ -18,7 +18,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from sparseworks.cli.fields import MethodOptions
+from sparseworks.cli.fields import (
+    Dense,
+    Distill,
+    MaskBudget,
+    Masked,
+    MaskPattern,
+    MethodOptions,
+    Start,
+    Teacher,
+    Twin,
+)
 from sparseworks.cli.plugins import Plugins
 
 __all__ = ["Options", "run"]
@@ -42,8 +52,7 @@ class Options:
     """Output folder; it must not exist yet, unless --force or --resume."""
     resume: bool = False
     """Go on with the training in --out; options that are not given are those it has."""
-    start: str | None = None
-    """Weights to start from: a packed or plain safetensors file of the model."""
+    start: Start = None
     eval_data: str | None = None
     """Data of the same kind: perplexity or accuracy on it before, after every epoch, and after."""
     eval_samples: int | None = None
@@ -52,22 +61,14 @@ class Options:
     """Train on the first so many examples only."""
     length: int = 256
     """Tokens of a window, or of an example at most."""
-    pattern: str | None = None
-    """unstructured, row, N:M, blockHxW; default: the method's own."""
-    budget: str | None = None
-    """uniform, erk or global; default: the method's own."""
-    include: tuple[str, ...] = ()
-    """Name patterns of the only weights to mask."""
-    exclude: tuple[str, ...] = ()
-    """Name patterns of weights to leave dense."""
+    pattern: MaskPattern = None
+    budget: MaskBudget = None
+    include: Masked = ()
+    exclude: Dense = ()
     calibration: int = 128
     """Training examples that a one-shot method calibrates on."""
-    teacher: str | None = None
-    """Teacher of a distillation: start (a copy of the dense model as it starts), or its weights in
-    a safetensors file, or a Hugging Face folder."""
-    distill: tuple[str, ...] = ()
-    """Weights of its loss, name=value: task, kl, temperature, squarehead, features, half (bf16);
-    default: the method's own, else task=0.5 kl=0.5 temperature=2."""
+    teacher: Teacher = None
+    distill: Distill = ()
     option: MethodOptions = ()
     epochs: float = 3.0
     """Passes over the training data."""
@@ -105,8 +106,7 @@ class Options:
     """Steps between states to resume from; default: an epoch."""
     log: tuple[str, ...] = ()
     """Where the trainer also logs, as transformers names them: tensorboard, wandb, mlflow, ..."""
-    twin: Path | None = None
-    """Folder of another finished training, say a dense one: its loss goes into report.html too."""
+    twin: Twin = None
     force: bool = False
     """Replace the output folder."""
     json: bool = False

@@ -15,7 +15,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from sparseworks.cli.fields import MethodOptions
+from sparseworks.cli.fields import (
+    Dense,
+    Distill,
+    MaskBudget,
+    Masked,
+    MaskPattern,
+    MethodOptions,
+    Start,
+    Teacher,
+    Twin,
+)
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
@@ -40,8 +50,7 @@ class Options:
     """Output folder; it must not exist yet, unless --force or --resume."""
     resume: bool = False
     """Go on with the training in --out; options that are not given are those it has."""
-    start: str | None = None
-    """Weights to start from: a packed or plain safetensors file of the model."""
+    start: Start = None
     eval_data: str | None = None
     """Evaluation data of accuracy or perplexity, measured after every epoch."""
     eval_samples: int | None = None
@@ -50,20 +59,12 @@ class Options:
     """Train on the first so many images only."""
     length: int = 256
     """Tokens of a text window."""
-    pattern: str | None = None
-    """unstructured, row, N:M, blockHxW; default: the method's own."""
-    budget: str | None = None
-    """uniform, erk or global; default: the method's own."""
-    include: tuple[str, ...] = ()
-    """Name patterns of the only weights to mask."""
-    exclude: tuple[str, ...] = ()
-    """Name patterns of weights to leave dense."""
-    teacher: str | None = None
-    """Teacher of a distillation: start (a copy of the model as it starts), or its weights in a
-    safetensors file, or a Hugging Face folder."""
-    distill: tuple[str, ...] = ()
-    """Weights of its loss, name=value: task, kl, temperature, squarehead, features, half (bf16);
-    default: the method's own, else task=0.5 kl=0.5 temperature=2."""
+    pattern: MaskPattern = None
+    budget: MaskBudget = None
+    include: Masked = ()
+    exclude: Dense = ()
+    teacher: Teacher = None
+    distill: Distill = ()
     option: MethodOptions = ()
     epochs: int = 10
     """Passes over the training data."""
@@ -97,8 +98,7 @@ class Options:
     """Of initialisation, data order, masks."""
     save_every: int | None = None
     """Also checkpoint every so many steps; default: after every epoch only."""
-    twin: Path | None = None
-    """Folder of another finished training, say a dense one: its loss goes into report.html too."""
+    twin: Twin = None
     log: tuple[str, ...] = ()
     """Where loss, sparsity and flips go while it trains: tensorboard, wandb (an offline run, unless
     WANDB_MODE says otherwise), mlflow (a store in --out, unless MLFLOW_TRACKING_URI does)."""

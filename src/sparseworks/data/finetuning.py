@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparseworks.core.errors import DataError, InvalidArgument, MissingDependency
+from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.data.images import ImageSet, read_images
+from sparseworks.data.parquet import read_parquet
 from sparseworks.data.paths import existing
 from sparseworks.data.text import read_text, token_ids, windows
 
@@ -77,7 +78,7 @@ def read_rows(source: str | os.PathLike[str], limit: int | None = None) -> list[
     rows: list[dict[str, Any]] = []
     try:
         if path.suffix == ".parquet":
-            rows = _parquet(path).to_pylist()
+            rows = read_parquet(path).to_pylist()
         elif path.suffix == ".csv":
             with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
@@ -220,22 +221,8 @@ def padded(rows: Sequence[Mapping[str, Any]], padding: int = 0) -> dict[str, Ten
 
 def _columns(path: Path) -> list[str]:
     if path.suffix == ".parquet":
-        return list(_parquet(path).column_names)
+        return list(read_parquet(path).column_names)
     return list(read_rows(path)[0])
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise MissingDependency(
-            "parquet files need pyarrow: pip install 'sparseworks[data]'"
-        ) from None
-    try:
-        return read_table(path)
-    except (ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from None
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

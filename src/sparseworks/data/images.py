@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.errors import DataError, InvalidArgument, MissingDependency
+from sparseworks.data.parquet import read_parquet
 from sparseworks.data.paths import existing
 
 __all__ = ["ImageSet", "augment", "digits", "read_images"]
@@ -112,17 +113,7 @@ def read_images(source: str | os.PathLike[str], *, limit: int | None = None) -> 
 
 
 def _parquet_columns(path: Path, limit: int | None) -> tuple[list[Any], list[int]]:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise MissingDependency(
-            "parquet files need pyarrow: pip install 'sparseworks[data]'"
-        ) from None
-    try:
-        table = read_table(path).slice(0, limit)
-    except (ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from None
+    table = read_parquet(path).slice(0, limit)
     label = next((n for n in ("label", "labels", "fine_label") if n in table.column_names), None)
     image = next((n for n in ("image", "img") if n in table.column_names), None)
     if image is None or label is None:

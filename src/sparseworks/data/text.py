@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseworks.core.errors import DataError, InvalidArgument, MissingDependency
+from sparseworks.core.errors import DataError, InvalidArgument
+from sparseworks.data.parquet import read_parquet
 from sparseworks.data.paths import existing
 
 __all__ = ["passages", "random_windows", "read_text", "token_ids", "windows"]
@@ -51,17 +52,9 @@ def _read_file(path: Path) -> str:
 
 
 def _text_column(path: Path) -> list[str]:
-    try:
-        from pyarrow import ArrowInvalid, types
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise MissingDependency(
-            "parquet files need pyarrow: pip install 'sparseworks[data]'"
-        ) from None
-    try:
-        table = read_table(path)
-    except (ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from None
+    table = read_parquet(path)
+    from pyarrow import types
+
     for field in table.schema:
         if types.is_string(field.type) or types.is_large_string(field.type):
             return [t for t in table[field.name].to_pylist() if t]
