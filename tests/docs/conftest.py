@@ -22,13 +22,18 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     held = registry.snapshot()
     monkeypatch.setattr(plugins, "_LOADED", {})
     (tools := tmp_path / "bin").mkdir()
-    for name in ("sparseworks", "pytest"):
+    commands = {"sparseworks": "sparseworks", "pytest": "pytest"}
+    commands |= {"torchrun": "torch.distributed.run", "python": ""}
+    for name, module in commands.items():
         script = tools / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {name} "$@"\n')
+        run = f"-m {module} " if module else ""
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {run}"$@"\n')
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     (work := tmp_path / "work").mkdir()
     monkeypatch.chdir(work)
+    (home := tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(home))
     yield work
     registry.restore(held)
 

@@ -64,10 +64,11 @@ def _rows(name: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
         The rows, and why tensors of two or more axes are not counted as weights.
     """
     from sparseworks.io import inspect as inspect_file
+    from sparseworks.models.zoo.libraries import LIBRARIES
 
     path = Path(name)
-    packed = path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
-    if packed:
+    stored_so = path.suffix == ".safetensors" or any(path.glob("*.safetensors"))
+    if stored_so and name.partition(":")[0] not in LIBRARIES:
         info = inspect_file(path, values=True)
         stored = [_row(t) for t in info.tensors]
         why = "its name does not tell that it is the weight of a layer"
