@@ -213,15 +213,13 @@ def _slim(path: Path, version: int) -> None:
 
 @cache
 def _slimmed(version: int) -> Any:
-    model = language_model(version)
-    sw.attach(model, None)
-    return sw.slim(model, {"input_ids": ids()}, flops=0.8, uniform=False)
+    return sw.slim(net(version), pictures(), flops=0.8)
 
 
 def _read_slim(path: Path) -> Any:
     from sparseworks.weights.structured import load_slim
 
-    return of_model(load_slim(path), {"input_ids": ids()})
+    return of_model(load_slim(path, net(9)))
 
 
 def _certificate(path: Path, version: int) -> None:

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from result_pages import families_page
 
 import families as harness
+import family_steps
 import sparseworks as sw
 from model_families import FAMILIES, Family
 from sparseworks.core.errors import ModelError
@@ -32,7 +33,7 @@ def inputs(batch, seed):
 
 @pytest.fixture
 def steps(tmp_path):
-    return harness.Steps("timm net", Family("timm", Net, inputs), tmp_path)
+    return family_steps.Steps("timm net", Family("timm", Net, inputs), tmp_path)
 
 
 def test_there_are_families_of_all_kinds():
@@ -50,7 +51,7 @@ def test_what_a_step_comes_to_is_told_apart():
     assert harness.tried(lambda: {"status": "does not apply"})["status"] == "does not apply"
     assert harness.tried(refused)["message"] == "no"
     assert harness.tried(died)["status"] == "failed"
-    assert harness.tried(lambda: harness.require(False, "a law"))["message"] == "Broken: a law"
+    assert harness.tried(lambda: family_steps.require(False, "a law"))["message"] == "Broken: a law"
 
 
 def test_a_sound_model_passes_every_step(steps):
