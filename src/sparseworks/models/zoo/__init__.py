@@ -6,6 +6,7 @@ from sparseworks.models.zoo.hyperbolic import HyperbolicClassifier, LorentzLinea
 from sparseworks.models.zoo.recommenders import LightGCN, MatrixFactorization
 from sparseworks.models.zoo.resnet import CifarResNet, load_resnet, resnet20, resnet56
 from sparseworks.models.zoo.supernet import CellNetwork, SuperNetwork
+from sparseworks.models.zoo.unet import UNet
 from sparseworks.models.zoo.vit import ViT
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MatrixFactorization",
     "SuperNetwork",
     "TextToImage",
+    "UNet",
     "ViT",
     "load_resnet",
     "resnet20",
