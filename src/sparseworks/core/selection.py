@@ -140,22 +140,33 @@ def keep_top_per_row(scores: Tensor, keep: int, where: str = "scores") -> Tensor
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    step = max(1, _CHUNK // max(1, columns))
+    step = max(1, _CACHED // max(1, columns))
+    counted = torch.empty(min(step, rows), columns, device=scores.device)  # slow to sum as bool
     for start in range(0, rows, step):
         part = scores[start : start + step].float()
-        edge = torch.kthvalue(part, columns - keep + 1, dim=1, keepdim=True).values
+        edge = _nth_largest(part, keep)
         if bool(torch.isneginf(edge).any()):
             row = start + int(torch.isneginf(edge).view(-1).nonzero()[0])
             raise InvalidArgument(
                 f"{where}: row {row} has fewer than {keep} eligible scores (the others are -inf)"
             )
-        above, tied = part > edge, part == edge
-        missing = keep - above.sum(1, keepdim=True)
-        surplus = (tied.sum(1, keepdim=True) > missing).view(-1)
-        if bool(surplus.any()):
-            tied[surplus] &= tied[surplus].cumsum(1) <= missing[surplus]
-        mask[start : start + step] = above | tied
+        kept = torch.ge(part, edge, out=mask[start : start + step])
+        count = torch.ge(part, edge, out=counted[: part.shape[0]]).sum(1)
+        surplus = (count > keep).nonzero().view(-1)
+        if surplus.numel():
+            above, tied = part[surplus] > edge[surplus], part[surplus] == edge[surplus]
+            missing = keep - above.sum(1, keepdim=True)
+            kept[surplus] = above | (tied & (tied.cumsum(1) <= missing))
     return mask
+
+
+def _nth_largest(rows: Tensor, n: int) -> Tensor:
+    """The n-th largest number of every row, `[rows, 1]`, from the shorter end."""
+    columns = rows.shape[1]
+    if 2 * n <= columns:
+        return torch.topk(rows, n, dim=1, sorted=False).values.amin(1, keepdim=True)
+    lowest = torch.topk(rows, columns - n + 1, dim=1, largest=False, sorted=False).values
+    return lowest.amax(1, keepdim=True)
 
 
 def keep_top_in_runs(scores: Tensor, n: int, m: int) -> Tensor:

@@ -20,6 +20,7 @@ registry.register(
         "cptquant": f"{_ROOM}.quantization.cptquant:CPTQuant",
         "gqsa": f"{_ROOM}.quantization.gqsa:GQSA",
         "rounding": f"{_ROOM}.quantization.rounding:Rounding",
+        "maskunet": f"{_ROOM}.dynamic.maskunet:MaskUNet",
         "maskllm": f"{_ROOM}.semistructured.maskllm:MaskLLM",
         "lost": f"{_ROOM}.lowrank.lost:LOST",
         "mdgf": f"{_ROOM}.semistructured.gradient_flow:MdGf",

@@ -7,6 +7,7 @@ from sparseworks.models.zoo.libraries import from_library
 from sparseworks.models.zoo.recommenders import LightGCN, MatrixFactorization
 from sparseworks.models.zoo.resnet import CifarResNet, load_resnet, resnet20, resnet56
 from sparseworks.models.zoo.supernet import CellNetwork, SuperNetwork
+from sparseworks.models.zoo.unet import UNet
 from sparseworks.models.zoo.vit import ViT
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MatrixFactorization",
     "SuperNetwork",
     "TextToImage",
+    "UNet",
     "ViT",
     "from_library",
     "load_resnet",

@@ -205,9 +205,13 @@ class DDIM:
 
     def advance(self, x: Tensor, e: Tensor, i: int) -> Tensor:
         """x after step i."""
-        now, then = (_a(torch.tensor(self._time(j), dtype=x.dtype)).to(x) for j in (i, i + 1))
-        clean = (x - (1 - now).sqrt() * e) / now.sqrt()
-        return then.sqrt() * clean + (1 - then).sqrt() * e
+        then = _a(torch.tensor(self._time(i + 1), dtype=x.dtype)).to(x)
+        return then.sqrt() * self.clean(x, e, i) + (1 - then).sqrt() * e
+
+    def clean(self, x: Tensor, e: Tensor, i: int) -> Tensor:
+        """x_0 as step i sees it."""
+        now = _a(torch.tensor(self._time(i), dtype=x.dtype)).to(x)
+        return (x - (1 - now).sqrt() * e) / now.sqrt()
 
     @torch.no_grad()
     def sample(self, model: nn.Module, noise: Tensor, condition: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -14,13 +15,21 @@ from sparseworks.core.budgets import Budget
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.core.evidence import Collector
 from sparseworks.core.masks import Masks
-from sparseworks.core.patterns import Pattern
+from sparseworks.core.patterns import NM, Pattern, Unstructured
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.types import Progress, PruneResult
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
 
-__all__ = ["Found", "OneShot", "Search", "Solution", "Staged", "Target", "Work"]
+__all__ = ["Found", "OneShot", "Search", "Solution", "Staged", "Target", "Work", "in_cache"]
+
+
+def in_cache(matrix: Tensor) -> Iterator[tuple[int, int]]:
+    """Rows (from, to) of which some fp32 copies stay in a cache: a pass over memory that is new to
+    the process takes several times one over what is at hand."""
+    step = max(1, (1 << 18) // max(1, matrix.shape[1]))
+    for first in range(0, matrix.shape[0], step):
+        yield first, min(first + step, matrix.shape[0])
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,10 @@ class OneShot(ABC):
     collector: ClassVar[type[Collector] | None] = None
     propagate: Literal["pruned", "dense"] = "pruned"
 
+    def by_rows(self) -> bool:
+        """Do `score` and `select` of a row look at this row alone?"""
+        return False
+
     def score(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:
         """fp32 scores of the weights, higher = keep; `[groups, out, in]` as `weight` is."""
         raise NotImplementedError
@@ -121,9 +134,28 @@ class OneShot(ABC):
         Args:
             weight: fp32 matrix `[groups * out, in]`.
         """
+        rowwise = isinstance(target.pattern, NM) or target.pattern == Unstructured("row")
+        if rowwise and self.by_rows() and target.view.groups == 1:
+            with suppress(InvalidArgument):  # which says it of all rows, below
+                return self._solve_by_rows(target, weight, evidence)
         scores = self.matrix_scores(target, weight, evidence)
         mask = self.select(target, scores)
         return Solution(torch.where(mask, weight, 0.0), mask)
+
+    def _solve_by_rows(self, target: Target, weight: Tensor, evidence: Any) -> Solution:
+        """The same, some rows at a time."""
+        keep = target.keep // max(1, weight.shape[0])
+        if keep * weight.shape[0] != target.keep:
+            raise InvalidArgument("not as many of every row")
+        new = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        for first, last in in_cache(weight):
+            allowed = None if target.allowed is None else target.allowed[first:last]
+            part = replace(target, keep=keep * (last - first), allowed=allowed)
+            rows = weight[first:last]
+            mask[first:last] = self.select(part, self.matrix_scores(part, rows, evidence))
+            new[first:last] = torch.where(mask[first:last], rows, 0.0)
+        return Solution(new, mask)
 
     def matrix_scores(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:
         """Scores `[groups * out, in]`, -inf where the weight is already masked."""

@@ -23,7 +23,7 @@ from sparseworks.models.ranks import Ranks
 from sparseworks.models.residence import Residence
 from sparseworks.models.views import View
 from sparseworks.weights.oneshot.base import OneShot, Target
-from sparseworks.weights.oneshot.jobs import LazyScores, diagonal_error, share
+from sparseworks.weights.oneshot.jobs import LazyScores, diagonal_error, put, share
 from sparseworks.weights.oneshot.recovery import Recovery
 from sparseworks.weights.oneshot.sensitivity import Measured, Sensitivity
 
@@ -235,8 +235,7 @@ class Job:
         error = solution.error
         if error is None and collectors:
             error = diagonal_error(view, dense, solution.weight, collectors[0])
-        # solvers that multiply by masks leave -0.0, which costs a lossless file a bit a zero
-        view.write(torch.where(solution.mask, solution.weight, 0.0))
+        put(view, solution.weight, solution.mask)
         mask = view.from_matrix(solution.mask)
         self.record = self.record.with_mask(view.name, mask, str(self.pattern))
         entry = self.record.entry(view.name)

@@ -11,10 +11,12 @@ from torch import Tensor
 from sparseworks.core.evidence import Collector
 from sparseworks.core.masks import MaskEntry, Masks
 from sparseworks.core.types import TensorResult
+from sparseworks.models.hooks import refresh
 from sparseworks.models.ranks import Ranks
 from sparseworks.models.views import View
+from sparseworks.weights.oneshot.base import in_cache
 
-__all__ = ["LazyScores", "diagonal_error", "share"]
+__all__ = ["LazyScores", "diagonal_error", "put", "share"]
 
 
 class LazyScores(Mapping[str, Tensor]):
@@ -72,7 +74,27 @@ def diagonal_error(view: View, dense: Tensor, new: Tensor, evidence: Collector) 
     norm = getattr(evidence, "norm", None)
     if norm is None:
         return None
-    shape = (view.groups, -1, dense.shape[1])
-    change = (((dense - new).view(shape)) * norm[:, None, :]).square().sum()
-    energy = (dense.view(shape) * norm[:, None, :]).square().sum()
-    return float(change / energy) if float(energy) > 0 else 0.0
+    rows = dense.shape[0] // view.groups
+    change = energy = 0.0
+    for first, last in in_cache(dense):
+        scale = (
+            norm[torch.arange(first, last, device=norm.device) // rows] if view.groups > 1 else norm
+        )
+        part = torch.mul(dense[first:last], scale)
+        energy += float(torch.linalg.vector_norm(part)) ** 2
+        torch.sub(dense[first:last], new[first:last], out=part).mul_(scale)
+        change += float(torch.linalg.vector_norm(part)) ** 2
+    return change / energy if energy > 0 else 0.0
+
+
+@torch.no_grad()
+def put(view: View, weight: Tensor, mask: Tensor) -> None:
+    """Write a solution; what the mask drops is 0, not the -0.0 of solvers that multiply by masks,
+    which costs a lossless file a bit a zero."""
+    if view.layout != "linear":
+        view.write(torch.where(mask, weight, 0.0))
+        return
+    for first, last in in_cache(weight):
+        kept = torch.where(mask[first:last], weight[first:last], 0.0)
+        view.parameter[first:last].copy_(kept)
+    refresh(view.module)

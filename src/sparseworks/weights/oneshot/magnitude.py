@@ -40,5 +40,8 @@ class Magnitude(OneShot):
         if not self.power > 0:
             raise InvalidArgument(f"magnitude: power={self.power} must be positive")
 
+    def by_rows(self) -> bool:
+        return type(self) is Magnitude
+
     def score(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:
         return weight.abs() if self.power == 1.0 else weight.abs().pow(self.power)

@@ -54,6 +54,9 @@ class Wanda(OneShot):
         if self.propagate not in ("pruned", "dense"):
             raise InvalidArgument(f"wanda: propagate={self.propagate!r}; 'pruned' or 'dense'")
 
+    def by_rows(self) -> bool:
+        return type(self) is Wanda and self.rows == "equal"
+
     def score(self, target: Target, weight: Tensor, evidence: InputNorm) -> Tensor:
         norm = evidence.norm.clone()
         for group in evidence.unseen_groups():
