@@ -57,8 +57,11 @@ def main() -> None:
         print(f"wrote {path.relative_to(ROOT)}")
     try:
         import mkdocs  # noqa: F401
+        import mkdocstrings  # noqa: F401
     except ImportError:
-        print("mkdocs is not installed; the site was not built (pip install -e '.[docs]')")
+        print(
+            "the site was not built: mkdocs or mkdocstrings is missing (pip install -e '.[docs]')"
+        )
         return
     subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=ROOT, check=True)
 

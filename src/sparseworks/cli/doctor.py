@@ -49,7 +49,10 @@ PURPOSES = {
     "wandb": "runs of Weights & Biases, --log wandb",
     "mlflow-skinny": "runs of MLflow, --log mlflow",
     "lightning": "the callback for Lightning",
-    "pyyaml": "recorded runs in YAML, for audit",
+    "pyyaml": "options and recorded runs in YAML: --config, audit",
+    "timm": "models by name, timm:NAME",
+    "torchvision": "models by name, torchvision:NAME",
+    "mkdocstrings": "the reference of the documentation site",
 }
 EXTRAS = {
     "": "every installation",

@@ -31,8 +31,9 @@ def _progress(step: int, begin: int, end: int) -> float:
 def one_shot(step: int, *, at: int, final: float, initial: float = 0.0) -> float:
     """`final` from step `at` on.
 
-    >>> one_shot(9, at=10, final=0.8), one_shot(10, at=10, final=0.8)
-    (0.0, 0.8)
+    Examples:
+        >>> one_shot(9, at=10, final=0.8), one_shot(10, at=10, final=0.8)
+        (0.0, 0.8)
     """
     return final if step >= at else initial
 
@@ -40,8 +41,9 @@ def one_shot(step: int, *, at: int, final: float, initial: float = 0.0) -> float
 def linear(step: int, *, begin: int, end: int, final: float, initial: float = 0.0) -> float:
     """s = s_i + (s_f - s_i) * t, with t the progress from `begin` to `end`.
 
-    >>> linear(5, begin=0, end=10, final=0.8)
-    0.4
+    Examples:
+        >>> linear(5, begin=0, end=10, final=0.8)
+        0.4
     """
     return initial + (final - initial) * _progress(step, begin, end)
 
@@ -49,8 +51,9 @@ def linear(step: int, *, begin: int, end: int, final: float, initial: float = 0.
 def cubic(step: int, *, begin: int, end: int, final: float, initial: float = 0.0) -> float:
     """s = s_f + (s_i - s_f) * (1 - t)^3 (Zhu & Gupta 2017, To Prune, or Not to Prune).
 
-    >>> round(cubic(5, begin=0, end=10, final=0.8), 6)
-    0.7
+    Examples:
+        >>> round(cubic(5, begin=0, end=10, final=0.8), 6)
+        0.7
     """
     return final + (initial - final) * (1.0 - _progress(step, begin, end)) ** 3
 
@@ -58,8 +61,9 @@ def cubic(step: int, *, begin: int, end: int, final: float, initial: float = 0.0
 def cosine(step: int, *, begin: int, end: int, initial: float, final: float = 0.0) -> float:
     """v = v_f + (v_i - v_f) * (1 + cos(pi t)) / 2, the drop fraction of RigL and SET.
 
-    >>> round(cosine(5, begin=0, end=10, initial=0.3), 6)
-    0.15
+    Examples:
+        >>> round(cosine(5, begin=0, end=10, initial=0.3), 6)
+        0.15
     """
     return final + (initial - final) * 0.5 * (1 + math.cos(math.pi * _progress(step, begin, end)))
 
@@ -67,8 +71,9 @@ def cosine(step: int, *, begin: int, end: int, initial: float, final: float = 0.
 def periodic(step: int, *, every: int, begin: int = 0, end: int | None = None) -> bool:
     """True at the steps begin, begin + every, ... up to and including `end`.
 
-    >>> [s for s in range(10) if periodic(s, every=3, begin=2, end=8)]
-    [2, 5, 8]
+    Examples:
+        >>> [s for s in range(10) if periodic(s, every=3, begin=2, end=8)]
+        [2, 5, 8]
     """
     if every < 1:
         raise InvalidArgument(f"schedule: every={every} must be at least 1")
@@ -78,8 +83,9 @@ def periodic(step: int, *, every: int, begin: int = 0, end: int | None = None) -
 def interval(steps: int | None, *, updates: int = 20, most: int = 100) -> int:
     """Steps between updates, where nobody chose: steps / updates rounded down, 1 to `most`.
 
-    >>> interval(12), interval(500), interval(10_000)
-    (1, 25, 100)
+    Examples:
+        >>> interval(12), interval(500), interval(10_000)
+        (1, 25, 100)
     """
     return most if steps is None else max(1, min(most, steps // updates))
 
@@ -87,8 +93,9 @@ def interval(steps: int | None, *, updates: int = 20, most: int = 100) -> int:
 def exponential_rounds(rounds: int, final: float) -> list[float]:
     """Sparsities 1 - (1 - s)^(r / R) for r = 1..R: every round drops the same share of the rest.
 
-    >>> [round(s, 3) for s in exponential_rounds(2, 0.75)]
-    [0.5, 0.75]
+    Examples:
+        >>> [round(s, 3) for s in exponential_rounds(2, 0.75)]
+        [0.5, 0.75]
     """
     if rounds < 1:
         raise InvalidArgument(f"rounds={rounds} must be at least 1")
