@@ -139,10 +139,25 @@ def test_the_command_that_measures_a_point_again(found: dict, tmp_path: Path) ->
         assert told[name] == point["values"][name]
 
 
+MEETING = """
+import os, time
+from pathlib import Path
+def here(model):
+    place = Path(__file__).parent
+    (place / f"here-{os.getpid()}").touch()
+    end = time.monotonic() + 600
+    while len(list(place.glob("here-*"))) < 2:
+        assert time.monotonic() < end, "the other does not come"
+        time.sleep(0.02)
+    return 1.0
+"""
+
+
 def test_two_processes_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "out"
+    out, meeting = tmp_path / "out", tmp_path / "meeting.py"
+    meeting.write_text(MEETING)
     words = ["compare", NET, "--methods", "random", "magnitude", "--sparsities", "0.2", "0.5",
-             "0.8", *DIGITS, "--share", "--out", str(out)]  # fmt: skip
+             "0.8", "--metric", f"{meeting}:here", "--share", "--out", str(out)]  # fmt: skip
     both = [subprocess.Popen([sys.executable, "-m", "sparseworks", *words]) for _ in range(2)]
     assert [p.wait(900) for p in both] == [0, 0]
     found = json.loads((out / "compare.json").read_text())

@@ -33,9 +33,17 @@ class Slow:
         return {"square": number * number}
 
 
-def work(folder: Path, log: Path, endless: int | None = None, start: float = 0.0) -> None:
-    time.sleep(max(0.0, start - time.time()))
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 600
+    while not true():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.02)
+
+
+def work(folder: Path, log: Path, endless: int | None = None, together: int = 1) -> None:
     shared = Shared(folder / "tasks", {"tasks": len(TASKS)}, "join")
+    (folder / f"here-{os.getpid()}").touch()
+    until(lambda: len(list(folder.glob("here-*"))) >= together)
     found = sweep(lambda: Slow(log, endless), TASKS, folder=shared.folder)
     (folder / f"found-{os.getpid()}.json").write_text(json.dumps(found))
     shared.finish()
@@ -47,18 +55,11 @@ def started(*arguments: object) -> multiprocessing.context.SpawnProcess:
     return process
 
 
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.02)
-
-
 def test_processes_share_the_tasks(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    three = [started(tmp_path, log, None, time.time() + 4) for _ in range(3)]  # all begin at once
+    three = [started(tmp_path, log, None, 3) for _ in range(3)]
     for process in three:
-        process.join(60)
+        process.join(600)
     assert [p.exitcode for p in three] == [0, 0, 0]
     lines = [line.split() for line in log.read_text().splitlines()]
     assert sorted(int(n) for n, _ in lines) == list(range(8))  # each once
@@ -78,7 +79,7 @@ def test_what_a_killed_process_had_taken_is_free(tmp_path: Path) -> None:
     assert other.is_alive()  # it waits for the answer of the first
     assert stuck.pid is not None
     os.kill(stuck.pid, signal.SIGKILL)
-    other.join(60)
+    other.join(600)
     assert other.exitcode == 0 and not (tmp_path / "tasks").exists()
     taken = [int(line.split()[0]) for line in log.read_text().splitlines()]
     assert sorted(taken) == [0, 1, 2, 2, 3, 4, 5, 6, 7]
