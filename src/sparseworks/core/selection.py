@@ -141,7 +141,8 @@ def keep_top_per_row(scores: Tensor, keep: int, where: str = "scores") -> Tensor
         return torch.zeros_like(scores, dtype=torch.bool)
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     step = max(1, _CACHED // max(1, columns))
-    counted = torch.empty(min(step, rows), columns, device=scores.device)  # slow to sum as bool
+    exact = torch.float64 if columns >> 24 else torch.float32  # counts as numbers: bool sums slowly
+    counted = torch.empty(min(step, rows), columns, dtype=exact, device=scores.device)
     for start in range(0, rows, step):
         part = scores[start : start + step].float()
         edge = _nth_largest(part, keep)

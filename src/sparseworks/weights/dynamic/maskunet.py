@@ -148,7 +148,8 @@ class MaskUNet(Transform):
         found = [n for n in names if fnmatchcase(n, asked) and n.count(".") == asked.count(".")]
         if not found and self.blocks is not None:
             raise InvalidArgument(f"maskunet: no module has a name like blocks={asked!r}")
-        skipped, taken = self.skip.split(), {}
+        skipped = self.skip.split()
+        taken: dict[str, list[View]] = {}
         for block in found or [""]:
             start = f"{block}." if block else ""
             views = [
