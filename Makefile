@@ -60,7 +60,7 @@ claims:  ## run every claim that has no result of its present version
 families:  ## prune, save, slim and compile a small model of 87 families; some 15 minutes, resumes
 	@scripts/setup.sh test
 	@$(PY) -m pip install --quiet -c .venv/constraints.txt timm
-	@$(PY) benchmarks/families.py --out benchmarks/results/families.json
+	@$(PY) benchmarks/every_family.py --out benchmarks/results/families.json
 	@$(PY) scripts/make_docs.py
 
 reliability:  ## damage, kill and fuzz everything that is written; some 10 minutes

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from result_pages import families_page
 
-import families as harness
+import every_family as harness
 import family_steps
 import sparseworks as sw
 from model_families import FAMILIES, Family

@@ -72,8 +72,9 @@ def run(options: Options) -> dict[str, Any]:
     """Calibrate, measure before and after, save."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
-    from sparseworks.cli.preparing import calibration, check_inputs, make_metrics, parse_options
+    from sparseworks.cli.preparing import calibration, check_inputs, make_metrics
     from sparseworks.cli.running import progress_bar
+    from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
 
     if not options.model:

@@ -16,8 +16,9 @@ from sparseworks.core.errors import DataError, InvalidArgument, MissingDependenc
 def prepare(options: Any, resumed: bool) -> Any:
     """Model, examples, method and trainer of the options; everything is checked."""
     from sparseworks.cli.loading import load_model
-    from sparseworks.cli.preparing import check_inputs, parse_options
+    from sparseworks.cli.preparing import check_inputs
     from sparseworks.cli.training import Job, distillation_of
+    from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
     from sparseworks.core.patterns import check_sparsity, parse_pattern
     from sparseworks.data.finetuning import kind_of_source

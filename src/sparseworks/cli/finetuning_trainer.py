@@ -69,7 +69,7 @@ def make_trainer(
     """The Trainer of transformers, with the options as its arguments."""
     import transformers
 
-    from sparseworks.cli.preparing import parse_options
+    from sparseworks.cli.values import parse_options
     from sparseworks.training.optimizing import registered
 
     own: Any = None

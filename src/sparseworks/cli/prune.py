@@ -109,10 +109,10 @@ def run_on(options: Options, group: Any) -> dict[str, Any]:
         check_inputs,
         check_output,
         make_metrics,
-        parse_options,
         prompts_of,
     )
     from sparseworks.cli.running import progress_bar
+    from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
     from sparseworks.core.patterns import check_sparsity, parse_pattern
 

@@ -65,15 +65,10 @@ def run(options: Options) -> dict[str, Any]:
     """Measure, quantize, measure, save."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
-    from sparseworks.cli.preparing import (
-        calibration,
-        check_inputs,
-        check_output,
-        make_metrics,
-        parse_options,
-    )
+    from sparseworks.cli.preparing import calibration, check_inputs, check_output, make_metrics
     from sparseworks.cli.prune import command_of, show, summarize
     from sparseworks.cli.running import progress_bar
+    from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
 
     if not options.model:

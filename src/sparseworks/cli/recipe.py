@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import tyro
 
 from sparseworks.cli.fields import BatchSize, Data, EvalData, EvalSamples, Length, Samples
-from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
 __all__ = ["Options", "run"]
@@ -40,7 +39,6 @@ class Options:
     model's. None: all is tried, and the front is told."""
     budget: str = "10m"
     """Time for the search: 90s, 30m, 2h."""
-    plugin: Plugins = ()
     data: Data = None
     samples: Samples = 128
     length: Length = 256

@@ -84,10 +84,11 @@ def run(options: Options) -> dict[str, Any]:
     """Trace, cut, time before and after, save."""
     import sparseworks as sw
     from sparseworks.cli.loading import load_model
-    from sparseworks.cli.preparing import check_inputs, check_output, parse_options
+    from sparseworks.cli.preparing import check_inputs, check_output
     from sparseworks.cli.prune import command_of
     from sparseworks.cli.running import plain_options, progress_bar
     from sparseworks.cli.subjects import subject
+    from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
     from sparseworks.diagnostics.claims import machine
     from sparseworks.models.coupling import trace

@@ -55,8 +55,9 @@ def _pairs(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 def drawn(stage: Stage, made: Any, loaded: Any) -> Any:
     """Calibration batches of a stage; of slimming also the example, before them."""
-    from sparseworks.cli.preparing import calibration, parse_options
+    from sparseworks.cli.preparing import calibration
     from sparseworks.cli.subjects import subject
+    from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
 
     if stage.family == "slimming":
@@ -74,7 +75,7 @@ def apply(stage: Stage, made: Any, model: Any, data: Any) -> Any:
         data: from `drawn`.
     """
     import sparseworks as sw
-    from sparseworks.cli.preparing import parse_options
+    from sparseworks.cli.values import parse_options
 
     only = {"include": made.include or None, "exclude": made.exclude or None}
     extra = parse_options(made.option)

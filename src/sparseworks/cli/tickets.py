@@ -88,8 +88,9 @@ def run(options: Options) -> dict[str, Any]:
     """Prepare or resume, train, save, report."""
     import sparseworks as sw
     from sparseworks.cli import trained, training
-    from sparseworks.cli.preparing import make_metrics, parse_options
+    from sparseworks.cli.preparing import make_metrics
     from sparseworks.cli.running import plain_options, progress_bar, write_json
+    from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
     from sparseworks.training.fitting import Recipe, fit_classifier
 

@@ -39,7 +39,7 @@ def settle(options: Any, command: str = "train") -> tuple[Any, bool]:
     out = options.out
     if out is None:
         raise InvalidArgument("give --out, the folder of the trained model")
-    check_trackers(options.log)
+    check_trackers(getattr(options, "log", ()))
     stored = out / "options.json"
     if options.resume:
         if not stored.is_file():
@@ -91,7 +91,8 @@ def prepare(options: Any) -> Job:
     """Model, data, plan and method of the options; everything is checked, nothing is written."""
     import torch
 
-    from sparseworks.cli.preparing import make_metrics, parse_options
+    from sparseworks.cli.preparing import make_metrics
+    from sparseworks.cli.values import parse_options
     from sparseworks.training.loop import Training
     from sparseworks.training.planning import Plan, Sparse
     from sparseworks.training.runs import digest_of_model
@@ -160,7 +161,7 @@ def distillation_of(
     import copy
 
     from sparseworks.cli.loading import load_model
-    from sparseworks.cli.preparing import parse_options
+    from sparseworks.cli.values import parse_options
     from sparseworks.io import load
     from sparseworks.training.distilling import Distillation
 

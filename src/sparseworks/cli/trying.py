@@ -34,7 +34,7 @@ class Trial(ABC):
 
         self.options, self.loaded = options, loaded
         self.dtypes = self._checked(options.dtypes or self.usual)
-        same = ("model", "plugin", "data", "samples", "length", "batch_size", "metric", "eval_data",
+        same = ("model", "data", "samples", "length", "batch_size", "metric", "eval_data",
                 "eval_samples", "batch", "tokens", "input_shape", "include", "exclude")  # fmt: skip
         self.as_compared = CompareOptions(
             **{name: getattr(options, name) for name in same}, seeds=(options.seed,),

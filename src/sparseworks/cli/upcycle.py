@@ -70,8 +70,9 @@ def run(options: Options) -> dict[str, Any]:
     """Measure, turn, train, measure, save."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
-    from sparseworks.cli.preparing import check_inputs, check_output, make_metrics, parse_options
+    from sparseworks.cli.preparing import check_inputs, check_output, make_metrics
     from sparseworks.cli.running import progress_bar
+    from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
 
     if not options.model:

@@ -1,6 +1,6 @@
 """Prune, save, reload, slim and compile a small model of each of many families.
 
-    python benchmarks/families.py [--only NAME ...] [--parts out/families]
+    python benchmarks/every_family.py [--only NAME ...] [--parts out/families]
                                   [--out benchmarks/results/families.json]
 
 Random weights, half of them zeroed by magnitude and by Wanda, a file and a Hugging Face folder
