@@ -71,7 +71,7 @@ def _json(text: str, path: Path) -> Any:
 
 def _yaml(text: str, path: Path) -> Any:
     try:
-        import yaml  # type: ignore[import-untyped]
+        import yaml
     except ImportError:
         raise MissingDependency(
             f"{path}: YAML needs pyyaml (pip install pyyaml); JSON needs nothing"
