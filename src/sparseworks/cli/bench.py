@@ -2,12 +2,13 @@
 
 Candidates take turns in short blocks, so that a noisy machine is fair to them, with a rest before
 each block in which the threads of the one before go to sleep. The output folder holds
-bench.csv, bench.json and bench.html.
+bench.csv, bench.json, and bench.html (where plotly is installed).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -213,14 +214,20 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    import plotly.graph_objects as go
-
     from sparseworks.cli.running import write_csv, write_json
-    from sparseworks.io.atomic import atomic_file
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "bench.json", result)
     write_csv(out / "bench.csv", result["rows"], otherwise=["candidate"])
+    if importlib.util.find_spec("plotly") is not None:
+        _draw(out / "bench.html", result)
+
+
+def _draw(page: Path, result: dict[str, Any]) -> None:
+    import plotly.graph_objects as go
+
+    from sparseworks.io.atomic import atomic_file
+
     cases = list(dict.fromkeys((r["sparsity"], r["batch"]) for r in result["rows"]))
     labels = [f"{'as it is' if s is None else f'{s:.0%} sparse'}, batch {b}" for s, b in cases]
     figure = go.Figure()
@@ -234,5 +241,5 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         title=f"{result['model']}: samples a second ({cpu}, {threads} threads)",
         yaxis_title="samples a second", barmode="group", template="plotly_white",
     )  # fmt: skip
-    with atomic_file(out / "bench.html") as path:
+    with atomic_file(page) as path:
         figure.write_html(path, include_plotlyjs=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 from dataclasses import dataclass
@@ -131,7 +132,8 @@ def _write(out: Path, found: dict[str, Any]) -> None:
     write_csv(out / "compare.csv", found["rows"])
     write_json(out / "compare.json", found)
     write_json(out / "options.json", found["options"])
-    write_comparison(out / "compare.html", found)
+    if importlib.util.find_spec("plotly") is not None:
+        write_comparison(out / "compare.html", found)
 
 
 def _show(found: dict[str, Any], options: Options) -> None:
@@ -163,4 +165,5 @@ def _show(found: dict[str, Any], options: Options) -> None:
         table.add_row(method, *cells)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if options.out is not None:
-        print(f"wrote {options.out / 'compare.html'}, compare.csv and compare.json")
+        page = options.out / "compare.html"
+        print(f"wrote {f'{page}, ' if page.is_file() else ''}compare.csv and compare.json")
