@@ -101,7 +101,7 @@ def load_model(name: str, dtype: str | None = None, seed: int = 0) -> LoadedMode
 
 def _from_library(name: str, dtype: torch.dtype | None, seed: int) -> LoadedModel:
     """`timm:NAME:option=value,...`; weights=FILE.safetensors is a plain or packed file of it."""
-    from sparseworks.cli.preparing import parse_options
+    from sparseworks.cli.pairs import parse_options
     from sparseworks.io import load
     from sparseworks.models.zoo.libraries import from_library, input_shape
 

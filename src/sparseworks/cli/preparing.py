@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseworks.cli.fields import BatchSize, Length, Samples
+from sparseworks.cli.pairs import parse_options
 from sparseworks.cli.plugins import Plugins
 from sparseworks.core.errors import InvalidArgument
 
@@ -58,22 +58,6 @@ def check_inputs(options: Any) -> None:
     named = getattr(options, "metric", None) or ()
     for name in (named,) if isinstance(named, str) else named:
         check_name(name)
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` pairs, values as JSON where they are, objects of `file.py:name`, else text."""
-    from sparseworks.diagnostics.metrics import load_object
-
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise InvalidArgument(f"{pair!r}: use name=value")
-        try:
-            options[name] = json.loads(text)
-        except json.JSONDecodeError:
-            options[name] = load_object(text) if ".py:" in text else text
-    return options
 
 
 @dataclass(frozen=True)

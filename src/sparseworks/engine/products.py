@@ -74,7 +74,7 @@ class SparseLinear(nn.Module):
         if x.numel() == 0:
             return x.new_zeros(self.out_features, x.shape[1])
         if not self.native:
-            return self(x.t()).t()
+            return self.forward(x.t()).t()
         return self.positions.columns(x.detach(), self.out_features)
 
     def _check(self, x: Tensor, inputs: torch.Size, shape: str) -> None:
