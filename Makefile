@@ -1,6 +1,6 @@
 # Every target sets itself up: .venv, torch, the package.
 PY := .venv/bin/python
-.PHONY: demo speed test lint type imports docs native sanitize bench claims families reliability clean
+.PHONY: demo speed test lint type imports docs native sanitize wheel bench claims families reliability clean
 
 demo:  ## prune a real sentence encoder and show the result
 	@scripts/setup.sh demo
@@ -44,6 +44,11 @@ sanitize:  ## the tests of the kernels with AddressSanitizer and UBSan (g++); so
 	@scripts/setup.sh test
 	@$(PY) -m pip install --quiet nanobind cmake
 	@scripts/sanitize.sh
+
+wheel:  ## sdist and wheel into dist/, tried in bare environments with and without a compiler
+	@scripts/setup.sh test
+	@$(PY) -m pip install --quiet build
+	@scripts/check_wheel.sh
 
 bench:  ## speed and memory against peers, on demand
 	@scripts/setup.sh test

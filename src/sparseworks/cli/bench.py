@@ -1,12 +1,13 @@
 """Time a model: ours sparse and dense beside torch, onnxruntime and openvino, in one run.
 
 Candidates take turns in short blocks with rests between them. The output folder holds bench.csv,
-bench.json and bench.html.
+bench.json, and bench.html (where plotly is installed).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -187,9 +188,11 @@ def _show(result: dict[str, Any]) -> None:
 
 def _write(out: Path, result: dict[str, Any]) -> None:
     from sparseworks.cli.running import write_csv, write_json
-    from sparseworks.report.bench import write_bench
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "bench.json", result)
     write_csv(out / "bench.csv", result["rows"], otherwise=["candidate"])
-    write_bench(out / "bench.html", result)
+    if importlib.util.find_spec("plotly") is not None:
+        from sparseworks.report.bench import write_bench
+
+        write_bench(out / "bench.html", result)

@@ -206,7 +206,8 @@ def _show(found: dict[str, Any], options: Options) -> None:
         table.add_row("*" if p["front"] else "", p["method"], p["amount"], *cells, style=style)
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     if options.out is not None:
-        print(f"wrote {options.out / 'compare.html'}, compare.csv and compare.json")
+        page = options.out / "compare.html"
+        print(f"wrote {f'{page}, ' if page.is_file() else ''}compare.csv and compare.json")
 
 
 def _cell(value: Sequence[Any], scale: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -122,5 +123,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "decode.json", result)
     write_csv(out / "decode.csv", result["rows"], otherwise=["candidate"])
+    if importlib.util.find_spec("plotly") is None:
+        return
     with atomic_file(out / "decode.html") as path:
         decoding_figure(result).write_html(path, include_plotlyjs=True)

@@ -1,11 +1,12 @@
 """Make a trained model sparse in one shot, save it losslessly, and report what it cost.
 
-The output folder holds the packed checkpoint, report.html, result.json, and options.json, which
-`--config` accepts to repeat the run.
+The output folder holds the packed checkpoint, report.html (where plotly is installed), result.json,
+and options.json, which `--config` accepts to repeat the run.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -259,7 +260,8 @@ def write_output(options: Any, loaded: Any, result: Any, summary: dict[str, Any]
         summary["checkpoint"] = str(out / target.name)
         write_json(made / "result.json", summary)
         write_json(made / "options.json", plain_options(options))
-        write_report(made / "report.html", summary, loaded.model)
+        if importlib.util.find_spec("plotly") is not None:
+            write_report(made / "report.html", summary, loaded.model)
 
 
 def show(summary: dict[str, Any], as_json: bool) -> None:

@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.ir import Load, Product, Store, Value
 from sparseworks.engine.part import Part
 from sparseworks.engine.shared import Shared
+from sparseworks.kernels import available
 
 __all__ = ["SparseLinear"]
 
 
 class SparseLinear(nn.Module):
-    """y = W x + b that skips the zeros of W; inference only.
+    """y = W x + b that skips the zeros of W; inference only. Without native kernels torch serves.
 
     Args:
         weight: fp32 `[outputs, inputs]`, finite.
@@ -38,10 +40,11 @@ class SparseLinear(nn.Module):
             raise InvalidArgument("the weight holds NaN or Inf")
         self.out_features, self.in_features = weight.shape
         self.kept = int(torch.count_nonzero(weight))
+        self.native = available()
         x = Value("tokens", self.in_features)
         y = Value("tokens", self.out_features)
         bias = None if bias is None else bias.detach()
-        product = Product(y, x, weight.detach().contiguous(), bias, "weight")
+        self.product = product = Product(y, x, weight.detach().contiguous(), bias, "weight")
         count = torch.get_num_threads() if threads is None else threads
         shared = Shared()  # by both
         self.rows, self.positions = (
@@ -58,6 +61,8 @@ class SparseLinear(nn.Module):
         self._check(x, x.shape[-1:], "[..., {}]")
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features)
+        if not self.native:
+            return F.linear(x.detach(), self.product.weight, self.product.bias)
         return self.rows.run({"x": x.detach()}, {})["y"]
 
     def columns(self, x: Tensor) -> Tensor:
@@ -68,6 +73,8 @@ class SparseLinear(nn.Module):
         self._check(x, x.shape[:1] if x.ndim == 2 else x.shape[:0], "[{}, n]")
         if x.numel() == 0:
             return x.new_zeros(self.out_features, x.shape[1])
+        if not self.native:
+            return self.forward(x.t()).t()
         return self.positions.columns(x.detach(), self.out_features)
 
     def _check(self, x: Tensor, inputs: torch.Size, shape: str) -> None:
@@ -79,8 +86,7 @@ class SparseLinear(nn.Module):
 
     def __reduce__(self) -> Any:
         """Made anew from bytes: its programs read memory that must stay where it is."""
-        product = self.rows.ops[1]
-        assert isinstance(product, Product)
+        product = self.product
         bias = None if product.bias is None else product.bias.numpy()
         return _made, (type(self), product.weight.numpy(), bias, self.rows.threads)
 
