@@ -33,7 +33,7 @@ RELIABILITY = """# Reliability
 
 What damaged files, killed processes and random cases come to (`make reliability`; figures and
 machine in `benchmarks/results/reliability.json`, seed {seed}). Of {trials:,} trials {wrong} came
-out as none must.
+out as none must; exports for other tools are counted apart.
 
 """
 DAMAGE = """
