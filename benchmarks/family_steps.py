@@ -1,4 +1,4 @@
-"""The steps that a model of a family goes through in `every_family.py`, and the laws that must hold."""
+"""The steps that a model of a family goes through in `every_family.py`, and the laws that hold."""
 
 from __future__ import annotations
 
