@@ -20,6 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 Kind = Literal["causal", "encoder", "classifier", "other"]
+_CIFAR = (3, 32, 32)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
@@ -88,7 +89,7 @@ def load_model(name: str, dtype: str | None = None, seed: int = 0) -> LoadedMode
     if path.suffix == ".safetensors":
         model = _zoo_model(path)
         model = model.to(wanted or torch.float32)
-        return LoadedModel(model, "classifier", None, name, (3, 32, 32))
+        return LoadedModel(model, "classifier", None, name, _CIFAR)
     folder = _minilm() if name == "minilm" else name
     if path.is_file():
         raise InvalidArgument(
@@ -203,7 +204,10 @@ def _from_factory(name: str, dtype: torch.dtype | None) -> LoadedModel:
         )
     kind = kind_of(model)
     model = model.eval() if dtype is None else model.eval().to(dtype)
-    return LoadedModel(model, kind if kind != "other" else "classifier", tokenizer, name)
+    from sparseworks.models.zoo import CifarResNet
+
+    shape = _CIFAR if isinstance(model, CifarResNet) else ()
+    return LoadedModel(model, kind if kind != "other" else "classifier", tokenizer, name, shape)
 
 
 def default_metrics(loaded: LoadedModel, eval_data: str | None) -> tuple[str, ...]:
