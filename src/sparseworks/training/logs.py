@@ -210,6 +210,7 @@ def _wandb(folder: Path, about: Mapping[str, Any], step: int) -> Writer:
     import wandb
 
     known = _ids(folder).get("wandb")
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
     run = wandb.init(
         dir=str(folder),
         id=known,
@@ -217,7 +218,7 @@ def _wandb(folder: Path, about: Mapping[str, Any], step: int) -> Writer:
         project=os.environ.get("WANDB_PROJECT", "sparseworks"),
         name=os.environ.get("WANDB_NAME", folder.resolve().name),
         config=dict(about),
-        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        mode=mode,
         reinit="create_new",
         settings=wandb.Settings(silent=True),
     )
