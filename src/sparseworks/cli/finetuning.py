@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def prepare(options: Any, resumed: bool) -> Any:
     from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
     from sparseworks.core.patterns import check_sparsity, parse_pattern
-    from sparseworks.data.finetuning import kind_of_source
+    from sparseworks.data.finetuning import classes_of, kind_of_source
     from sparseworks.io import load
     from sparseworks.training.planning import HALVES
     from sparseworks.training.runs import digest_of_model
@@ -54,11 +55,12 @@ def prepare(options: Any, resumed: bool) -> Any:
         parse_pattern(options.pattern)
     kind = kind_of_source(options.data)
     transformers.set_seed(options.seed)
-    loaded = _fitting(load_model(options.model, options.dtype), kind, options)
+    classes = classes_of(options.data) if kind == "labelled texts" else ()
+    loaded = _fitting(load_model(options.model, options.dtype), kind, classes, options)
     if options.start is not None:
         load(options.start, loaded.model)
     train, held = (
-        _examples(source, kind, loaded, options, count)
+        _examples(source, kind, classes, loaded, options, count)
         for source, count in ((options.data, options.samples),
                               (options.eval_data, options.eval_samples))
     )  # fmt: skip
@@ -86,14 +88,13 @@ def prepare(options: Any, resumed: bool) -> Any:
     return Job(training, loaded.tokenizer, metric, before, start)
 
 
-def _fitting(loaded: Any, kind: str, options: Any) -> Any:
+def _fitting(loaded: Any, kind: str, classes: Sequence[str], options: Any) -> Any:
     """The model, if it is for data of this kind; an encoder gets a head for labels."""
     needed = {"text": "causal", "completions": "causal"}.get(kind, "classifier")
     name = type(loaded.model).__name__
     if kind == "labelled texts" and loaded.kind in ("encoder", "other") and loaded.tokenizer:
-        return dataclasses.replace(
-            loaded, model=_with_head(loaded.model, options), kind="classifier"
-        )
+        model = _with_head(loaded.model, classes, options)
+        return dataclasses.replace(loaded, model=model, kind="classifier")
     of_text = loaded.tokenizer is not None
     if loaded.kind != needed or of_text != (kind != "images"):
         wants = {
@@ -109,14 +110,12 @@ def _fitting(loaded: Any, kind: str, options: Any) -> Any:
     return loaded
 
 
-def _with_head(encoder: Any, options: Any) -> Any:
+def _with_head(encoder: Any, classes: Sequence[str], options: Any) -> Any:
     """The encoder, with its zeros and their record, under a new head for the data's classes."""
     import transformers
 
     from sparseworks.core.masks import Masks, attach, masks
-    from sparseworks.data.finetuning import classes_of
 
-    classes = classes_of(options.data)
     if len(classes) < 2:
         raise DataError(f"{options.data}: has one class alone, {classes[0]!r}")
     config = copy.deepcopy(encoder.config)
@@ -141,35 +140,33 @@ def _with_head(encoder: Any, options: Any) -> Any:
     return model.eval()
 
 
-def _examples(source: Any, kind: str, loaded: Any, options: Any, count: int | None) -> Any:
+def _examples(
+    source: Any, kind: str, classes: Sequence[str], loaded: Any, options: Any, count: int | None
+) -> Any:
     from sparseworks.data import finetuning as data
 
     if source is None:
         return None
-    if kind != data.kind_of_source(source):
-        raise InvalidArgument(
-            f"{source} holds {data.kind_of_source(source)}, the training data {kind}"
-        )
+    if source != options.data and (other := data.kind_of_source(source)) != kind:
+        raise InvalidArgument(f"{source} holds {other}, the training data {kind}")
     if options.length < 2:
         raise InvalidArgument(f"--length {options.length}: at least 2")
     if kind == "images":
         return _images(source, loaded, options, count)
     if kind == "labelled texts":
-        classes = _classes(loaded.model, options)
-        rows = data.labelled_texts(source, loaded.tokenizer, options.length, classes)
+        known = _known(loaded.model, classes)
+        rows = data.labelled_texts(source, loaded.tokenizer, options.length, known)
     else:
         make = data.text_windows if kind == "text" else data.completions
         rows = make(source, loaded.tokenizer, options.length)
     return rows[:count]
 
 
-def _classes(model: Any, options: Any) -> list[str]:
+def _known(model: Any, classes: Sequence[str]) -> list[str]:
     """Names of the model's classes; numbers, where the data has numbers and the model has names."""
-    from sparseworks.data.finetuning import classes_of
-
     known = getattr(model.config, "id2label", None) or {}
     names = [str(known[k]) for k in sorted(known, key=int)]
-    if all(c.isdigit() for c in classes_of(options.data)) and not set(names) & {"0"}:
+    if all(c.isdigit() for c in classes) and not set(names) & {"0"}:
         return [str(i) for i in range(len(names))]
     return names
 

@@ -73,12 +73,8 @@ def make_trainer(
     from sparseworks.training.optimizing import registered
 
     own: Any = None
-    try:
+    if options.optimizer not in _optimizers() or options.optimizer_option:
         chosen = registered(options.optimizer, parse_options(options.optimizer_option))
-    except InvalidArgument:
-        if options.optimizer_option or options.optimizer not in _optimizers():
-            raise
-    else:
         parameters = [p for p in model.parameters() if p.requires_grad]
         own = chosen.build(parameters, options.lr, options.weight_decay)
     per_step = options.batch_size * options.accumulate * int(os.environ.get("WORLD_SIZE", "1"))

@@ -14,6 +14,7 @@ Rows are those of a .jsonl, .csv or .parquet file.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparseworks.core.errors import DataError, InvalidArgument
-from sparseworks.data.images import ImageSet, read_images
-from sparseworks.data.parquet import read_parquet
+from sparseworks.data.images import ImageSet, holds_images, read_images
+from sparseworks.data.parquet import column_names, read_parquet
 from sparseworks.data.paths import existing
 from sparseworks.data.text import read_text, token_ids, windows
 
@@ -47,13 +48,9 @@ def kind_of_source(source: str | os.PathLike[str]) -> Kind:
         DataError: nothing there, or columns of none of the kinds.
     """
     path = existing(source)
-    if path.is_dir():
-        inner = [p for p in path.iterdir() if p.is_dir()]
-        images = any(
-            f.suffix.lower() in (".png", ".jpg", ".jpeg") for d in inner for f in d.iterdir()
-        )
-        return "images" if images else "text"
-    if path.suffix not in _ROWS:
+    if holds_images(path):
+        return "images"
+    if path.is_dir() or path.suffix not in _ROWS:
         return "text"
     names = set(_columns(path))
     if names & {"image", "img"}:
@@ -69,7 +66,7 @@ def kind_of_source(source: str | os.PathLike[str]) -> Kind:
 
 
 def read_rows(source: str | os.PathLike[str], limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a .jsonl, .csv or .parquet file.
+    """The rows of a .jsonl, .csv or .parquet file, the first `limit` of them where it is given.
 
     Raises:
         DataError: missing, empty or malformed, and where.
@@ -78,22 +75,22 @@ def read_rows(source: str | os.PathLike[str], limit: int | None = None) -> list[
     rows: list[dict[str, Any]] = []
     try:
         if path.suffix == ".parquet":
-            rows = read_parquet(path).to_pylist()
+            rows = read_parquet(path).slice(0, limit).to_pylist()
         elif path.suffix == ".csv":
             with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+                rows = list(itertools.islice(csv.DictReader(file), limit))
         else:
             with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        rows.append(_object(line, f"{path}, line {number}"))
+                lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
+                for number, line in itertools.islice(lines, limit):
+                    rows.append(_object(line, f"{path}, line {number}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (OSError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     if not rows:
         raise DataError(f"{path}: holds no rows")
-    return rows[:limit]
+    return rows
 
 
 def text_windows(source: str | os.PathLike[str], tokenizer: Any, length: int) -> Examples:
@@ -220,9 +217,7 @@ def padded(rows: Sequence[Mapping[str, Any]], padding: int = 0) -> dict[str, Ten
 
 
 def _columns(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        return list(read_parquet(path).column_names)
-    return list(read_rows(path)[0])
+    return column_names(path) if path.suffix == ".parquet" else list(read_rows(path, 1)[0])
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

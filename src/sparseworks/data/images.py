@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.errors import DataError, InvalidArgument, MissingDependency
-from sparseworks.data.parquet import read_parquet
+from sparseworks.data.parquet import column_names, read_parquet
 from sparseworks.data.paths import existing
 
-__all__ = ["ImageSet", "augment", "digits", "read_images"]
+__all__ = ["ImageSet", "augment", "digits", "holds_images", "read_images"]
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -82,6 +82,23 @@ def augment(images: Tensor, generator: torch.Generator, padding: int = 4) -> Ten
     columns = torch.where(flip[:, None], columns.flip(1), columns)
     flat = rows[:, :, None] * (w + 2 * padding) + columns[:, None, :]
     return padded.flatten(2).gather(2, flat.view(n, 1, -1).expand(-1, c, -1)).view(n, c, h, w)
+
+
+def holds_images(source: str | os.PathLike[str]) -> bool:
+    """Is it a folder of class folders with images, or a parquet file with a column of images?"""
+    path = Path(source)
+    if path.is_dir():
+        folders = [p for p in path.iterdir() if p.is_dir()]
+        return any(
+            f.suffix.lower() in (".png", ".jpg", ".jpeg") for d in folders[:3] for f in d.iterdir()
+        )
+    if path.suffix != ".parquet" or not path.is_file():
+        return False
+    try:
+        names = column_names(path)
+    except Exception:  # the reader itself says what is wrong with the file
+        return False
+    return any(n in names for n in ("image", "img"))
 
 
 def read_images(source: str | os.PathLike[str], *, limit: int | None = None) -> ImageSet:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from sparseworks.core.errors import DataError, InvalidArgument
 from sparseworks.data.builtin import docstrings, sources
-from sparseworks.data.images import digits, read_images
+from sparseworks.data.images import digits, holds_images, read_images
 from sparseworks.data.paths import existing
 from sparseworks.data.text import passages, random_windows, read_text, token_ids, windows
 
@@ -66,7 +65,7 @@ def load(
         name = os.fspath(source)
         if name == "digits":
             return _image_batches(digits(), split, samples, batch_size, seed)
-        if name not in BUILTIN and (kind == "images" or (kind is None and _holds_images(name))):
+        if name not in BUILTIN and (kind == "images" or (kind is None and holds_images(name))):
             return _image_batches(read_images(name), split, samples, batch_size, seed)
         text = _text(name, split)
         texts = _passages(name, text, split)
@@ -133,21 +132,3 @@ def _dataset_texts(dataset: Any) -> list[str]:
     if column is None:
         raise DataError(f"the data set has no text column among {dataset.column_names}")
     return [t for t in dataset[column] if t]
-
-
-def _holds_images(name: str) -> bool:
-    path = Path(name)
-    if path.is_dir():
-        folders = [p for p in path.iterdir() if p.is_dir()]
-        return any(
-            f.suffix.lower() in (".png", ".jpg", ".jpeg") for d in folders[:3] for f in d.iterdir()
-        )
-    if path.suffix != ".parquet" or not path.is_file():
-        return False
-    try:
-        from pyarrow.parquet import read_schema
-
-        names = read_schema(path).names
-    except Exception:  # the reader itself says what is wrong with the file
-        return False
-    return any(n in names for n in ("image", "img"))

@@ -65,14 +65,12 @@ class Follower:
 class Sparsifier(Follower):
     """Of a hooked method, which starts when there is an optimizer."""
 
-    def __init__(
-        self, method: Any, sparsity: float | None, steps: int | None, settings: dict[str, Any]
-    ) -> None:
+    def __init__(self, sparse: Sparse, steps: int | None = None) -> None:
         super().__init__()
-        self.sparse = Sparse(method, sparsity, settings)
-        if not isinstance(self.sparse.chosen, Hooked):
+        self.sparse = sparse
+        if not isinstance(sparse.chosen, Hooked):
             raise InvalidArgument(
-                f"method {method!r} changes the model before its optimizer exists: call "
+                f"method {sparse.method!r} changes the model before its optimizer exists: call "
                 "`sw.sparsify_trainer` on a transformers Trainer, or `sw.transform` on the model "
                 "in a loop of your own"
             )
@@ -121,7 +119,7 @@ def trainer_callback(
             that ends after it.
         MissingDependency: transformers is not installed.
     """
-    return sparse_trainer_callback(Sparsifier(method, sparsity, steps, settings))
+    return sparse_trainer_callback(Sparsifier(Sparse(method, sparsity, settings), steps))
 
 
 def sparse_trainer_callback(follower: Follower) -> Any:
@@ -238,7 +236,7 @@ def lightning_callback(
             that ends after it.
         MissingDependency: Lightning is not installed.
     """
-    sparsifier = Sparsifier(method, sparsity, steps, settings)
+    sparsifier = Sparsifier(Sparse(method, sparsity, settings), steps)
     numbers = (optimizer,) if isinstance(optimizer, int) else tuple(optimizer)
     return _lightning_class()(sparsifier, numbers)
 

@@ -61,7 +61,7 @@ def sparsify_trainer(
         steps = _steps(trainer)
         sparse.check_steps(steps)
         if isinstance(sparse.chosen, Hooked):
-            own = Sparsifier(method, sparsity, None, settings)
+            own = Sparsifier(sparse)
         else:
             if trainer.optimizer is not None:
                 raise InvalidArgument(
