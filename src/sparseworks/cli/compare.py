@@ -131,7 +131,12 @@ def _gathered(
 ) -> dict[str, Any]:  # fmt: skip
     """Axes, points (the dense model first) and rows, with front and commands."""
     from sparseworks.cli.reproducing import making, measuring
-    from sparseworks.diagnostics.tradeoffs import mean_and_interval, pareto_front, present
+    from sparseworks.diagnostics.tradeoffs import (
+        mean_and_interval,
+        pareto_front,
+        present,
+        told_of,
+    )
 
     about = dense["about"]
     axes = present([dense["row"], *rows], about["metric"], about["unit"], about["higher_is_better"])
@@ -161,11 +166,7 @@ def _gathered(
         point["front"] = on
         for row in group:
             row |= {"front": on, "command": point["make"] or point["measure"]}
-    told = {
-        n: {"column": a.column, "label": a.label, "scale": a.scale,
-            "higher_is_better": a.higher_is_better} for n, a in axes.items()
-    }  # fmt: skip
-    return {"x": x.name, "y": y.name, "axes": told, "points": points, "rows": rows}
+    return {"x": x.name, "y": y.name, "axes": told_of(axes), "points": points, "rows": rows}
 
 
 def _write(out: Path, found: dict[str, Any]) -> None:

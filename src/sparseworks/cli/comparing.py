@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +56,7 @@ class Subject:
     def __call__(self, seed: int, text: str, amounts: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the table; of the dense model where there is no text of a recipe."""
         from sparseworks.cli.recipes import parse_recipe
+        from sparseworks.cli.stages import changed
 
         if not text:
             row = self._row("dense", "dense", "", seed, self.loaded.model, 0.0, 0)
@@ -70,27 +70,16 @@ class Subject:
             }
             return {"about": about, "row": row}
         recipe = parse_recipe(text)
-        model = copy.deepcopy(self.loaded.model)
-        seconds, untouched = 0.0, set()
-        for stage in recipe.stages:
-            result = self._applied(stage, amounts, seed, (seed, text), model)
-            model, seconds = result.model, seconds + result.seconds
-            if stage.family != "slimming":
-                untouched |= self.usual & set(result.skipped)
-        amount = recipe.amount(amounts)
+        if self.drawn.get("of") != (seed, text):
+            self.drawn = {"of": (seed, text)}
+        done = changed(recipe, self.loaded, self.options, amounts, seed, self.drawn)
+        untouched = {
+            name for stage, result in done if stage.family != "slimming"
+            for name in self.usual & set(result.skipped)
+        }  # fmt: skip
+        seconds = sum(result.seconds for _, result in done)
+        amount, model = recipe.amount(amounts), done[-1][1].model
         return self._row(text, recipe.family, amount, seed, model, seconds, len(untouched))
-
-    def _applied(
-        self, stage: Any, amounts: Mapping[str, Any], seed: int, of: tuple[int, str], model: Any
-    ) -> Any:
-        from sparseworks.cli.stages import apply, drawn, options_of
-
-        made = options_of(stage, self.options, amounts, seed)
-        if self.drawn.get("of") != of:
-            self.drawn = {"of": of}
-        if stage.name not in self.drawn:
-            self.drawn[stage.name] = drawn(stage, made, self.loaded)
-        return apply(stage, made, model, self.drawn[stage.name])
 
     def _row(
         self, method: str, family: str, amount: str, seed: int, model: Any, seconds: float,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from sparseworks.cli.recipes import Stage, parse_amount
+from sparseworks.cli.recipes import Recipe, Stage, parse_amount
 
-__all__ = ["COMMANDS", "apply", "drawn", "options_of"]
+__all__ = ["COMMANDS", "apply", "changed", "drawn", "options_of"]
 
 COMMANDS = {"pruning": "prune", "slimming": "slim", "quantization": "quantize"}
 
@@ -96,3 +97,28 @@ def apply(stage: Stage, made: Any, model: Any, data: Any) -> Any:
         floor=made.floor, iterations=made.iterations, streams=made.streams, blocks=made.blocks,
         data=batches, **only, **extra,
     )  # fmt: skip
+
+
+def changed(
+    recipe: Recipe, loaded: Any, options: Any, amounts: Mapping[str, Any], seed: int,
+    kept: dict[Any, Any],
+) -> list[tuple[Stage, Any]]:  # fmt: skip
+    """A copy of the model through all stages: each with its result, the last of which has it.
+
+    Args:
+        recipe: methods, one after the other.
+        loaded: the dense model, which stays as it is.
+        options: of `sparseworks compare`.
+        amounts: of what is swept.
+        seed: of this run.
+        kept: calibration data by the name of a method, of this recipe and seed; what is lacking is
+            drawn and added.
+    """
+    model, done = copy.deepcopy(loaded.model), []
+    for stage in recipe.stages:
+        made = options_of(stage, options, amounts, seed)
+        if stage.name not in kept:
+            kept[stage.name] = drawn(stage, made, loaded)
+        done.append((stage, apply(stage, made, model, kept[stage.name])))
+        model = done[-1][1].model
+    return done

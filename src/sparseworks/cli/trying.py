@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -64,24 +63,20 @@ class Trial(ABC):
     def model_of(self, rung: Rung) -> tuple[Any, float]:
         """The model of a rung before it is compiled, and the seconds that making it took."""
         from sparseworks.cli.recipes import parse_recipe
-        from sparseworks.cli.stages import apply, drawn, options_of
+        from sparseworks.cli.stages import changed
 
         if not rung.text:
             return self.loaded.model, 0.0
         key = rung.text, rung.amounts
         if self._kept[0] != key:
             self._kept = None, None, None
-            model, seconds = copy.deepcopy(self.loaded.model), 0.0
-            for stage in parse_recipe(rung.text).stages:
-                made = options_of(stage, self.as_compared, dict(rung.amounts), self.options.seed)
-                try:
-                    if (rung.text, stage.name) not in self._drawn:
-                        self._drawn[rung.text, stage.name] = drawn(stage, made, self.loaded)
-                    result = apply(stage, made, model, self._drawn[rung.text, stage.name])
-                except SparseworksError as error:
-                    raise InvalidArgument(str(error)) from error
-                model, seconds = result.model, seconds + result.seconds
-            self._kept = key, result, seconds
+            recipe, kept = parse_recipe(rung.text), self._drawn.setdefault(rung.text, {})
+            amounts, seed = dict(rung.amounts), self.options.seed
+            try:
+                done = changed(recipe, self.loaded, self.as_compared, amounts, seed, kept)
+            except SparseworksError as error:
+                raise InvalidArgument(str(error)) from error
+            self._kept = key, done[-1][1], sum(result.seconds for _, result in done)
         return self._kept[1].model, self._kept[2]
 
     def amount(self, rung: Rung) -> str:
@@ -106,13 +101,17 @@ class Trial(ABC):
 
     def points(self, tried: Mapping[Rung, Any], best: Rung | None) -> dict[str, Any]:
         """As the page of a comparison takes them: axes, points (the dense model first), rows."""
-        from sparseworks.diagnostics.tradeoffs import AXES, Axis, pareto_front
+        from sparseworks.diagnostics.tradeoffs import (
+            AXES,
+            Axis,
+            pareto_front,
+            quality_label,
+            told_of,
+        )
 
         axes = {a.name: a for a in AXES if a.name in ("latency", "size", "speedup", "flops")
                 and (a.column in self.dense or a.name == "speedup")}  # fmt: skip
-        label = f"{self.metric_name} ({self.unit.strip()})" if self.unit.strip() else (
-            self.metric_name
-        )  # fmt: skip
+        label = quality_label(self.metric_name, self.unit)
         axes = {"quality": Axis("quality", "quality", label, self.higher), **axes}
         dense = {"method": "dense in torch", "family": "dense", "amount": "", "seed": 0,
                  "dtype": "fp32", **self.dense, "speedup": 1.0}  # fmt: skip
@@ -131,9 +130,13 @@ class Trial(ABC):
         ):
             point["front"] = on
             row |= {"front": on, "command": point["make"]}
-        told = {n: {"column": a.column, "label": a.label, "scale": a.scale,
-                    "higher_is_better": a.higher_is_better} for n, a in axes.items()}  # fmt: skip
-        return {"x": "latency", "y": "quality", "axes": told, "points": points, "rows": rows}
+        return {
+            "x": "latency",
+            "y": "quality",
+            "axes": told_of(axes),
+            "points": points,
+            "rows": rows,
+        }
 
     def _command(self, rung: Rung | None) -> str | None:
         """What makes the model, and compiles it where the command can read what was made."""

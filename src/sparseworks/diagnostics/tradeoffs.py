@@ -10,7 +10,16 @@ from typing import Any
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.diagnostics.statistics import paired_interval
 
-__all__ = ["AXES", "Axis", "best_within", "mean_and_interval", "pareto_front", "present"]
+__all__ = [
+    "AXES",
+    "Axis",
+    "best_within",
+    "mean_and_interval",
+    "pareto_front",
+    "present",
+    "quality_label",
+    "told_of",
+]
 
 
 @dataclass(frozen=True)
@@ -46,13 +55,27 @@ def present(
     rows: Sequence[Mapping[str, Any]], metric: str, unit: str, higher: bool
 ) -> dict[str, Axis]:
     """The axes that all rows have a value of; the quality is that of the metric."""
-    label = f"{metric} ({unit.strip()})" if unit.strip() else metric
+    label = quality_label(metric, unit)
     named = {
         a.name: a if a.column else Axis(a.name, metric, label, higher) for a in AXES
     }  # fmt: skip
     return {
         name: axis for name, axis in named.items()
         if all(row.get(axis.column) is not None for row in rows)
+    }  # fmt: skip
+
+
+def quality_label(metric: str, unit: str) -> str:
+    """Of the axis of a metric, with its unit."""
+    return f"{metric} ({unit.strip()})" if unit.strip() else metric
+
+
+def told_of(axes: Mapping[str, Axis]) -> dict[str, dict[str, Any]]:
+    """Axes as JSON values, by their names."""
+    return {
+        name: {"column": a.column, "label": a.label, "scale": a.scale,
+               "higher_is_better": a.higher_is_better}
+        for name, a in axes.items()
     }  # fmt: skip
 
 
