@@ -10,9 +10,9 @@ speed:  ## time that encoder, sparse and dense, beside the runtimes that are ins
 	@scripts/setup.sh demo
 	@.venv/bin/sparseworks bench minilm --sparsity 0.8 0.9 --batch 1 16 --out out/speed
 
-test:  ## all tests
+test:  ## all tests, one process a core (four at most), each of one thread
 	@scripts/setup.sh test
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint:
 	@scripts/setup.sh test

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from forking import forked
 from sparseworks.core.errors import SparseworksError
 from written import Format, files
 
@@ -101,19 +102,15 @@ def trials(format: Format, path: Path, numbers: range, seed: str) -> Iterator[di
 def in_a_process(work: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """Lines of a forked process, until it ends or dies."""
     reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.close(reading)
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            with os.fdopen(writing, "w") as lines:
-                for line in work():
-                    lines.write(json.dumps(line) + "\n")
-                    lines.flush()
-        finally:
-            os._exit(0)
+
+    def tell() -> None:
+        os.close(reading)
+        with os.fdopen(writing, "w") as lines:
+            for line in work():
+                lines.write(json.dumps(line) + "\n")
+                lines.flush()
+
+    child = forked(tell)
     os.close(writing)
     with os.fdopen(reading) as lines:
         for line in lines:

@@ -46,6 +46,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from family_steps import Note, Steps
+from forking import forked
 from model_families import FAMILIES
 from sparseworks.core.errors import SparseworksError
 from sparseworks.diagnostics.machines import machine
@@ -84,16 +85,12 @@ def in_a_process(name: str, seconds: float = SECONDS) -> Note:
     """The row of a family, from a fork of this process; one that dies is a failure of its steps,
     not of the run."""
     reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            with os.fdopen(writing, "w") as told:
-                told.write(json.dumps(row(name)))
-        finally:
-            os._exit(0)
+
+    def tell() -> None:
+        with os.fdopen(writing, "w") as told:
+            told.write(json.dumps(row(name)))
+
+    child = forked(tell)
     os.close(writing)
     text, end = b"", time.monotonic() + seconds
     while select.select([reading], [], [], max(0.0, end - time.monotonic()))[0]:

@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from forking import forked
+
 COMMANDS = {"wanda": ("wanda", []), "sparsegpt, spilled": ("sparsegpt", ["--spill"])}
 BLOCKS = 24
 STATES = ("before the journal", "between the first block and the last", "after the last block")
@@ -65,16 +67,11 @@ def words(work: Path, out: Path, name: str, resume: bool) -> list[str]:
 
 def started(arguments: list[str], log: Path) -> int:
     """The id of a process that runs the command and writes a line for every weight it prunes."""
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
+
+    def run() -> int:
         from sparseworks.cli import main
         from sparseworks.weights.oneshot.job import Job
 
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
         prune_one = Job.prune_one
         lines = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -83,9 +80,9 @@ def started(arguments: list[str], log: Path) -> int:
             os.write(lines, f"{view.name}\n".encode())
 
         Job.prune_one = logged  # type: ignore[method-assign]
-        code = main(arguments)
-    finally:
-        os._exit(code)
+        return main(arguments)
+
+    return forked(run)
 
 
 def ended(process: int, within: float | None = None) -> int | None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import sparseworks as sw
+from forking import forked
 from written import Format
 
 __all__ = ["COMMANDS", "commands", "writes"]
@@ -36,21 +37,6 @@ __all__ = ["COMMANDS", "commands", "writes"]
 PACKAGE = str(Path(sw.__file__).parent)
 PLACING = str(Path(PACKAGE) / "io" / "atomic.py")
 WAYS = ("time", "call", "placing")
-
-
-def forked(work: Callable[[], Any]) -> int:
-    """The id of a process that does it, quietly, and ends with 0, or with 1 for an exception."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        code = int(work() or 0)
-    finally:
-        os._exit(code)
 
 
 def killed(child: int, seconds: float) -> bool:

@@ -15,6 +15,7 @@ from result_pages import reliability_page
 import damage
 import fuzz
 import sudden
+from forking import forked
 from sparseworks.core.errors import CheckpointError
 from sparseworks.io.atomic import atomic_file, replaced_folder
 from written import Format
@@ -114,7 +115,7 @@ def test_a_replaced_folder_is_old_or_new_at_every_call(tmp_path):
     seen = set()
     for number in range(1, calls + 1):
         work = sudden.at_call(lambda: write("new"), number, sudden.PLACING)
-        assert sudden.killed(sudden.forked(work), 60)
+        assert sudden.killed(forked(work), 60)
         texts = {(path / name).read_text() for name in ("a", "b")}
         assert len(texts) == 1, number
         seen |= texts
