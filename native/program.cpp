@@ -12,24 +12,24 @@
 #include <sys/mman.h>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "pool.h"
 
 namespace sparseworks {
 namespace {
 
-constexpr size_t kHuge = 2 << 20;  // bytes of a huge page: fewer misses of the address cache
 
 // Bytes for so many floats: of few different sizes, so that what is given back fits again.
 size_t rounded(int64_t floats) {
   const size_t size = static_cast<size_t>(floats) * sizeof(float);
-  size_t unit = size > kHuge / 4 ? kHuge : 4096;
+  size_t unit = size > kLargePage / 4 ? kLargePage : 4096;
   while (size / unit > 7) unit *= 2;
   return (size + unit - 1) / unit * unit;
 }
 
 float* allocate(size_t bytes) {
-  const bool huge = bytes >= kHuge;
-  void* p = std::aligned_alloc(huge ? kHuge : 4096, bytes);
+  const bool huge = bytes >= kLargePage;
+  void* p = std::aligned_alloc(huge ? kLargePage : 4096, bytes);
   if (p == nullptr) throw std::bad_alloc();
   if (huge) madvise(p, bytes, MADV_HUGEPAGE);
 #if defined(SPARSEWORKS_POISON)  // every bit set is not a number

@@ -81,45 +81,69 @@ inline void interleave(const uint8_t* const* p, __m512i* quad) {
   quad[3] = _mm512_unpackhi_epi16(ef, gh);
 }
 
-constexpr int kColumnsAhead = 48;  // entries
+// What a product reads, in pieces of one column's size, asked for in this order while the products
+// before it are made: the memory sees streams, though products take 64 bytes of many columns in turn.
+// Lines go to the second cache.
+class Ahead {
+ public:
+  explicit Ahead(int64_t size) : pieces_(kept()), size_(size) { pieces_.clear(); }
 
-// Lines are asked for one by one between the products, far ahead: a burst of requests would stop
-// them. They go to the second cache, whose own guesses about what follows reach less far then.
-inline void ask(const uint8_t* at) {
-  _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-}
+  void put(const uint8_t* at, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += size_) pieces_.push_back(at + b);
+  }
+  int64_t count() const { return static_cast<int64_t>(pieces_.size()); }
+  void ask(int64_t lines) {
+    for (; lines > 0 && piece_ < pieces_.size(); --lines) {
+      _mm_prefetch(reinterpret_cast<const char*>(pieces_[piece_] + byte_), _MM_HINT_T1);
+      byte_ += 64;
+      if (byte_ == size_) byte_ = 0, ++piece_;
+    }
+  }
+
+ private:
+  static std::vector<const uint8_t*>& kept() {
+    thread_local std::vector<const uint8_t*> memory;
+    return memory;
+  }
+  std::vector<const uint8_t*>& pieces_;
+  const int64_t size_;
+  size_t piece_ = 0;
+  int64_t byte_ = 0;
+};
 
 template <bool Four>
 inline void tile_codes(const Matrix& m, int tile, int from, int to, const Input& x, float* out) {
-  const int rows = m.tile_rows(tile), start = x.start[from], count = x.start[to];
+  const int rows = m.tile_rows(tile);
   const int64_t column = m.column_bytes(tile), step = m.group_bytes(tile);
   const uint8_t* const base = m.data + m.offset[tile];
   const __m512i nibble = _mm512_set1_epi8(15);
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows));
-  thread_local std::vector<const uint8_t*> places;  // of each entry's column
-  places.resize(static_cast<size_t>(count - start + kColumnsAhead));
-  const uint8_t** const place = places.data() - start;
-  for (int i = start; i < count; ++i) {
-    const int g = x.column[i] / m.group;
-    place[i] = base + g * step + 2 * rows + (x.column[i] - g * m.group) * column;
-  }
-  for (int i = count; i < count + kColumnsAhead; ++i) place[i] = base;
-  for (int i = start; i < std::min(count, start + kColumnsAhead); ++i)
-    for (int64_t b = 0; b < column; b += 64) ask(place[i] + b);
+  Ahead ahead(column);
+  int64_t lead = 0;  // pieces of the first group: there is one group in the cache ahead of its products
   for (int g = from; g < to; ++g) {
     const int begin = x.start[g], end = x.start[g + 1];
     if (begin == end) continue;
-    const uint8_t *scales = base + step * g, *next = scales + 2 * step;
+    ahead.put(base + g * step, 2 * rows);
+    for (int i = begin; i < end; ++i)
+      if (i == begin || x.column[i] > x.column[i - 1])  // not filled up
+        ahead.put(base + g * step + 2 * rows + (x.column[i] - g * m.group) * column, column);
+    if (lead == 0) lead = ahead.count();
+  }
+  ahead.ask(lead * column / 64);
+  for (int g = from; g < to; ++g) {
+    const int begin = x.start[g], end = x.start[g + 1];
+    if (begin == end) continue;
+    const uint8_t* const scales = base + step * g;
+    const uint8_t* const codes = scales + 2 * rows;
     const int less = -static_cast<int>(x.sums[g]) * (Four ? 8 : 128);
     for (int64_t b = 0; b < column; b += 64) {
       TileSums first(less), second(less);
       const int64_t row = Four ? 2 * b : b;
-      for (int i = 0; i < (Four ? 4 : 2); ++i) ask(next + 2 * row + 64 * i);
+      ahead.ask(Four ? 4 : 2);
       for (int i = begin; i < end; i += 4) {
         const uint8_t* p[4];
-        for (int k = 0; k < 4; ++k) p[k] = place[i + k] + b;
-        const uint8_t* const far = place[i + 4 * b / column + kColumnsAhead] + 4 * b % column;
-        for (int k = 0; k < 4; ++k) ask(far + 64 * k);
+        for (int k = 0; k < 4; ++k) p[k] = codes + (x.column[i + k] - g * m.group) * column + b;
+        ahead.ask(4);
         __m512i quad[4];
         interleave(p, quad);
         const __m512i h = _mm512_set1_epi32(static_cast<int>(word32(x.high + i)));

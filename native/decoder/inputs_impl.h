@@ -150,25 +150,33 @@ inline void make_list(const Matrix& m, const Vectors& v, int row) {
   start[m.padded() / m.group] = n;
 }
 
-// Zeros for the inputs that do not count.
-inline void keep_active(const Active& active, float* x, int columns, std::vector<float>& scratch) {
-  const auto score = [&](int i) {
-    return std::fabs(x[i]) * (active.weight ? active.weight[i] : 1.0f);
-  };
-  if (active.threshold >= 0)
-    for (int i = 0; i < columns; ++i)
-      if (!(score(i) > active.threshold)) x[i] = 0;
+// Scores of inputs: |x| weight.
+inline void make_scores(const float* weight, const float* x, int columns, float* scores) {
+  if (weight)
+    for (int i = 0; i < columns; ++i) scores[i] = std::fabs(x[i]) * weight[i];
+  else
+    for (int i = 0; i < columns; ++i) scores[i] = std::fabs(x[i]);
+}
+
+// Zeros for the inputs that do not count. Without branches: which ones count cannot be guessed.
+inline void keep_active(const Active& active, float* __restrict x, int columns,
+                        std::vector<float>& memory) {
+  memory.resize(static_cast<size_t>(2 * columns));
+  float* __restrict const score = memory.data();
+  make_scores(active.weight, x, columns, score);
+  const float threshold = active.threshold;
+  if (threshold >= 0)
+    for (int i = 0; i < columns; ++i) x[i] = score[i] > threshold ? x[i] : 0.0f;
   if (active.keep == 0 || active.keep >= columns) return;
-  scratch.resize(static_cast<size_t>(columns));
-  for (int i = 0; i < columns; ++i) scratch[static_cast<size_t>(i)] = score(i);
-  const auto last = scratch.begin() + (active.keep - 1);
-  std::nth_element(scratch.begin(), last, scratch.end(), std::greater<>());
-  const float least = *last;
+  if (threshold >= 0) make_scores(active.weight, x, columns, score);
+  float* const sorted = score + columns;
+  std::copy(score, score + columns, sorted);
+  std::nth_element(sorted, sorted + (active.keep - 1), sorted + columns, std::greater<>());
+  const float least = sorted[active.keep - 1];
   int same = active.keep;  // of those at the limit the first ones
-  for (int i = 0; i < columns; ++i) same -= score(i) > least;
+  for (int i = 0; i < columns; ++i) same -= score[i] > least;
   for (int i = 0; i < columns; ++i) {
-    const float s = score(i);
-    if (s > least || (s == least && same-- > 0)) continue;
+    if (score[i] > least || (score[i] == least && same-- > 0)) continue;
     x[i] = 0;
   }
 }

@@ -20,8 +20,8 @@
 //                first; then of each group 16 fp16 scales, and for each 64 columns and step the rows
 //                with bits: four columns (6 bits a byte) of each, then their four codes. What a row
 //                keeps of 64 columns is filled up with zeros to whole fours
-//   kColumnInt8, kColumnInt4  tiles of 4096 rows (the last one filled up to a multiple of 128) instead
-//                of panels, without the 16 floats; of each group fp16 scales of the rows, then its
+//   kColumnInt8, kColumnInt4  tiles of 4096 or 8192 rows (the last one filled up to a multiple of 128)
+//                instead of panels, without the 16 floats; of each group fp16 scales of the rows, then its
 //                columns one by one, which are read only where the input is not zero. Codes are moved
 //                by 128 or 8. Byte 16 l + 4 k + i of each 64 is row 16 k + 4 l + i; codes of 4 bits of
 //                64 rows lie in the low halves, of the next 64 in the high ones
@@ -34,7 +34,7 @@
 namespace sparseworks {
 
 constexpr int kPanel = 16;
-constexpr int kTile = 4096;  // rows of a tile of kColumnInt8 and kColumnInt4
+constexpr int kTileBytes = 4096;  // of a column in a tile of kColumnInt8 and kColumnInt4
 constexpr int kReadAhead = 64;  // bytes after the last panel
 
 enum class Format : int {
@@ -57,16 +57,17 @@ struct Matrix {
     return format == Format::kColumnInt8 || format == Format::kColumnInt4;
   }
   // What has an offset of its own: a panel, or a tile.
-  int pieces() const { return by_columns() ? (rows + kTile - 1) / kTile : panels(); }
-  int tile_rows(int tile) const {
-    const int left = rows - tile * kTile;
-    return left >= kTile ? kTile : (left + 127) / 128 * 128;
+  int tile() const { return format == Format::kColumnInt4 ? 2 * kTileBytes : kTileBytes; }
+  int pieces() const { return by_columns() ? (rows + tile() - 1) / tile() : panels(); }
+  int tile_rows(int index) const {
+    const int left = rows - index * tile();
+    return left >= tile() ? tile() : (left + 127) / 128 * 128;
   }
-  int64_t column_bytes(int tile) const {
-    return tile_rows(tile) / (format == Format::kColumnInt4 ? 2 : 1);
+  int64_t column_bytes(int index) const {
+    return tile_rows(index) / (format == Format::kColumnInt4 ? 2 : 1);
   }
-  int64_t group_bytes(int tile) const {
-    return 2 * tile_rows(tile) + group * column_bytes(tile);
+  int64_t group_bytes(int index) const {
+    return 2 * tile_rows(index) + group * column_bytes(index);
   }
   int padded() const { return (columns + group - 1) / group * group; }
   bool integers() const {

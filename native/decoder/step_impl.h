@@ -122,7 +122,7 @@ class Run {
     int64_t most = 0;
     const auto see = [&](const Linear& l) {
       const int64_t tiles = l.weight.data && l.weight.by_columns() ? l.weight.pieces() : 0;
-      if (tiles) most = std::max(most, kFew * std::max<int64_t>(4 * s_.threads, tiles) * kTile);
+      if (tiles) most = std::max(most, kFew * std::max<int64_t>(4 * s_.threads, tiles) * l.weight.tile());
     };
     for (const Layer& l : m_.layers) {
       for (const Linear* one : {&l.attention.qkv, &l.attention.out, &l.mlp.up, &l.mlp.down})
@@ -302,13 +302,13 @@ class Run {
   void gathered(Walk& walk, const Matrix& w, int count, int unit, Done&& done) {
     const int groups = w.padded() / w.group, tiles = w.pieces();
     const int parts = std::clamp(4 * s_.threads / tiles, 1, std::min(groups, kParts));
-    const int64_t rows = static_cast<int64_t>(tiles) * kTile;
+    const int64_t rows = static_cast<int64_t>(tiles) * w.tile();
     const auto sums = [&](int t, int part) { return partial_ + (t * parts + part) * rows; };
     walk.each(tiles * parts, [&](int i) {
       const int tile = i / parts, part = i % parts;
       for (int t = 0; t < count; ++t)
         tile_product(w, tile, groups * part / parts, groups * (part + 1) / parts, x_.input(t),
-                     sums(t, part) + tile * kTile);
+                     sums(t, part) + tile * w.tile());
     });
     const int chunk = 16;  // panels
     walk.each((w.panels() + chunk - 1) / chunk, [&](int i) {
@@ -545,7 +545,7 @@ double run_time(const Matrix& w, int repeats) {
   x.unit = piece<float>(space, next, 1);
   x.column = piece<int32_t>(space, next, x.stride);
   x.start = piece<int32_t>(space, next, x.stride);
-  std::vector<float> out(kTile);
+  std::vector<float> out(2 * kTileBytes);
   for (int i = 0; i < w.columns; ++i) x.value[i] = static_cast<float>(i % 7) - 3;
   make_ready({w}, x, 0, false);
   double least = 1e30;

@@ -42,12 +42,12 @@ struct Stream {
   int64_t step = 0, column = 0;  // bytes of a group and of a column of a tile
 
   Stream(const Matrix& m, int whole) {
-    constexpr int kPanels = kTile / kPanel;
-    at = m.data + m.offset[m.by_columns() ? whole / kPanels : whole];
+    const int panels = m.tile() / kPanel;
+    at = m.data + m.offset[m.by_columns() ? whole / panels : whole];
     if (m.by_columns()) {
-      panel = whole % kPanels;
-      step = m.group_bytes(whole / kPanels);
-      column = m.column_bytes(whole / kPanels);
+      panel = whole % panels;
+      step = m.group_bytes(whole / panels);
+      column = m.column_bytes(whole / panels);
       return;
     }
     if (m.integers()) at += kPanel * sizeof(float);

@@ -130,6 +130,16 @@ def test_columns_of_inputs_that_are_zero_are_not_needed(
 
 
 @native
+@pytest.mark.parametrize("format", [Format.COLUMN_INT8, Format.COLUMN_INT4], ids=lambda f: f.text)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_matrices_of_several_tiles(format, tokens):
+    panels = pack_panels(matrix(format, 2 * 8192 + 200, 130, 1.0, 0), format).panels
+    assert len(panels.offset) >= 4
+    x = torch.randn(tokens, 130)
+    _compare(panels, x * (x.abs() > 0.7))
+
+
+@native
 def test_bytes_that_are_not_read_do_not_matter():
     """Codes of a column whose input is 0 may be anything."""
     w = matrix(Format.COLUMN_INT8, 600, 64, 1.0, 0)

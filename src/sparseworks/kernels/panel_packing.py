@@ -13,7 +13,8 @@ from sparseworks.kernels.panels import ROW_OF_BYTE, Format, Packed, Panels
 __all__ = ["pack_panels"]
 
 _ROWS = 16
-_TILE, _STRIPS = 4096, 128  # rows of a tile, and what the rows of the last one are a multiple of
+# rows of a tile, and what the rows of the last one are a multiple of
+_TILES, _STRIPS = {Format.COLUMN_INT8: 4096, Format.COLUMN_INT4: 8192}, 128
 _AFTER = 64  # bytes that may be read after the last panel
 _LISTED = 64  # columns that an index counts
 _CHUNK = 1 << 20  # weights that are packed at a time
@@ -57,7 +58,7 @@ def pack_panels(
         if not fitting or (zeros and format != Format.GROUP_INT4):
             raise InvalidArgument(f"format {format.text} does not take these integers")
     steps = row_steps(weight) if format.bits and grid is None else None
-    height = _TILE if format.by_columns else _ROWS
+    height = _TILES.get(format, _ROWS)
     fill_to = _STRIPS if format.by_columns else _ROWS
     step = max(1, _CHUNK // (height * columns)) * height
     if importance is not None:
@@ -258,11 +259,11 @@ def _tiles(codes: Tensor, scale: Tensor, format: Format) -> tuple[Tensor, Tensor
     if four:
         moved = moved[0::2] | (moved[1::2] << 4)
     parts, sizes = [], []
-    per = _TILE // (128 if four else 64)
+    per = _TILES[format] // (128 if four else 64)
     for first in range(0, moved.shape[0], per):
         tile = moved[first : first + per].flatten(0, 1).T  # [columns, bytes]
         begin = first * (128 if four else 64)
-        scales = scale[begin : begin + _TILE].T.contiguous()  # [groups, rows]
+        scales = scale[begin : begin + _TILES[format]].T.contiguous()  # [groups, rows]
         groups = scales.shape[0]
         body = tile.reshape(groups, -1)
         parts.append(torch.cat([_bytes(scales).view(groups, -1), body], 1).flatten())

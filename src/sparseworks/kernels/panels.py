@@ -104,8 +104,9 @@ class Panels:
         rows, columns: of the matrix.
         zeros: `group-int4` with a zero point for each group.
         data: uint8, the bytes of all panels and 64 more.
-        offset: int64 `[panels + 1]`, where each panel begins, or each tile of 4,096 rows where
-            columns are gathered (whose bytes are moved to where lines of the caches begin).
+        offset: int64 `[panels + 1]`, where each panel begins, or each tile of 4,096 rows (8,192 in
+            4 bits) where columns are gathered (whose bytes are moved to where lines of the caches
+            begin).
 
     Raises:
         InvalidArgument: bytes that are not such panels (where native code could check them).

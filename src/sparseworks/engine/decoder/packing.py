@@ -25,9 +25,10 @@ DTYPES = {
     "int4": (Format.INT4, Format.MASKED_INT4, Format.GROUP_INT4),
 }
 _GATHERED = {"int8": Format.COLUMN_INT8, "int4": Format.COLUMN_INT4}
-_SKIPPING = 0.7  # speed of the memory where columns are left out, which it fetches in part
+_SKIPPING = 0.8  # speed of the memory where columns are left out, which it fetches in part
 _CLOSE = 1.05  # ratio of times below which the smaller format is taken
 _ROWS = 16
+_STRIP = 128  # rows that all formats take whole
 _SAMPLE = 1 << 19  # weights that a format is tried on
 _REPEATS = 5
 _PROBE = 1 << 26  # floats that are read to measure the memory
@@ -220,7 +221,7 @@ def _choose(
     tried = [f for f in DTYPES[dtype] if _may_serve(f, density, live)]
     if share is not None and dtype in _GATHERED:
         tried.append(_GATHERED[dtype])
-    rows = max(_ROWS, min(dense.shape[0], _SAMPLE // dense.shape[1] // _ROWS * _ROWS))
+    rows = max(_STRIP, min(dense.shape[0], _SAMPLE // dense.shape[1] // _STRIP * _STRIP))
     found = []
     for format in tried if len(tried) > 1 else []:
         panels = pack_panels(dense[:rows], format).panels

@@ -16,7 +16,7 @@ from sparseworks.kernels.panels import Panels
 
 __all__ = ["FILE_FORMAT", "save_decoder"]
 
-FILE_FORMAT = 1
+FILE_FORMAT = 2
 
 
 def save_decoder(decoder: Any, path: str | os.PathLike[str]) -> None:
