@@ -6,6 +6,11 @@
 #include <vector>
 
 #include "widen_impl.h"
+#if defined(__AVX512VBMI2__)
+#include "strip_avx512_impl.h"
+#elif defined(__AVX2__)
+#include "strip_avx2_impl.h"
+#endif
 
 namespace sparseworks {
 namespace {
@@ -42,44 +47,7 @@ inline void tile_plainly(const Matrix& m, int tile, int first, int last, const I
   }
 }
 
-#if defined(__AVX512VBMI2__)
-
-// Sums of 64 rows: of codes moved by `kMoved` times the halves of the inputs.
-struct TileSums {
-  __m512i high[4], low[4];
-
-  explicit TileSums(int less) {
-    for (int k = 0; k < 4; ++k) {
-      high[k] = _mm512_setzero_si512();
-      low[k] = _mm512_set1_epi32(less);
-    }
-  }
-  void add(int k, __m512i codes, __m512i h, __m512i l) {
-    high[k] = _mm512_dpbusd_epi32(high[k], codes, h);
-    low[k] = _mm512_dpbusd_epi32(low[k], codes, l);
-  }
-  void finish(const uint8_t* scales, float* out) const {
-    for (int k = 0; k < 4; ++k) {
-      const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high[k], 8), low[k]);
-      const __m512 scale = _mm512_cvtph_ps(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 32 * k)));
-      _mm512_storeu_ps(out + 16 * k, _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale,
-                                                     _mm512_loadu_ps(out + 16 * k)));
-    }
-  }
-};
-
-// 64 bytes of four columns as four vectors of 16 rows by 4 columns.
-inline void interleave(const uint8_t* const* p, __m512i* quad) {
-  const __m512i a = _mm512_loadu_si512(p[0]), b = _mm512_loadu_si512(p[1]);
-  const __m512i c = _mm512_loadu_si512(p[2]), d = _mm512_loadu_si512(p[3]);
-  const __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
-  const __m512i ef = _mm512_unpackhi_epi8(a, b), gh = _mm512_unpackhi_epi8(c, d);
-  quad[0] = _mm512_unpacklo_epi16(ab, cd);
-  quad[1] = _mm512_unpackhi_epi16(ab, cd);
-  quad[2] = _mm512_unpacklo_epi16(ef, gh);
-  quad[3] = _mm512_unpackhi_epi16(ef, gh);
-}
+#if defined(__AVX2__)
 
 // What a product reads, in pieces of one column's size, asked for in this order while the products
 // before it are made: the memory sees streams, though products take 64 bytes of many columns in turn.
@@ -116,7 +84,6 @@ inline void tile_codes(const Matrix& m, int tile, int from, int to, const Input&
   const int rows = m.tile_rows(tile);
   const int64_t column = m.column_bytes(tile), step = m.group_bytes(tile);
   const uint8_t* const base = m.data + m.offset[tile];
-  const __m512i nibble = _mm512_set1_epi8(15);
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows));
   Ahead ahead(column);
   int64_t lead = 0;  // pieces of the first group: there is one group in the cache ahead of its products
@@ -137,33 +104,23 @@ inline void tile_codes(const Matrix& m, int tile, int from, int to, const Input&
     const uint8_t* const codes = scales + 2 * rows;
     const int less = -static_cast<int>(x.sums[g]) * (Four ? 8 : 128);
     for (int64_t b = 0; b < column; b += 64) {
-      TileSums first(less), second(less);
-      const int64_t row = Four ? 2 * b : b;
       ahead.ask(Four ? 4 : 2);
-      for (int i = begin; i < end; i += 4) {
-        const uint8_t* p[4];
-        for (int k = 0; k < 4; ++k) p[k] = codes + (x.column[i + k] - g * m.group) * column + b;
-        ahead.ask(4);
-        __m512i quad[4];
-        interleave(p, quad);
-        const __m512i h = _mm512_set1_epi32(static_cast<int>(word32(x.high + i)));
-        const __m512i l = _mm512_set1_epi32(static_cast<int>(word32(x.low + i)));
-        for (int k = 0; k < 4; ++k) {
-          if (!Four) {
-            first.add(k, quad[k], h, l);
-            continue;
-          }
-          first.add(k, _mm512_and_si512(quad[k], nibble), h, l);
-          second.add(k, _mm512_and_si512(_mm512_srli_epi16(quad[k], 4), nibble), h, l);
+      for (int half = 0; half < 64; half += Strip<Four>::kBytes) {
+        Strip<Four> strip(less);
+        for (int i = begin; i < end; i += 4) {
+          const uint8_t* p[4];
+          for (int k = 0; k < 4; ++k)
+            p[k] = codes + (x.column[i + k] - g * m.group) * column + b + half;
+          if (half == 0) ahead.ask(4);
+          strip.add(p, static_cast<int>(word32(x.high + i)), static_cast<int>(word32(x.low + i)));
         }
+        const int64_t row = (Four ? 2 * b : b) + half / 4;
+        strip.finish(scales + 2 * row, out + row);
       }
-      first.finish(scales + 2 * row, out + row);
-      if (Four) second.finish(scales + 2 * (row + 64), out + row + 64);
     }
   }
-  const __m512 unit = _mm512_set1_ps(x.unit);
-  for (int r = 0; r < rows; r += 16)
-    _mm512_storeu_ps(out + r, _mm512_mul_ps(_mm512_loadu_ps(out + r), unit));
+  const Vec unit = all(x.unit);
+  for (int r = 0; r < rows; r += kLanes) store(out + r, load(out + r) * unit);
 }
 
 // Groups [first, last); out [rows of the tile].

@@ -131,14 +131,13 @@ inline void make_list(const Matrix& m, const Vectors& v, int row) {
       n += __builtin_popcount(live);
     }
 #else
-    for (int c = g * m.group; c < (g + 1) * m.group; ++c) {
-      if (x[c] == 0) continue;
+    for (int c = g * m.group; c < (g + 1) * m.group; ++c) {  // which ones count cannot be guessed
       const int q = static_cast<int>(std::lrintf(x[c] * steps)), h = (q + 128) >> 8;
       column[n] = c;
       high[n] = static_cast<uint8_t>(h);
       low[n] = static_cast<uint8_t>(q - 256 * h);
       sum += q;
-      ++n;
+      n += x[c] != 0;
     }
 #endif
     for (; n % 4 != 0; ++n) {  // an entry that is there, times 0
