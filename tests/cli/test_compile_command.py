@@ -39,7 +39,7 @@ def test_a_pruned_checkpoint_becomes_a_plan(model, tmp_path, capsys, monkeypatch
     net = load_model(model).model
     sw.prune(net, "magnitude", sparsity=0.7, include="*")
     sw.save(net, tmp_path / "net.safetensors")
-    out = tmp_path / "net.plan"
+    out = tmp_path / "new" / "folder" / "net.plan"
     code = run("compile", model, "--weights", tmp_path / "net.safetensors", "--input-shape", 3, 16,
                16, "--batch", 4, "--out", out)  # fmt: skip
     text = capsys.readouterr().out
@@ -47,6 +47,24 @@ def test_a_pruned_checkpoint_becomes_a_plan(model, tmp_path, capsys, monkeypatch
     assert "16x3x3x3" in text
     x = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(sw.load_compiled(out)(x), net(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("json_asked", [False, True])
+def test_where_torch_is_fastest_there_is_no_file(model, tmp_path, capsys, monkeypatch, json_asked):
+    from sparseworks.engine import compiling
+
+    monkeypatch.setattr(compiling, "interleaved_ms", lambda *runs: [1.0, 2.0, 3.0][: len(runs)])
+    out = tmp_path / "new" / "net.plan"
+    more = ["--json"] if json_asked else []
+    assert run("compile", model, "--input-shape", 3, 16, 16, "--out", out, *more) == 1
+    said, error = capsys.readouterr()
+    assert error.count("\n") == 1 and str(out) in error
+    assert "nothing was written" in error and "torch 1 ms" in error and "more zeros" in error
+    assert not out.parent.exists()
+    if json_asked:
+        assert json.loads(said)["kind"] == "torch" and json.loads(said)["out"] is None
+    else:
+        assert "runs as torch" in said and "wrote" not in said
 
 
 def test_what_runs_is_said_as_json(model, capsys):
@@ -62,7 +80,7 @@ def test_what_runs_is_said_as_json(model, capsys):
         (["MODEL"], "give --input-shape"),
         (["MODEL", "--input-shape", "3", "0", "4"], "at least 1"),
         (["MODEL", "--input-shape", "4", "8", "8"], "does not fit the model"),
-        (["MODEL", "--input-shape", "3", "8", "8", "--out", "/nowhere/x"], "does not exist"),
+        (["MODEL", "--input-shape", "3", "8", "8", "--out", f"{__file__}/x"], "is not a folder"),
         (["MODEL", "--input-shape", "3", "8", "8", "--threads", "0"], "threads=0"),
     ],
 )

@@ -100,7 +100,7 @@ def test_its_test_notices_a_wrong_formula(kind: str) -> None:
         (["../there"], "small letters"),
         (["wanda"], "a method has it already"),
         (["torch"], "would hide the Python module torch"),
-        (["mine", "--out", "gone"], "no such folder"),
+        (["mine", "--out", f"{__file__}/gone"], "is not a folder"),
     ],
 )
 def test_bad_names_are_refused_and_nothing_is_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plans import calls, planned
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,25 +16,6 @@ from sparseworks.engine.views import base_view
 from sparseworks.kernels.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels are not built")
-
-
-def planned(model, *inputs):
-    """A plan that computes what the model does, also for one entry."""
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data *= torch.rand(p.shape) < 0.5
-    model = model.eval()
-    plan = make_plan(capture(model, inputs, {}), 2)
-    assert plan is not None
-    with torch.no_grad():
-        for given in (inputs, [x[:1] for x in inputs]):
-            wanted, found = model(*given), plan(*given)
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    return plan
-
-
-def calls(plan):
-    return [s.target for s in plan.steps if s not in plan.parts]
 
 
 class Dense(nn.Module):

@@ -16,6 +16,7 @@ from torch import nn
 import sparseworks as sw
 from sparseworks.core.errors import CheckpointError
 from sparseworks.core.masks import Masks
+from sparseworks.io.atomic import atomic_file, atomic_files, atomic_folder, replaced_folder
 
 
 def python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -178,3 +179,53 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda a, b: (events.append("name"), replace(a, b))[1])
     sw.save(nn.Linear(8, 8), tmp_path / "m.safetensors")
     assert events == ["sync", "name", "sync"]  # the file, its name, the folder
+
+
+WRITERS = {
+    "file": atomic_file,
+    "folder": lambda path: atomic_folder(path, last="x"),
+    "files": atomic_files,
+    "replaced": replaced_folder,
+}
+
+
+def written(place: Path) -> None:
+    (place / "x" if place.is_dir() else place).write_text("whole")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_missing_folders_are_made_and_go_where_writing_fails(tmp_path, kind):
+    (tmp_path / "a").mkdir()
+    out = tmp_path / "a" / "b" / "c" / "x"
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with (
+            pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)),
+            WRITERS[kind](out) as place,
+        ):
+            written(place)
+            raise error
+        assert list((tmp_path / "a").iterdir()) == []
+    with WRITERS[kind](out) as place:
+        written(place)
+    files = [p for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    assert files == [out if out.is_file() else out / "x"] and files[0].read_text() == "whole"
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, kind):
+    (tmp_path / "a").write_text("mine")
+    with (
+        pytest.raises(CheckpointError, match=r"a is not a folder; choose another place"),
+        WRITERS[kind](tmp_path / "a" / "b" / "x"),
+    ):
+        raise AssertionError("nothing is begun")
+    assert (tmp_path / "a").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_with_other_files_stays_where_writing_fails(tmp_path):
+    out = tmp_path / "a" / "x"
+    with pytest.raises(KeyboardInterrupt), atomic_file(out) as place:
+        written(place)
+        (tmp_path / "a" / "of another").touch()
+        raise KeyboardInterrupt
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["of another"]

@@ -324,8 +324,9 @@ def test_missing_places_are_named(tmp_path):
         sw.load(tmp_path / "none.safetensors", make())
     with pytest.raises(CheckpointError, match="no weights"):
         sw.load(tmp_path, make())
-    with pytest.raises(CheckpointError, match="does not exist"):
-        sw.save(make(), tmp_path / "no" / "m.safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is not a folder"):
+        sw.save(make(), tmp_path / "file" / "no" / "m.safetensors")
     (tmp_path / "d.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="is a folder"):
         sw.save(make(), tmp_path / "d.safetensors")

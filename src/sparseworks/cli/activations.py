@@ -72,7 +72,7 @@ def run(options: Options) -> dict[str, Any]:
     """Calibrate, measure before and after, save."""
     import sparseworks as sw
     from sparseworks.cli.loading import default_metrics, load_model
-    from sparseworks.cli.preparing import calibration, check_inputs, make_metrics
+    from sparseworks.cli.preparing import calibration, check_inputs, check_output, make_metrics
     from sparseworks.cli.running import progress_bar
     from sparseworks.cli.values import parse_options
     from sparseworks.core import registry
@@ -82,8 +82,7 @@ def run(options: Options) -> dict[str, Any]:
             "no model given; for example: sparseworks activations ./llama --method wina"
         )
     registry.build(options.method, **parse_options(options.option))
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        raise InvalidArgument(f"{options.out}: the folder does not exist; create it first")
+    check_output(options.out, force=True)
     check_inputs(options)
     loaded = load_model(options.model, options.dtype)
     if options.weights is not None:

@@ -43,12 +43,12 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Audit, show, write."""
     import sparseworks as sw
+    from sparseworks.cli.preparing import check_output
     from sparseworks.cli.running import write_json
 
     if not options.runs:
         raise InvalidArgument("no runs given; for example: sparseworks audit runs/dense runs/rigl")
-    if options.out is not None and options.out.exists() and not options.force:
-        raise InvalidArgument(f"{options.out}: already exists; choose another --out, or --force")
+    check_output(options.out, options.force)
     audit = sw.audit(options.runs, cost=options.cost, seeds=options.seeds)
     found: dict[str, Any] = audit.to_dict()
     if options.out is not None:

@@ -75,6 +75,7 @@ def run(options: Options) -> dict[str, Any]:
     from sparseworks.diagnostics.decoding_runtimes import DECODERS
     from sparseworks.diagnostics.turns import in_turn
     from sparseworks.engine.peers import PEERS, peer
+    from sparseworks.io.atomic import check_place
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks bench minilm")
@@ -87,6 +88,8 @@ def run(options: Options) -> dict[str, Any]:
     if options.weights is not None and options.sparsity:
         raise InvalidArgument("--weights are timed as they are; leave --sparsity out")
     check_inputs(options)
+    if options.out is not None:
+        check_place(options.out / "bench.json")
     loaded = load_model(options.model)
     if options.weights is not None:
         sw.load(options.weights, loaded.model)

@@ -172,7 +172,7 @@ def _gathered(
 def _write(out: Path, found: dict[str, Any]) -> None:
     from sparseworks.cli.running import write_csv, write_json
 
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "compare.csv", found["rows"])
     write_json(out / "options.json", found["options"])
     if importlib.util.find_spec("plotly") is not None:

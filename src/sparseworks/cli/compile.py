@@ -40,7 +40,8 @@ class Options:
     threads: int | None = None
     """Of the native kernels; as many as torch uses where not given."""
     out: Path | None = None
-    """File for the plan."""
+    """File for the plan. Where torch is faster than every program there is none: that is said, no
+    file is written, and the command ends with code 1."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -50,12 +51,11 @@ def run(options: Options) -> dict[str, Any]:
     import sparseworks as sw
     from sparseworks.cli.examples import random_example
     from sparseworks.cli.loading import load_model, parse_precision
-    from sparseworks.cli.preparing import check_inputs
+    from sparseworks.cli.preparing import check_inputs, check_output
 
     if not options.model:
         raise InvalidArgument("no model given; for example: sparseworks compile minilm")
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        raise InvalidArgument(f"{options.out}: the folder does not exist; create it first")
+    check_output(options.out, force=True)
     check_inputs(options)
     loaded = load_model(options.model)
     if options.weights is not None:
@@ -71,24 +71,27 @@ def run(options: Options) -> dict[str, Any]:
     )
     dtype = parse_precision(options.dtype or "fp32")
     compiled = sw.compile(loaded.model, example, dtype=dtype, threads=options.threads)
-    if options.out is not None:
-        compiled.save(options.out)
+    written = None if compiled.plan is None else options.out
+    if written is not None:
+        compiled.save(written)
     result = {
         "model": loaded.name,
         "kind": compiled.kind,
         "milliseconds": compiled.times,
         "error": compiled.error,
         "notes": compiled.notes,
-        "out": None if options.out is None else str(options.out),
+        "out": None if written is None else str(written),
     }
     if options.json:
         import json
 
         print(json.dumps(result, indent=1))
-        return result
-    print(compiled.explain())
-    if options.out is not None:
-        print(f"wrote {options.out}; sparseworks.load_compiled({str(options.out)!r}) reads it")
+    else:
+        print(compiled.explain())
+    if options.out is not None and written is None:
+        compiled.save(options.out)  # says why there is nothing to write
+    if written is not None and not options.json:
+        print(f"wrote {written}; sparseworks.load_compiled({str(written)!r}) reads it")
     return result
 
 
@@ -100,22 +103,25 @@ def _decoder(options: Options, loaded: Any) -> dict[str, Any]:
         loaded.model, dtype=options.dtype or "bf16", head=options.head, cache=options.cache,
         threads=options.threads,
     )  # fmt: skip
-    if options.out is not None:
-        decoder.save(options.out)
     report = getattr(decoder, "report", None)
+    written = None if report is None else options.out
+    if written is not None:
+        decoder.save(written)
     result = {
         "model": loaded.name, "kind": "layers" if report is None else "decoder",
         "bytes": None if report is None else report.nbytes,
         "notes": decoder.notes if report is None else report.notes,
-        "out": None if options.out is None else str(options.out),
+        "out": None if written is None else str(written),
     }  # fmt: skip
     if options.json:
         import json
 
         print(json.dumps(result, indent=1))
-        return result
-    print(decoder.explain())
-    if options.out is not None:
-        print(f"wrote {options.out}; sparseworks.load_decoder({str(options.out)!r}) reads it, and "
-              f"sparseworks generate {options.out} --prompt ...")  # fmt: skip
+    else:
+        print(decoder.explain())
+    if options.out is not None and written is None:
+        decoder.save(options.out)  # says why there is nothing to write
+    if written is not None and not options.json:
+        print(f"wrote {written}; sparseworks.load_decoder({str(written)!r}) reads it, and "
+              f"sparseworks generate {written} --prompt ...")  # fmt: skip
     return result

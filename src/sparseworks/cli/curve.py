@@ -115,7 +115,7 @@ def _plain(curve: Any) -> dict[str, Any]:
 def _write(out: Path, found: dict[str, Any]) -> None:
     from sparseworks.cli.running import write_csv, write_json
 
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     rows = [
         {"method": c["method"], "seed": c["seed"], "sparsity": s, found["metric"]: v, "drop": d}
         for c in found["curves"]

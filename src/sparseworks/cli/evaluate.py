@@ -50,6 +50,7 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Load, score, show."""
+    from sparseworks.cli.preparing import check_output
     from sparseworks.cli.running import plain_options, write_json
     from sparseworks.diagnostics.claims import machine
     from sparseworks.diagnostics.harness import evaluate
@@ -58,8 +59,7 @@ def run(options: Options) -> dict[str, Any]:
         raise InvalidArgument(
             "give a model and --tasks; for example: sparseworks evaluate ./llama --tasks arc_easy"
         )
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        raise InvalidArgument(f"{options.out}: the folder does not exist; create it first")
+    check_output(options.out, force=True)
     model, tokenizer = _model(options)
     began = time.perf_counter()
     scores = evaluate(

@@ -42,7 +42,7 @@ def run(options: Options) -> dict[str, str]:
     """Write the two files, or neither."""
     from sparseworks.core import registry
     from sparseworks.core.kinds import KINDS
-    from sparseworks.io.atomic import atomic_files
+    from sparseworks.io.atomic import atomic_files, check_place
 
     name = options.name
     module = name.replace("-", "_")
@@ -55,12 +55,11 @@ def run(options: Options) -> dict[str, str]:
         raise InvalidArgument(f"name {name!r}: a method has it already (`sparseworks methods`)")
     if module in sys.stdlib_module_names or importlib.util.find_spec(module) is not None:
         raise InvalidArgument(f"name {name!r}: {module}.py would hide the Python module {module}")
-    if not options.out.is_dir():
-        raise InvalidArgument(f"{options.out}: no such folder; make it first")
     paths = {"method": options.out / f"{module}.py", "test": options.out / f"test_{module}.py"}
     for path in paths.values():
         if path.exists():
             raise InvalidArgument(f"{path}: already exists; choose another name, or another --out")
+    check_place(paths["method"])
     texts = {what: _filled(options.kind, what, name) for what in paths}
     with atomic_files(paths["method"]) as folder:
         for what, text in texts.items():

@@ -27,14 +27,14 @@ __all__ = [
 
 
 def check_output(out: Path | None, force: bool) -> None:
-    """Refuse an output folder that would overwrite something."""
+    """Refuse an output that would overwrite something, or that cannot be made where it is to be."""
+    from sparseworks.io.atomic import check_place
+
     if out is None:
         return
     if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
         raise InvalidArgument(f"{out}: already exists; choose another --out, or --force")
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise InvalidArgument(f"{parent}: no such folder, so --out cannot be made in it")
+    check_place(out)
 
 
 def check_inputs(options: Any) -> None:

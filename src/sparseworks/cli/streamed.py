@@ -27,7 +27,7 @@ def prune_streamed(options: Any, extra: dict[str, Any], group: Any, command: str
     ranks = Ranks(group)
     ranks.wait()  # all have seen that the folder is not there
     if ranks.rank == 0:
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     ranks.wait()
     quiet = options.json or ranks.rank > 0
 

@@ -18,7 +18,7 @@ def fresh_folder(out: Path) -> None:
     """An empty output folder; what stood there goes (--force was given)."""
     if out.exists():
         shutil.rmtree(out)
-    out.mkdir()
+    out.mkdir(parents=True)
 
 
 def open_log_of(options: Any, step: int) -> Any:

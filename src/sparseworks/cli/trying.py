@@ -174,7 +174,7 @@ class Trial(ABC):
         elif not slimmed:
             save(model, target, tokenizer=self.loaded.tokenizer if folder else None)
         fast = self.compiled(model, rung.dtype)
-        if getattr(fast, "kind", "") != "torch":  # that is no faster, and has no plan of its own
+        if getattr(fast, "kind", "program") == "program":  # others have no plan of their own
             fast.save(out / "compiled.safetensors")
 
     def _checked(self, dtypes: tuple[str, ...]) -> tuple[str, ...]:

@@ -180,15 +180,31 @@ class Compiled(nn.Module):
     def save(self, path: Any) -> None:
         """Write the plan, to be loaded by `sparseworks.load_compiled`.
 
+        A model of kind "torch" or "layers" has no plan, and what torch runs is the model itself.
+
         Raises:
-            InvalidArgument: not of kind "program".
+            InvalidArgument: not of kind "program"; says why it is not, and what to do.
             CheckpointError: the file cannot be written.
         """
         if self.plan is None:
-            raise InvalidArgument(
-                f"this model runs as {self.kind}, which has no plan of its own: save the model"
-            )
+            raise InvalidArgument(f"{path}: nothing was written: {self._unplanned()}")
         save_plan(self.plan, path, self.error, self.times, self.shown)
+
+    def _unplanned(self) -> str:
+        """Why there is no plan, and what to do."""
+        measured = ", ".join(f"{way} {ms:.3g} ms" for way, ms in self.times.items())
+        if self.kind == "layers":
+            return (
+                f"{self.shown.name} is fastest layer by layer ({measured}), which has no plan; "
+                "save the model, and compile it again where it is loaded"
+            )
+        programs = [way for way in self.times if way not in ("torch", "layers")]
+        why = "" if programs else f"; {'; '.join(self.notes) or 'there is no program'}"
+        return (
+            f"torch runs {self.shown.name} fastest ({measured}{why}), so there is no plan; run the "
+            "model as it is, or compile it with more zeros or an example of the size that it will "
+            "run on"
+        )
 
 
 class Eager:

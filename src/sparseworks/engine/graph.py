@@ -17,16 +17,13 @@ from torch.utils import _pytree as pytree
 from sparseworks.core.errors import InvalidArgument
 from sparseworks.engine.binding import Binding
 from sparseworks.engine.guards import guards_of, holds, written
+from sparseworks.engine.nodes import fixes_pixels
 from sparseworks.engine.steps import Ref
 from sparseworks.models.calls import Arguments, signature_of
 
 __all__ = ["Captured", "Signature", "capture"]
 
 _CHECKED = 64  # sets of sizes that need not be checked again
-_FIXING = {
-    "conv_transpose2d", "group_norm", "instance_norm", "native_group_norm", "permute",
-    "pixel_shuffle", "pixel_unshuffle", "roll", "upsample_bicubic2d", "upsample_bilinear2d",
-}  # fmt: skip
 
 
 @dataclass
@@ -156,7 +153,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     images = any(_is_image(x) for x in pytree.tree_leaves((args, kwargs)))
     try:
         program = _exported(model, args, dict(kwargs), pixels=images)
-        if images and any(_fixes_pixels(node) for node in program.graph.nodes):
+        if images and any(fixes_pixels(node) for node in program.graph.nodes):
             program = _exported(model, args, dict(kwargs), pixels=False)
     except Exception:  # torch.export raises whatever the model makes it raise
         if not images:
@@ -188,18 +185,6 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         ),
         names,
     )  # fmt: skip
-
-
-def _fixes_pixels(node: torch.fx.Node) -> bool:
-    """Whether a program takes the operator in only where it knows heights and widths."""
-    schema = getattr(node.target, "_schema", None)
-    name = "" if schema is None else schema.name.partition("::")[2].rstrip("_")
-    if name == "conv2d" and len(node.args) > 3:  # patches that do not overlap
-        kernel = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
-        return kernel[0] > 1 and list(kernel) == list(node.args[3])  # type: ignore[arg-type]
-    if name == "adaptive_avg_pool2d":
-        return list(node.args[1]) != [1, 1]  # type: ignore[arg-type]
-    return name in _FIXING
 
 
 def _exported(

@@ -133,7 +133,7 @@ class Product(Op):
 
 @dataclass(eq=False)
 class Pool(Op):
-    """Largest or mean value of windows."""
+    """Largest or mean value of windows; `row`: of an image of one row, which is one of one row."""
 
     x: Value
     window: int
@@ -142,6 +142,7 @@ class Pool(Op):
     largest: bool
     count_padding: bool = True
     ceil: bool = False
+    row: bool = False
 
     def inputs(self) -> list[Value]:
         return [self.x]

@@ -112,7 +112,10 @@ class LayerwiseDecoder:
 
     def save(self, path: Any) -> None:
         """Refused: there is no plan to be saved."""
-        raise ModelError(f"this decoder runs layer by layer and cannot be saved ({self.notes[0]})")
+        raise ModelError(
+            f"{path}: nothing was written: this decoder runs layer by layer and has no plan "
+            f"({self.notes[0]}); save the model, and compile it again where it is loaded"
+        )
 
 
 def by_linear_layers(

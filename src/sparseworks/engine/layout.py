@@ -73,8 +73,8 @@ class Layout:
         elif isinstance(op, Product):
             shape[op.out] = self._convolved(op)
         elif isinstance(op, Pool):
-            height, width = (_pooled(n, op) for n in shape[op.x])
-            shape[op.out] = (height, width)
+            height, width = shape[op.x]
+            shape[op.out] = (height if op.row else _pooled(height, op), _pooled(width, op))
         elif isinstance(op, Mean):
             shape[op.out] = (1, 1)
         elif isinstance(op, Attention):

@@ -19,6 +19,7 @@ from sparseworks.engine.making import LAST, RULES, Lowering
 from sparseworks.engine.patterns import gelu_in_parts, root_mean_square
 from sparseworks.engine.pieces import Piece
 from sparseworks.engine.rules.scores import SCORES
+from sparseworks.engine.signals import widened
 from sparseworks.engine.tidying import fixed_nodes, folded, tidied
 
 __all__ = ["Piece", "lower"]
@@ -35,6 +36,7 @@ def lower(graph: torch.fx.Graph, constants: Mapping[str, Tensor]) -> list[Piece]
         Programs with at least one sparse product each; a node of the graph is made by at most one.
     """
     tidied(graph)
+    widened(graph)
     plain: set[str] = set()
     inserted: dict[Any, Node] = {}
     spelt = {n: found for n in graph.nodes if (found := gelu_in_parts(n)) is not None}

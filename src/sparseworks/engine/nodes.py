@@ -8,7 +8,20 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-__all__ = ["batch_of", "filled", "place_of", "same_sizes", "shape_of", "size_now"]
+__all__ = [
+    "batch_of",
+    "filled",
+    "fixes_pixels",
+    "place_of",
+    "same_sizes",
+    "shape_of",
+    "size_now",
+]
+
+_FIXING = {
+    "conv_transpose2d", "group_norm", "instance_norm", "native_group_norm", "permute",
+    "pixel_shuffle", "pixel_unshuffle", "roll", "upsample_bicubic2d", "upsample_bilinear2d",
+}  # fmt: skip
 
 
 def place_of(node: Node) -> int:
@@ -50,3 +63,18 @@ def batch_of(node: Node, kind: str) -> tuple[str, ...] | None:
 def filled(node: Node, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a node, with the defaults of those that were not given."""
     return (*node.args, *defaults[len(node.args) :])
+
+
+def fixes_pixels(node: Node) -> bool:
+    """Whether a program takes the operator in only where it knows heights and widths."""
+    schema = getattr(node.target, "_schema", None)
+    name = "" if schema is None else schema.name.partition("::")[2].rstrip("_")
+    if name == "conv2d" and len(node.args) > 3:  # patches that do not overlap
+        kernel = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+        return kernel[0] > 1 and list(kernel) == list(node.args[3])  # type: ignore[arg-type]
+    if name == "adaptive_avg_pool2d":
+        return list(node.args[1]) != [1, 1]  # type: ignore[arg-type]
+    if name in ("linear", "addmm", "mm"):  # of all pixels of an image
+        x = node.args[1 if name == "addmm" else 0].meta["val"]  # type: ignore[union-attr]
+        return not isinstance(x.shape[-1], int)
+    return name in _FIXING

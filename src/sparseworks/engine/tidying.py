@@ -16,6 +16,8 @@ __all__ = ["fixed_nodes", "folded", "tidied"]
 
 _aten = torch.ops.aten
 _SMALL = 1 << 16  # elements of a tensor that is computed beforehand
+# of other libraries, by what of torch computes the same
+_ALIKE = {"transformers.grouped_mm_fallback.default": _aten._grouped_mm.default}
 _COPIES = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.type_as.default,
            _aten._to_copy.default, _aten.alias.default, _aten.detach.default)  # fmt: skip
 
@@ -26,6 +28,7 @@ def tidied(graph: torch.fx.Graph) -> None:
         if node.target is _aten._assert_tensor_metadata.default and not node.users:
             graph.erase_node(node)
             continue
+        node.target = _ALIKE.get(str(node.target), node.target)
         schema = getattr(node.target, "_schema", None)
         name = "" if schema is None else schema.name.partition("::")[2]
         if schema is not None and schema.is_mutable and name.endswith("_") and name[-2:] != "__":
@@ -96,7 +99,8 @@ def folded(
         known = node in fixed and isinstance(value, Tensor) and node.all_input_nodes
         if not known or not all(n.name in found for n in node.all_input_nodes):
             continue
-        if all(isinstance(n, int) for n in value.shape) and value.numel() <= _SMALL:
+        small = all(isinstance(n, int) for n in value.shape) and value.numel() <= _SMALL
+        if small or node.target is _aten.unsqueeze.default:  # no more memory
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: found[n.name])
             found[node.name] = node.target(*args, **kwargs)
     return found

@@ -3,6 +3,7 @@
 A file is written under a temporary name in the folder where it will live (a rename is atomic
 only within one file system), flushed to the disk, then renamed. Whatever stood there before is
 untouched until that moment. What a killed process left is removed when its target is next written.
+A folder that does not exist yet is made, and goes again where the writing fails.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "atomic_file",
     "atomic_files",
     "atomic_folder",
+    "check_place",
     "need_space",
     "replaced_folder",
     "sync_folder",
@@ -43,10 +45,39 @@ def _temporary(path: Path) -> Path:
     return hidden_name(path)
 
 
-def _parent(path: Path) -> Path:
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
-    return path.parent
+def check_place(path: Path) -> None:
+    """Raise where `path` cannot be written, because of what is in the place of its folders.
+
+    Raises:
+        CheckpointError: one of them is a file, or may not be written to.
+    """
+    above = path.absolute().parent
+    while not (above.exists() or above.is_symlink()):
+        above = above.parent
+    if not above.is_dir():
+        raise CheckpointError(f"{path}: {above} is not a folder; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path}: {above} may not be written to; choose another place")
+
+
+@contextlib.contextmanager
+def _parent(path: Path) -> Iterator[Path]:
+    """The folder of `path`, made where it is missing; what was made goes when the block fails."""
+    check_place(path)
+    folder = path.parent
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except BaseException as error:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+    for made in (folder, *(p.parent for p in missing)):
+        sync_folder(made)
 
 
 def need_space(path: Path, size: int) -> None:
@@ -61,20 +92,17 @@ def need_space(path: Path, size: int) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to; becomes `path` when the block ends without an error."""
-    parent = _parent(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; a file cannot take its place")
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(parent)
+    with _parent(path):
+        temporary = _temporary(path)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -84,39 +112,34 @@ def atomic_folder(path: Path, last: str) -> Iterator[Path]:
     A folder that did not exist appears at once. Into one that exists the files are renamed one by
     one, each atomically, and `last` (the weights) after all others; files of other names stay.
     """
-    parent = _parent(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: is a file; a folder cannot take its place")
-    temporary = _temporary(path)
-    try:
-        temporary.mkdir()
-        yield temporary
-        files = _flushed(temporary)
-        if not path.exists():
-            os.rename(temporary, path)
-        else:
-            _move(files, temporary, path, last)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(parent)
+    with _parent(path):
+        temporary = _temporary(path)
+        try:
+            temporary.mkdir()
+            yield temporary
+            files = _flushed(temporary)
+            if not path.exists():
+                os.rename(temporary, path)
+            else:
+                _move(files, temporary, path, last)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_files(path: Path) -> Iterator[Path]:
     """A temporary folder for a file of the name of `path` and others that belong to it; when the
     block ends well each is renamed to the folder of `path`, which comes last."""
-    parent = _parent(path)
-    temporary = _temporary(path)
-    try:
-        temporary.mkdir()
-        yield temporary
-        _move(_flushed(temporary), temporary, parent, path.name)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _parent(path) as parent:
+        temporary = _temporary(path)
+        try:
+            temporary.mkdir()
+            yield temporary
+            _move(_flushed(temporary), temporary, parent, path.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _flushed(folder: Path) -> list[Path]:
@@ -154,19 +177,16 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; it takes the place of `path`, and of all that stood there, when
     the block ends well."""
     path = path.absolute()
-    parent = _parent(path)
-    temporary = _temporary(path)
-    old = hidden_name(path)
-    try:
-        temporary.mkdir()
-        yield temporary
-        if path.exists() and not _exchanged(temporary, path):
-            os.rename(path, old)  # between the two nothing is at the path
-        if temporary.exists() and not path.exists():
-            os.rename(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    sync_folder(parent)
+    with _parent(path):
+        temporary = _temporary(path)
+        old = hidden_name(path)
+        try:
+            temporary.mkdir()
+            yield temporary
+            if path.exists() and not _exchanged(temporary, path):
+                os.rename(path, old)  # between the two nothing is at the path
+            if temporary.exists() and not path.exists():
+                os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)

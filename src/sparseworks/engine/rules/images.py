@@ -40,10 +40,15 @@ def _conv(state: Lowering, node: Node) -> bool:
         return False
     piece, (value,) = found
     op = Product(
-        Value("image", w.shape[0]), value, w, state.constant(bias), weight.name,
+        Value("image", w.shape[0]), value, w, state.constant(bias), _name_of(weight),
         stride=s, padding=p, more=more, dilation=d, groups=groups, border=border,
     )  # fmt: skip
     return state.add(piece, node, op)
+
+
+def _name_of(weight: Any) -> Any:
+    """Also of one that is seen as a kernel of one row."""
+    return weight.args[0].name if weight.target is _aten.unsqueeze.default else weight.name
 
 
 def _patches(state: Lowering, node: Node, x: Any, weight: Any, bias: Any) -> bool:
@@ -131,13 +136,18 @@ def _pool(
     state: Lowering, node: Node, x: Any, window: Any, stride: Any, padding: Any, *,
     largest: bool, ceil: bool, count: bool = True,
 ) -> bool:  # fmt: skip
-    values = [set(v) for v in (window, stride or window, padding)]
-    if x not in state.native or any(len(v) != 1 for v in values):
+    values = [list(v) * (2 // len(v)) for v in (window, stride or window, padding)]
+    row = [v[0] for v in values] == [1, 1, 0] and (shape_of(x) or ())[2:3] == (1,)
+    if x not in state.native or not (row or all(v[0] == v[1] for v in values)):
         return False
-    k, s, p = (v.pop() for v in values)
+    k, s, p = (v[1] for v in values)
+    if row and not largest:
+        if p and count:  # the rows above and below would be counted as well
+            return False
+        count = False
     known = state.native[x]
     out = Value("image", known.value.channels)
-    op = Pool(out, known.value, k, s, p, largest, count_padding=count, ceil=ceil)
+    op = Pool(out, known.value, k, s, p, largest, count_padding=count, ceil=ceil, row=row)
     return known.piece.kind == "image" and state.add(known.piece, node, op)
 
 
