@@ -31,7 +31,7 @@ def keep_largest_per_row(scores: Tensor, keep: int) -> Tensor:
     Raises:
         InvalidArgument: NaN scores, `keep` out of range, or a row with fewer eligible scores.
     """
-    mask = _native(scores, *scores.shape, keep)
+    mask = _native(scores, scores.shape[0], scores.shape[1], keep)
     return keep_top_per_row(scores, keep) if mask is None else mask
 
 
