@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparseworks.core.patterns import Unstructured, parse_pattern
-from sparseworks.weights.oneshot.obs import column_solve, inverse_factor, prepare_hessian
+from sparseworks.weights.oneshot.obs import column_solve, prepare_hessian, upper_factor
 
 
 def plain_sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float, prune_m: int = 0) -> Tensor:
@@ -64,9 +64,8 @@ def ours_sparsegpt(weight: Tensor, hessian: Tensor, pattern: str, sparsity: floa
     legal = parse_pattern(pattern)
     damped, dead = prepare_hessian(hessian, 0.01)
     keep = legal.keep(weight.shape, sparsity)
-    return column_solve(
-        torch.where(dead[None, :], 0.0, weight), inverse_factor(damped), legal, keep
-    )[0]
+    alive = torch.where(dead[None, :], 0.0, weight)
+    return column_solve(alive, upper_factor(damped), legal, keep)[0]
 
 
 def ours_wanda(weight: Tensor, norm: Tensor) -> Tensor:

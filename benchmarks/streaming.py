@@ -5,8 +5,8 @@
 The model has random bf16 weights and is made, and deleted, in `--work`; texts of 512 tokens. Every
 run is a process of its own, whose memory is read every 10 ms: RssAnon is what it holds itself,
 RssFile what the system has mapped of files and takes back when it needs the room. `said` is what
-`prune_folder` announces before it starts. `cpu_seconds` are those of the process: they count where
-others work on the machine too.
+`prune_folder` announces before it starts. `cpu_seconds` are those of the process without those of
+reading its memory: they count where others work on the machine too.
 """
 
 from __future__ import annotations
@@ -116,20 +116,24 @@ def one(folder: Path, out: Path, name: str, texts: int, of: str) -> dict[str, An
     """One run, in this process."""
     ready = (peer if of == "peer" else ours)(folder, out, name, texts)
     start, peaks, stop = memory(), {"anon": 0, "rss": 0}, threading.Event()
+    watching = 0.0
 
     def watch() -> None:
+        nonlocal watching
         while not stop.wait(0.01):
             now = memory()
             peaks["anon"] = max(peaks["anon"], now["RssAnon"] + now["RssShmem"])
             peaks["rss"] = max(peaks["rss"], now["VmRSS"])
+        watching = time.thread_time()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began, cpu = time.perf_counter(), time.process_time()
     found = ready.pop("run")()
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    seconds = time.perf_counter() - began
     stop.set()
     watcher.join()
+    cpu = time.process_time() - cpu - watching
     return {
         **ready,
         "seconds": seconds,

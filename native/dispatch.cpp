@@ -101,6 +101,12 @@ GroupedProduct grouped_product() {
 
 KeepOnly keep_only() { return choose(keep_only_base, keep_only_avx2, keep_only_avx512); }
 
+KeepLargest keep_largest() {
+  return choose(keep_largest_base, keep_largest_avx2, keep_largest_avx512);
+}
+
+Eliminate eliminate() { return choose(eliminate_base, eliminate_avx2, eliminate_avx512); }
+
 const DecoderKernels& decoder() {
   const Level l = level();
   if (l == kAvx512 && has_bf16()) return has_amx() ? decoder_amx : decoder_bf16;

@@ -5,9 +5,11 @@
 
 #include "block.h"
 #include "decoder/model.h"
+#include "elimination.h"
 #include "gathered.h"
 #include "nm.h"
 #include "program.h"
+#include "selection.h"
 #include "spmv.h"
 #include "zeroing.h"
 
@@ -30,6 +32,10 @@ BlockProduct block_product();
 GroupedProduct grouped_product();
 
 KeepOnly keep_only();
+
+KeepLargest keep_largest();
+
+Eliminate eliminate();
 
 const DecoderKernels& decoder();
 

@@ -13,6 +13,8 @@ void define_gathered(nb::module_& m);  // gathered_module.cpp
 void define_block(nb::module_& m);     // block_module.cpp
 void define_nm(nb::module_& m);        // nm_module.cpp
 void define_zeroing(nb::module_& m);   // zeroing_module.cpp
+void define_selection(nb::module_& m);    // selection_module.cpp
+void define_elimination(nb::module_& m);  // elimination_module.cpp
 void define_decoder(nb::module_& m);   // decoder/module.cpp
 
 NB_MODULE(_native, m) {
@@ -26,5 +28,7 @@ NB_MODULE(_native, m) {
   define_block(m);
   define_nm(m);
   define_zeroing(m);
+  define_selection(m);
+  define_elimination(m);
   define_decoder(m);
 }

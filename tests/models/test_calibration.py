@@ -13,7 +13,7 @@ from sparseworks.core.errors import DataError
 from sparseworks.core.evidence import Hessian, InputNorm
 from sparseworks.models.blocks import Stack, find_stages
 from sparseworks.models.calibration import Calibration, collect, stream
-from sparseworks.models.calls import call
+from sparseworks.models.calls import call, few_tokens
 from sparseworks.models.tap import calibration_mode
 from sparseworks.models.views import find_prunable
 
@@ -161,3 +161,16 @@ def test_the_model_is_left_as_it_was():
     collect(model, list(find_prunable(model)), Calibration(batches), _norms)
     assert model.training and model.config.use_cache
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_only_token_ids_with_their_mask_are_cut():
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6)
+    short = few_tokens({"input_ids": ids, "attention_mask": mask, "labels": ids}, 4)
+    assert torch.equal(short["input_ids"], ids[:, :4]) and short["attention_mask"].shape == (2, 4)
+    for whole in (
+        {"input_ids": ids, "attention_mask": torch.ones(2, 1, 6, 6)},
+        {"input_ids": ids, "pixel_values": torch.ones(2, 6)},
+        {"inputs_embeds": torch.ones(2, 6, 3)},
+        torch.ones(2, 6),
+    ):
+        assert few_tokens(whole, 4) is whole

@@ -74,7 +74,7 @@ class MaskEntry:
     def of(cls, mask: Tensor, pattern: str = "unstructured") -> MaskEntry:
         if mask.dtype != torch.bool:
             raise InvalidArgument(f"a mask is boolean, not {mask.dtype}")
-        return cls(pack_bits(mask), tuple(mask.shape), int(mask.sum()), str(pattern))
+        return cls(pack_bits(mask), tuple(mask.shape), int(torch.count_nonzero(mask)), str(pattern))
 
     @property
     def mask(self) -> Tensor:

@@ -7,7 +7,8 @@ that holds is observed, not guessed from names. Weights outside of stacks are st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,8 @@ class Stack:
         blocks: its children that hold weights to prune, and those between them.
         views: the views of each block.
         same_arguments: every block gets the same further arguments (masks, positions).
+        last: of each block the view whose product came after those of all its others, once; None
+            where there was none such.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Stack:
     names: tuple[str, ...]
     views: tuple[tuple[View, ...], ...]
     same_arguments: bool
+    last: tuple[View | None, ...]
 
 
 Stage = Stack | View
@@ -138,9 +142,11 @@ def find_stages(model: nn.Module, views: Iterable[View], batch: Batch) -> list[S
     views = list(views)
     candidates = _candidates(model, views)
     first_use: dict[str, int] = {}
+    uses: list[str] = []
 
     def note(view: View, inputs: Tensor, groups: range, outputs: Tensor | None) -> None:
         first_use.setdefault(view.name, len(first_use))
+        uses.append(view.name)
 
     def started(seen: _Observed) -> None:
         first_use.setdefault(_START + seen.name, len(first_use))
@@ -171,12 +177,22 @@ def find_stages(model: nn.Module, views: Iterable[View], batch: Batch) -> list[S
             tuple(n for n, _ in seen.children),
             tuple(per_block),
             seen.same_arguments,
+            tuple(_last(own, uses) for own in per_block),
         )
         staged.append((first_use[_START + seen.name], stack))
     staged += [
         (first_use[v.name], v) for v in views if v.name in first_use and v.name not in inside
     ]
     return [stage for _, stage in sorted(staged, key=lambda pair: pair[0])]
+
+
+def _last(views: Sequence[View], uses: Sequence[str]) -> View | None:
+    """The view of a block that was used after all others, which were all used, and once."""
+    counts = Counter(uses)
+    named = {v.name: v for v in views}
+    latest = next((named[n] for n in reversed(uses) if n in named), None)
+    whole = latest is not None and latest.groups == 1 and all(counts[n] for n in named)
+    return latest if latest is not None and whole and counts[latest.name] == 1 else None
 
 
 def _observe(

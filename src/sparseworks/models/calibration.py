@@ -19,7 +19,7 @@ from sparseworks.core.errors import DataError
 from sparseworks.core.evidence import Collector
 from sparseworks.core.types import Progress
 from sparseworks.models.blocks import Stack, find_stages
-from sparseworks.models.calls import Batch, call, first_sample, move, token_mask
+from sparseworks.models.calls import Batch, call, few_tokens, first_sample, move, token_mask
 from sparseworks.models.modes import hooked
 from sparseworks.models.ranks import Evidence, Ranks
 from sparseworks.models.recurrence import products_shown
@@ -29,6 +29,8 @@ from sparseworks.models.tap import EvidenceTap, calibration_mode
 from sparseworks.models.views import View
 
 __all__ = ["Calibration", "collect", "replay", "stream"]
+
+_FEW = 32  # tokens
 
 MakeCollectors = Callable[[View, torch.device], Sequence[Collector]]
 Visit = Callable[[View, Sequence[Collector]], None]
@@ -113,7 +115,9 @@ def stream(
     home = calibration.home
     with calibration_mode(model, shown=False):  # a mode would see all calls in `visit` too
         example = calibration.batches[0]
-        first = _on(first_sample(example) if home.lazy else example, device_of(model))
+        if home.lazy:  # for the order of its products alone
+            example = few_tokens(first_sample(example), _FEW)
+        first = _on(example, device_of(model))
         with products_shown():
             stages = find_stages(model, views, first)
         done = 0
@@ -164,27 +168,33 @@ def _gather(
     run: Callable[[int], object],
     mask: Callable[[int], Tensor | None],
     everywhere: bool = False,
+    idle: View | None = None,
 ) -> Evidence:
     """Evidence of some views, which are at hand.
 
     Args:
         run: computes a batch.
         mask: of the real tokens of a batch.
+        idle: the view whose product comes last, where nothing else needs that.
     """
-    for share in (True, False):
+    if calibration.ranks.size > 1:  # which go through all batches together
+        idle = None
+    share = True
+    while True:
         found = Evidence(
             views, make, calibration.batches, calibration.ranks, everywhere, share=share
         )
-        with products_shown(), EvidenceTap(views, found.listen()) as tap:
+        with products_shown(), EvidenceTap(views, found.listen(), idle) as tap:
             for i in calibration.ranks.rounds(len(calibration.batches)):
                 if i is not None:
-                    tap.padding = mask(i)
+                    tap.begin(mask(i))
                     run(i)
                 found.end_of_round()
-                if found.broken:
+                if found.broken or tap.misled:
                     break
-        if not found.broken:
+        if not (found.broken or tap.misled):
             break
+        share, idle = share and not found.broken, None
     found.finish()
     _check({v.name: found.collectors[v.name] for v in views if found.owned(v)})
     return found
@@ -257,7 +267,9 @@ def _stream_stack(
                         dense[i] = output
 
                 if views and not old:
-                    found = _gather(views, calibration, make, note, masks.__getitem__)
+                    unused = _outputs_unused(views, calibration, make)
+                    idle = stack.last[position] if unused else None
+                    found = _gather(views, calibration, make, note, masks.__getitem__, idle=idle)
                     _visit(views, found, visit, settle)
                     del found
                 if dense:
@@ -270,6 +282,12 @@ def _stream_stack(
                 if dense or position < last:
                     store.passed(position + 1)
             yield len(views)
+
+
+def _outputs_unused(views: Sequence[View], calibration: Calibration, make: MakeCollectors) -> bool:
+    """Whether a pass that gathers evidence is for the inputs of products alone."""
+    kinds = (k for v in views for k in make(v, torch.device("meta")))
+    return calibration.propagate == "pruned" and not any(k.reads_power for k in kinds)
 
 
 def _finished(stack: Stack, home: Residence) -> int:

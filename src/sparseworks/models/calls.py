@@ -30,6 +30,7 @@ __all__ = [
     "batch_size",
     "call",
     "default_loss",
+    "few_tokens",
     "first_sample",
     "logits_of",
     "loss_of",
@@ -203,6 +204,18 @@ def first_sample(batch: Batch) -> Batch:
     given = Arguments.of_batch(batch)
     kwargs = {k: cut(v) for k, v in given.kwargs.items()}
     return Arguments(tuple(cut(v) for v in given.args), kwargs).batch()
+
+
+def few_tokens(batch: Batch, count: int) -> Batch:
+    """The first tokens alone, where a batch is token ids and their mask and nothing else."""
+    given = Arguments.of_batch(batch)
+    ids = given.kwargs.get("input_ids")
+    plain = not given.args and given.kwargs.keys() <= {"input_ids", "attention_mask"}
+    if not plain or not isinstance(ids, Tensor) or ids.ndim != 2:
+        return batch
+    if any(not isinstance(v, Tensor) or v.shape != ids.shape for v in given.kwargs.values()):
+        return batch
+    return {k: v[:, :count] for k, v in given.kwargs.items()}
 
 
 def token_mask(batch: Batch) -> Tensor | None:

@@ -61,17 +61,20 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         views: the parameters to watch.
+        idle: a view whose product nothing that is listened to needs: it is told of, and its
+            outputs are zeros instead. `misled` says whether something was told of after it.
         listener: called with (view, inputs, groups, outputs); `groups` are the matrices of the view
             that see these inputs, `outputs` `[tokens, out]` their product where it is known without
             a bias, else None. Products with the very same inputs, one after the other, give the
             same tensor object.
 
-    Set `padding` to a bool mask `[batch, tokens]` to leave padded tokens out.
+    Call `begin` before every batch where there are several.
     """
 
-    def __init__(self, views: Iterable[View], listener: Listener) -> None:
+    def __init__(self, views: Iterable[View], listener: Listener, idle: View | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.listener = listener
+        self.listener, self.idle = listener, idle
+        self.misled = self._over = False
         self.padding: Tensor | None = None
         self._last: _Seen | None = None
         self._by_storage: dict[int, list[View]] = {}
@@ -84,11 +87,30 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
         handler = _HANDLERS.get(func)
-        if handler is not None:
-            handler(self, args, output)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        unwanted = None if self.idle is None else self._unwanted(func, args)
+        output = func(*args, **(kwargs or {})) if unwanted is None else unwanted
+        handler(self, args, output)
+        self._over |= unwanted is not None
         return output
+
+    def begin(self, padding: Tensor | None) -> None:
+        """A batch begins, whose padded tokens, False in `[batch, tokens]`, are left out."""
+        self.padding, self._over = padding, False
+
+    def _unwanted(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
+        """Zeros of the shape of a product of the idle view; None of all others."""
+        if func not in _OPERANDS:
+            return None
+        left, right = (args[i] for i in _OPERANDS[func])
+        found = self._find(right)
+        if found is None or found[0] is not self.idle:
+            return None
+        out = right.shape[0 if func is _aten.linear.default else 1]
+        zeros: Tensor = left.new_zeros(*left.shape[:-1], out)
+        return zeros
 
     def __exit__(self, *exception: Any) -> Any:
         self._last = None
@@ -148,6 +170,7 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if found is None or transposed:
             return
         view, _ = found
+        self.misled |= self._over
         channels = weight.shape[1]
         for start in range(0, inputs.shape[0], 16):
             part = inputs[start : start + 16]
@@ -161,6 +184,7 @@ class EvidenceTap(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         if inputs.shape[-1] != view.shape[1]:
             return
+        self.misled |= self._over
         padding, tokens = self.padding, inputs.numel() // max(1, inputs.shape[-1])
         if padding is not None and tokens != padding.numel():
             padding = None
@@ -206,6 +230,7 @@ def _no_bias(args: tuple[Any, ...], output: Tensor) -> Tensor | None:
     return None if len(args) > 2 and args[2] is not None else output.flatten(0, -2)
 
 
+_OPERANDS = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2), _aten.linear.default: (0, 1)}
 _HANDLERS: dict[Any, Callable[[EvidenceTap, tuple[Any, ...], Any], None]] = {
     _aten.mm.default: lambda tap, a, out: tap.product(a[0], a[1], out),
     _aten.addmm.default: lambda tap, a, _: tap.product(a[1], a[2]),

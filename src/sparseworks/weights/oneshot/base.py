@@ -18,6 +18,8 @@ from sparseworks.core.masks import Masks
 from sparseworks.core.patterns import NM, Pattern, Unstructured
 from sparseworks.core.registry import MethodInfo
 from sparseworks.core.types import Progress, PruneResult
+from sparseworks.kernels.selection import keep_largest_per_row
+from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
 
@@ -107,6 +109,9 @@ class OneShot(ABC):
 
     def select(self, target: Target, scores: Tensor) -> Tensor:
         """The mask `[groups * out, in]`; a method with its own comparison group overrides this."""
+        rows = max(1, scores.shape[0])
+        if target.pattern == Unstructured("row") and target.keep % rows == 0:
+            return keep_largest_per_row(scores, target.keep // rows)
         return target.pattern.select(scores, target.keep)
 
     def prepare(self, work: Work, views: Sequence[View], sparsity: float) -> Callable[[], None]:
@@ -154,7 +159,7 @@ class OneShot(ABC):
             part = replace(target, keep=keep * (last - first), allowed=allowed)
             rows = weight[first:last]
             mask[first:last] = self.select(part, self.matrix_scores(part, rows, evidence))
-            new[first:last] = torch.where(mask[first:last], rows, 0.0)
+            keep_only(mask[first:last], new[first:last].copy_(rows))
         return Solution(new, mask)
 
     def matrix_scores(self, target: Target, weight: Tensor, evidence: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparseworks.core.evidence import Collector
 from sparseworks.core.masks import MaskEntry, Masks
 from sparseworks.core.types import TensorResult
+from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.hooks import refresh
 from sparseworks.models.ranks import Ranks
 from sparseworks.models.views import View
@@ -95,6 +96,5 @@ def put(view: View, weight: Tensor, mask: Tensor) -> None:
         view.write(torch.where(mask, weight, 0.0))
         return
     for first, last in in_cache(weight):
-        kept = torch.where(mask[first:last], weight[first:last], 0.0)
-        view.parameter[first:last].copy_(kept)
+        keep_only(mask[first:last], view.parameter[first:last].copy_(weight[first:last]))
     refresh(view.module)

@@ -1,13 +1,14 @@
 """The optimal-brain-surgeon column solver under SparseGPT.
 
-For min ||W X - W' X||^2 with H = X X^T, eliminating columns left to right needs only U, the upper
+For min ||W X - W' X||^2 with H = X X^T, eliminating columns left to right needs U, the upper
 Cholesky factor of H^-1 (H^-1 = U^T U): removing w_j costs w_j^2 / U_jj^2 and is compensated by
 W[:, j:] -= (w_j / U_jj) U[j, j:].
 
-Three things make it fast on a CPU: U comes from one Cholesky factorisation of H with its axes
-reversed and one blocked triangular inverse (instead of factorise, invert, factorise again); weights
-are kept transposed, so that a column is contiguous; and compensation is lazy at two levels, inside
-sub-blocks of 32 columns and of blocks of 128, so that nearly all work is matrix products.
+U itself is never made. With H = R R^T, R upper triangular, U = R^-1, and the change D = W - W' of
+all columns and the errors E (w_j / U_jj) belong together by D = E U, so E = D R. When the columns
+before a block are done, the block B is W_B + D_before R_before,B U_BB: one matrix product with R
+itself and one with the inverse of a small triangle. So R costs one Cholesky factorisation, of H
+with its axes reversed, and what a block does to later ones is never written but read once.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from sparseworks.core.errors import ModelError, PatternError
 from sparseworks.core.patterns import NM, Block, Pattern, Unstructured
-from sparseworks.core.selection import keep_top, keep_top_per_row
+from sparseworks.core.selection import keep_top
+from sparseworks.kernels.elimination import eliminate, eliminate_reference
+from sparseworks.kernels.selection import keep_largest, keep_largest_per_row
 
-__all__ = ["column_solve", "energy", "inverse_factor", "prepare_hessian"]
+__all__ = ["column_solve", "energy", "prepare_hessian", "row_grid", "upper_factor"]
 
-_SUB = 32
 _PIECE = 1 << 20  # numbers that are moved at once
+_WIDE = 512  # columns for which those before are multiplied at once: narrower products are slower
 _BAND = 512  # columns of which `energy` multiplies at once
 Quantize = Callable[[Tensor], Tensor]
 
@@ -65,11 +68,11 @@ def energy(weight: Tensor, hessian: Tensor) -> float:
     return total
 
 
-def inverse_factor(hessian: Tensor, *, overwrite: bool = False) -> Tensor:
-    """U, upper triangular, with H^-1 = U^T U.
+def upper_factor(hessian: Tensor, *, overwrite: bool = False) -> Tensor:
+    """R, upper triangular, with H = R R^T.
 
-    With J the reversal of the axes and J H J = L L^T, R = J L J is upper and H = R R^T; U = R^-1.
-    The result is stored by columns: its transpose is contiguous.
+    With J the reversal of the axes and J H J = L L^T, R = J L J. The result is stored by columns:
+    its transpose is contiguous.
 
     Args:
         hessian: `[in, in]`, symmetric.
@@ -91,7 +94,6 @@ def inverse_factor(hessian: Tensor, *, overwrite: bool = False) -> Tensor:
             "give more calibration data or a larger `damping`"
         )
     _reverse(work)  # R^T
-    _invert_lower(work)
     return work.mT
 
 
@@ -107,21 +109,6 @@ def _reverse(matrix: Tensor) -> None:
         back.copy_(kept)
 
 
-def _invert_lower(lower: Tensor) -> None:
-    """Inverse of a lower triangular matrix in its place, by halves: n^3 / 3 multiply-adds, mostly
-    products."""
-    size = lower.shape[0]
-    if size <= 256:
-        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
-        return
-    half = (size // 2 + 63) // 64 * 64
-    _invert_lower(lower[:half, :half])
-    _invert_lower(lower[half:, half:])
-    product = lower[half:, half:] @ lower[half:, :half]
-    lower[half:, :half].addmm_(product, lower[:half, :half], beta=0.0, alpha=-1.0)
-
-
 def column_solve(
     weight: Tensor,
     factor: Tensor,
@@ -131,17 +118,19 @@ def column_solve(
     allowed: Tensor | None = None,
     block: int = 128,
     quantize: Quantize | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, float]:
     """Prune and compensate one matrix.
 
     Args:
         weight: `[out, in]` fp32; columns of dead inputs already zero.
-        factor: U of `inverse_factor`, `[in, in]`.
+        factor: R of `upper_factor`, `[in, in]`.
         pattern: unstructured, row, N:M, or blocks.
         keep: units to keep.
         allowed: bool `[out, in]`; False = masked before, stays masked.
         block: columns whose mask is chosen together from their current values.
         quantize: maps kept values `[out]` onto a grid, whose error is compensated too.
+        overwrite: the weight may be destroyed: the change takes its place.
 
     Returns:
         (weight, mask, loss): new weights, bool mask, and the loss 1/2 tr(D H D^T), D the change.
@@ -149,49 +138,45 @@ def column_solve(
     rows, columns = weight.shape
     chooser = _Chooser(pattern, keep, rows, columns)
     block = chooser.align(min(block, columns))
-    sub = chooser.align(min(_SUB, block))
-    work = torch.empty(columns, rows, dtype=weight.dtype, device=weight.device)
-    work.copy_(weight.t())  # [in, out]: a column of W is a contiguous row
-    mask = torch.ones(work.shape, dtype=torch.bool, device=work.device)
-    free = None if allowed is None else allowed.t().contiguous()
-    diagonal = factor.diagonal()
+    wide = block * max(1, _WIDE // block)
+    change = weight if overwrite else weight.clone()  # of the columns that are done, W of others
+    new = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     loss = 0.0
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        errors = torch.empty(end - start, rows, dtype=work.dtype, device=work.device)
+        own = factor[start:end, start:end]
+        eye = torch.eye(end - start, dtype=own.dtype, device=own.device)
+        inverse = torch.linalg.solve_triangular(own, eye, upper=True)
+        values = change[:, start:end].clone(memory_format=torch.contiguous_format)
+        first = start - start % wide
+        if start == first:
+            carried = change[:, :start] @ factor[:start, start : start + wide]
+        part = carried[:, start - first : end - first]
+        if start > first:
+            part = torch.addmm(part, change[:, first:start], factor[first:start, start:end])
+        values.addmm_(part, inverse)
+        free = None if allowed is None else allowed[:, start:end]
+        diagonal = inverse.diagonal()
         if chooser.up_front:
-            scores = (work[start:end] / diagonal[start:end, None]).square_()
-            mask[start:end] = chooser.block(scores, start, end, _part(free, start, end))
-        for first in range(start, end, sub):
-            last = min(first + sub, end)
-            for j in range(first, last):
-                if not chooser.up_front and j % chooser.width == 0:
-                    stop = j + chooser.width
-                    scores = (work[j:stop] / diagonal[j:stop, None]).square_()
-                    mask[j:stop] = chooser.strip(scores, j, _part(free, j, stop))
-                kept = work[j] * mask[j]
-                if quantize is not None:
-                    kept = quantize(kept) * mask[j]
-                error = torch.sub(work[j], kept, out=errors[j - start]).div_(diagonal[j])
-                work[j] = kept
-                if j + 1 < last:
-                    work[j + 1 : last].addr_(factor[j, j + 1 : last], error, alpha=-1.0)
-            if last < end:
-                part = factor[first:last, last:end].t()
-                work[last:end].addmm_(part, errors[first - start : last - start], alpha=-1.0)
-        flat = errors.view(-1)
-        loss += float(torch.dot(flat, flat)) / 2
-        if end < columns:
-            work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
-    return work.t(), mask.t(), loss
-
-
-def _part(matrix: Tensor | None, start: int, end: int) -> Tensor | None:
-    return None if matrix is None else matrix[start:end]
+            kept = chooser.block((values / diagonal).square_(), start, end, free)
+        else:
+            kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+        if chooser.up_front and quantize is None:
+            loss += eliminate(values, kept, inverse) / 2
+        else:
+            choose = None if chooser.up_front else chooser.strips(diagonal, start, free)
+            loss += eliminate_reference(
+                values, kept, inverse, quantize=quantize, choose=choose, width=chooser.width
+            ) / 2  # fmt: skip
+        new[:, start:end] = values
+        mask[:, start:end] = kept
+        change[:, start:end] -= values
+    return new, mask, loss
 
 
 class _Chooser:
-    """Which weights of the next columns go, on transposed scores `[columns, out]`.
+    """Which weights of the next columns go.
 
     The number kept after each block follows the overall share exactly: after column c,
     dropped = floor(all dropped * c / in).
@@ -222,32 +207,43 @@ class _Chooser:
         return drop * end // self.columns - drop * start // self.columns
 
     def block(self, scores: Tensor, start: int, end: int, free: Tensor | None) -> Tensor:
-        """Mask of a block of columns, unstructured or per row."""
+        """Mask `[out, columns]` of a block of columns, unstructured or per row."""
         if free is not None:
             scores = scores.masked_fill(~free, -1.0)
         assert isinstance(self.pattern, Unstructured)
         if self.pattern.scope == "tensor":
             dropped = self._drop_between(start, end, self.drop)
-            mask = keep_top(scores.t().contiguous(), scores.numel() - dropped).t()
+            mask = keep_largest(scores, scores.numel() - dropped)
         else:
             dropped = self._drop_between(start, end, self.drop // self.rows)
-            mask = keep_top_per_row(scores.t().contiguous(), scores.shape[0] - dropped).t()
+            mask = keep_largest_per_row(scores, scores.shape[1] - dropped)
         return mask if free is None else mask & free
 
-    def strip(self, scores: Tensor, start: int, free: Tensor | None) -> Tensor:
-        """Mask of the next `width` columns from their current values, N:M or blocks."""
-        if free is not None:
-            scores = scores.masked_fill(~free, -1.0)
+    def strips(
+        self, diagonal: Tensor, start: int, free: Tensor | None
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Chooses the masks of the next `width` columns of the block at `start` from their current
+        values, both `[width, out]`: N:M or blocks."""
+
+        def choose(values: Tensor, first: int) -> Tensor:
+            scores = (values / diagonal[first : first + self.width, None]).square_()
+            own = None if free is None else free[:, first : first + self.width].t()
+            if own is not None:
+                scores = scores.masked_fill(~own, -1.0)
+            mask = self._strip(scores, start + first)
+            return mask if own is None else mask & own
+
+        return choose
+
+    def _strip(self, scores: Tensor, start: int) -> Tensor:
         if isinstance(self.pattern, NM):
-            mask = self.pattern.select_columns(scores)
-        else:
-            assert isinstance(self.pattern, Block)
-            height = self.pattern.h
-            pooled = scores.clamp_min(0).view(self.width, -1, height).sum(dim=(0, 2))
-            dropped = self._drop_between(start, start + self.width, self.drop)
-            kept = keep_top(pooled, pooled.numel() - dropped)
-            mask = kept.repeat_interleave(height)[None, :].expand(self.width, -1)
-        return mask if free is None else mask & free
+            return self.pattern.select_columns(scores)
+        assert isinstance(self.pattern, Block)
+        height = self.pattern.h
+        pooled = scores.clamp_min(0).view(self.width, -1, height).sum(dim=(0, 2))
+        dropped = self._drop_between(start, start + self.width, self.drop)
+        kept = keep_top(pooled, pooled.numel() - dropped)
+        return kept.repeat_interleave(height)[None, :].expand(self.width, -1)
 
 
 def row_grid(weight: Tensor, bits: int) -> Quantize:

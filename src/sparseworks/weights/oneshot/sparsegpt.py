@@ -22,9 +22,9 @@ from sparseworks.weights.oneshot.base import OneShot, Solution, Target
 from sparseworks.weights.oneshot.obs import (
     column_solve,
     energy,
-    inverse_factor,
     prepare_hessian,
     row_grid,
+    upper_factor,
 )
 
 _VANISHING = 1e-30  # mean squared inputs below this have lost their digits
@@ -90,13 +90,14 @@ class SparseGPT(OneShot):
                 allowed=None if allowed is None else allowed[group * rows : (group + 1) * rows],
                 block=self.block,
                 quantize=None if self.bits is None else row_grid(part, self.bits),
+                overwrite=True,
             )
             weights.append(new)
             masks.append(mask)
             loss += cost
         error = loss / whole if whole > 0 else 0.0
-        if groups == 1:  # the solver works on columns; a copy by rows is quicker than `cat`
-            return Solution(weights[0].contiguous(), masks[0].contiguous(), error)
+        if groups == 1:
+            return Solution(weights[0], masks[0], error)
         return Solution(torch.cat(weights), torch.cat(masks), error)
 
 
@@ -105,7 +106,7 @@ class _Factored:
     """A damped Hessian, factored.
 
     Attributes:
-        factor: U of `inverse_factor`.
+        factor: R of `upper_factor`.
         dead: inputs that are always zero.
         added: to every entry of the diagonal.
         blind: there was nothing to go by, and H is the identity.
@@ -140,7 +141,7 @@ def _factored(
             loss = energy(weight, hessian)
         if known is None:
             added = damping * float(diagonal.masked_fill_(dead, 1.0).mean())
-            known = _Factored(inverse_factor(hessian, overwrite=True), dead, added, blind)
+            known = _Factored(upper_factor(hessian, overwrite=True), dead, added, blind)
             if kept is not None:
                 kept[key] = known
     if loss is None:

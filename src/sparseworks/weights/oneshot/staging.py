@@ -34,6 +34,8 @@ from sparseworks.models.residence import HiddenStates, KeptHiddenStates, Residen
 from sparseworks.models.views import View
 from sparseworks.weights.oneshot.job import Job
 
+_CACHED = 1 << 18  # numbers
+
 __all__ = ["Journal", "Staging"]
 
 
@@ -244,7 +246,9 @@ class Staging(Residence):
 def _check_finite(views: Sequence[View]) -> None:
     for view in views:
         weight = view.parameter.detach()
-        if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+        # numbers of 16 bits are summed a tenth as fast as those that they become in the cache
+        parts = weight.flatten().split(_CACHED)
+        if not all(bool(torch.isfinite(part.float().sum())) for part in parts):
             bad = int((~torch.isfinite(weight)).sum())
             if bad:
                 raise ModelError(f"{view.name}: {bad} weights are NaN or Inf")

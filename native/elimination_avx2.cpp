@@ -1,0 +1,2 @@
+#define ELIMINATE_NAME eliminate_avx2
+#include "elimination_impl.h"

@@ -1,0 +1,2 @@
+#define ELIMINATE_NAME eliminate_base
+#include "elimination_impl.h"

@@ -1,0 +1,2 @@
+#define KEEP_LARGEST_NAME keep_largest_base
+#include "selection_impl.h"
