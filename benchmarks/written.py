@@ -7,6 +7,7 @@ the other. What is written is made once a process.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -68,6 +69,34 @@ def sparse(version: int) -> nn.Module:
     with torch.no_grad():
         model[4].weight[0, :9] = -0.0
     return model
+
+
+def layers(version: int) -> nn.Module:
+    torch.manual_seed(version)
+    sizes = (64, 48, 96, 48, 5)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))).double().eval()
+
+
+@cache
+def quantized(version: int) -> nn.Module:
+    """Integers under masks inside of their groups: bits for all, bits for live groups, codes."""
+    model = layers(version)
+    sw.prune(model, "magnitude", sparsity=0.5, include="0.weight")
+    sw.prune(model, "magnitude", sparsity=0.92, include="1.weight")
+    sw.prune(model, "magnitude", pattern="2:4", include="2.weight")
+    sw.quantize(model, "rounding", bits=5, group=4)
+    return model
+
+
+def _integers(path: Path, version: int) -> None:
+    sw.save(quantized(version), path)
+
+
+def _read_integers(path: Path) -> Any:
+    model = sw.load(path, layers(9))
+    kept = {n: [q.grid.codes, q.grid.scale, q.grid.zero, q.live, q.bits]
+            for n, q in (sw.grids(model) or {}).items()}  # fmt: skip
+    return [of_model(model, torch.ones(2, 64).double()), plain(kept)]
 
 
 def pictures() -> Tensor:
@@ -240,6 +269,7 @@ def _dense(path: Path, version: int) -> None:
 
 FORMATS: dict[str, Format] = {
     "packed file": Format(_packed, lambda p: of_model(sw.load(p, net(9)))),
+    "packed integers": Format(_integers, _read_integers),
     "packed folder": Format(_folder, _read_folder, "folder"),
     "masks": Format(_masks, lambda p: plain(of_masks(sw.load_masks(p, net(9))))),
     "compiled model": Format(_plan, _read_plan),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import numpy as np
 import torch
@@ -17,9 +18,16 @@ from torch import Tensor
 
 from sparseworks.core.masks import pack_bits
 
-__all__ = ["LARGEST_RUN", "code_bits", "codes_to_mask", "mask_to_codes"]
+__all__ = ["LARGEST_RUN", "code_bits", "codes_to_mask", "mask_to_codes", "n_of_m"]
 
 LARGEST_RUN = 16  # tables of 2^m entries
+
+
+def n_of_m(pattern: str) -> tuple[int, int]:
+    """(n, m) of a mask's pattern that codes can stand for; (0, 0) of any other."""
+    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+    return (n, m) if 0 < n < m <= LARGEST_RUN else (0, 0)
 
 
 def code_bits(n: int, m: int) -> int:

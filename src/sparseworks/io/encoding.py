@@ -7,7 +7,6 @@ zeros are not wanted, every slice is rid of them before it is counted or stored.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -24,8 +23,8 @@ from sparseworks.io.bits import (
     without_signed_zeros,
     words,
 )
-from sparseworks.io.codes import LARGEST_RUN, mask_to_codes
-from sparseworks.io.integers import grid_parts, grid_record
+from sparseworks.io.codes import mask_to_codes, n_of_m
+from sparseworks.io.integers import grid_parts, grid_records
 from sparseworks.io.records import Record, dtype_name
 from sparseworks.models.quantized import Quantized
 
@@ -118,10 +117,7 @@ def plan(
     values, negative = c.inside_values + c.outside_values, c.inside_negative + c.outside_negative
     zeros_negative = has_signed_zero(tensor.dtype)  # else these bits are another number
     base = replace(base, nonzero=values + (0 if zeros_negative else negative), kept=c.inside)
-    candidates = []
-    found = None if integers is None else grid_record(base, tensor, integers, entry)
-    if found is not None:
-        candidates.append(found)
+    candidates = [] if integers is None else grid_records(base, tensor, integers, entry)
     if entry is not None and c.outside_values == 0:
         masked = replace(
             base, layout="bitmask", mask="stored", stored=c.inside, signs=c.outside_negative > 0
@@ -138,11 +134,8 @@ def plan(
 
 def _as_nm(record: Record, entry: MaskEntry) -> list[Record]:
     """The N:M record of a mask that keeps exactly n of every m, along its last or second axis."""
-    found = re.fullmatch(r"(\d+):(\d+)", entry.pattern)
-    if not found or entry.shape == () or record.stored == 0:
-        return []
-    n, m = int(found[1]), int(found[2])
-    if not 0 < n < m <= LARGEST_RUN or record.kept * m != n * record.numel:
+    n, m = n_of_m(entry.pattern)
+    if not n or entry.shape == () or record.stored == 0 or record.kept * m != n * record.numel:
         return []
     for axis in dict.fromkeys((len(entry.shape) - 1, min(1, len(entry.shape) - 1))):
         nm = replace(record, layout="nm", n=n, m=m, axis=axis)
@@ -193,7 +186,7 @@ def encode(plan: Plan) -> Iterator[tuple[str, Tensor]]:
             yield "", _slice(flat, start, SLICE, plan.signed_zeros)
     elif record.layout == "grid":
         assert plan.integers is not None
-        yield from grid_parts(record, plan.integers)
+        yield from grid_parts(record, plan.integers, entry)
     else:
         chosen, signs = _Bits(), _Bits()
         codes = []

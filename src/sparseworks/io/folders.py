@@ -27,7 +27,6 @@ from sparseworks.core.types import Progress
 from sparseworks.io.atomic import atomic_file, atomic_folder
 from sparseworks.io.gather import unwrap
 from sparseworks.io.opening import PACKED_NAME
-from sparseworks.io.records import FORMAT_VERSION
 from sparseworks.io.sealed import text_seal
 from sparseworks.io.summary import CheckpointInfo
 from sparseworks.io.writing import refuse_pickle_target, write_dense, write_packed
@@ -78,7 +77,7 @@ def save_folder(
         info = write_packed(model, temporary / PACKED_NAME, progress, signed_zeros)
         record = masks(model)
         note = {
-            "version": FORMAT_VERSION,
+            "version": info.version,
             "weights": PACKED_NAME,
             "load_with": "sparseworks.from_pretrained",
             "method": record.method if record is not None else "",

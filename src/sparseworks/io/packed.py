@@ -18,7 +18,9 @@ from sparseworks.io.codes import code_bits, codes_to_mask
 from sparseworks.io.container import Container, Part
 from sparseworks.io.encoding import SLICE
 from sparseworks.io.integers import read_grid
-from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, part_name
+from sparseworks.io.reading import read_record
+from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, part_name
+from sparseworks.models.matrix import of_matrix
 from sparseworks.models.quantized import Grids, Quantized
 
 __all__ = ["DIGEST_KEY", "ZERO_DIGEST", "PackedCheckpoint", "hasher", "header_digest"]
@@ -60,7 +62,7 @@ class PackedCheckpoint(Checkpoint):
         self.model: str = header["model"]
         self.ties: dict[str, str] = header["ties"]
         self.records = {
-            name: Record.from_json(f"{self.path}: tensor {name!r}", entry)
+            name: read_record(f"{self.path}: tensor {name!r}", entry)
             for name, entry in header["tensors"].items()
         }
         self._parts = self._match_parts()
@@ -86,9 +88,9 @@ class PackedCheckpoint(Checkpoint):
         kinds = {"method": str, "model": str, "ties": dict, "tensors": dict}
         if not isinstance(header, dict) or type(header.get("version")) is not int:
             raise damaged
-        if header["version"] != FORMAT_VERSION:
+        if not 1 <= header["version"] <= FORMAT_VERSION:
             raise CheckpointError(
-                f"{self.path}: format version {header['version']}; this sparseworks reads "
+                f"{self.path}: format version {header['version']}; this sparseworks reads 1 to "
                 f"{FORMAT_VERSION}, so a newer one is needed"
             )
         if any(type(header.get(k)) is not v for k, v in kinds.items()):
@@ -144,8 +146,9 @@ class PackedCheckpoint(Checkpoint):
             if count != record.stored:
                 raise bad
         groups = record.numel // max(1, record.group)
-        for part, total in (("bitmask", record.numel), ("signs", record.numel - record.stored),
-                            ("live", groups)):  # fmt: skip
+        bits = {"bitmask": record.bitmask_bits, "signs": record.numel - record.stored,
+                "live": groups}  # fmt: skip
+        for part, total in bits.items():
             if part in record.parts() and self._padding(name, part, total):
                 raise bad
         if record.mask == "own":
@@ -223,8 +226,11 @@ class PackedCheckpoint(Checkpoint):
         return unpack_bits(packed, (packed.numel() * 8,))[skip : skip + count]
 
     def _integers(self, name: str) -> Quantized:
-        record, parts = self.records[name], self._parts[name]
-        found = read_grid(record, lambda part: self._file.elements(parts[part]))
+        return self._grid(name)[0]
+
+    def _grid(self, name: str) -> tuple[Quantized, Tensor]:
+        parts = self._parts[name]
+        found = read_grid(self.records[name], lambda part: self._file.elements(parts[part]))
         if found is None:
             raise CheckpointError(f"{self.path}: tensor {name!r}: its bits do not match its record")
         return found
@@ -238,7 +244,8 @@ class PackedCheckpoint(Checkpoint):
         elif record.layout == "bitmask":
             packed = self._file.elements(parts["bitmask"])
         elif record.layout == "grid":
-            packed = pack_bits(self._integers(name).mask())
+            integers, stored = self._grid(name)
+            packed = pack_bits(of_matrix(stored, record.shape, integers.layout))
         else:
             mask = torch.cat([m for _, m in self._stored(name)])
             if record.moved:

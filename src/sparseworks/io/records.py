@@ -5,42 +5,55 @@
 | dense | `name` |
 | bitmask | `name::values` (flat order), `name::bitmask` (1 bit a weight: stored or not) |
 | nm | `name::values`, `name::codes` (one code a run of m, see `codes`) |
-| grid | `name::integers`, `name::scales`, `name::zeros`, `name::live` (1 bit a group) |
+| grid | `name::integers`, `name::scales`, `name::zeros`, and where they lie (below) |
 
 A weight that is not stored is +0.0 (all bits zero), or -0.0 (only the top bit set) where
 `name::signs` holds a 1; that part has one bit per weight not stored and is left out when there is
 no -0.0. The mask of a tensor is its set of stored weights (`mask` = "stored"), all of it ("full"),
 or bits of its own in `name::mask` ("own").
 
-A grid is a quantized weight, scale * (integer - zero) in groups of columns of its matrix; groups
-that are not `live` are 0 and nothing of them is stored (the parts `zeros` and `live` are left out
-where there are none).
+A grid is a quantized weight, scale * (integer - zero) in groups of columns of its matrix. Integers
+that are not stored are their group's zero, so that the weight is 0; of groups that are not live
+nothing is stored. Which are, in the order of the matrix:
+
+| places | stored are | parts |
+| --- | --- | --- |
+| "" | the integers of live groups | `name::live` (1 bit a group; left out where all are) |
+| "live" | some integers of live groups | that, `name::bitmask` (1 bit a weight of live groups) |
+| "all" | some; groups without any are not live | `name::bitmask` (1 bit a weight) |
+| "nm" | n of every m | `name::codes` |
+
+Files with such places are of version 2 of the format, all others of version 1.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
-from sparseworks.core.errors import CheckpointError
 from sparseworks.io.bits import has_signed_zero
-from sparseworks.io.codes import LARGEST_RUN, code_bits
+from sparseworks.io.codes import code_bits
 from sparseworks.io.container import STORED_AS
 
-__all__ = ["FORMAT_VERSION", "METADATA_KEY", "Record", "dtype_name", "part_name"]
+__all__ = [
+    "DTYPES",
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "Record",
+    "dtype_name",
+    "oldest_version",
+    "part_name",
+]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read
 METADATA_KEY = "sparseworks"
 _OTHER_DTYPES = (torch.complex32, torch.complex128)  # the container knows them as bytes only
-_ALL_DTYPES = {str(d).removeprefix("torch."): d for d in (*STORED_AS, *_OTHER_DTYPES)}
-_LAYOUTS = ("dense", "bitmask", "nm", "grid")
-_ORDERS = ("linear", "transposed", "conv", "packed", "experts", "experts_transposed", "recurrent")
-_MASKS = ("none", "stored", "full", "own")
+DTYPES = {str(d).removeprefix("torch."): d for d in (*STORED_AS, *_OTHER_DTYPES)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -50,6 +63,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def part_name(name: str, part: str) -> str:
     return f"{name}::{part}" if part else name
+
+
+def oldest_version(records: Iterable[Record]) -> int:
+    """The first version of the format that has all of them, which a file of them is of."""
+    return 2 if any(r.places for r in records) else 1
 
 
 @dataclass(frozen=True)
@@ -67,11 +85,13 @@ class Record:
         kept: weights that the mask keeps (0 without a mask).
         pattern: of the mask, in its short form.
         names: parameter names that the mask record uses for this tensor.
-        n, m: of layout "nm".
+        n, m: of layout "nm", or of a grid's places "nm".
         axis: the axis along which the runs of m lie; the weights are stored with it moved last.
         bits, group: of layout "grid": of an integer, and columns of a group.
         zeros: whether its groups have zero points.
         order: how the axes of its tensor map to the matrix (`View.layout`).
+        places: of layout "grid": how the file says which integers are stored.
+        groups: live ones, where a grid has places.
         hash: BLAKE2b of this record (without the hash) and the bytes of its parts.
     """
 
@@ -92,11 +112,13 @@ class Record:
     group: int = 0
     zeros: bool = False
     order: str = ""
+    places: str = ""
+    groups: int = 0
     hash: str = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _ALL_DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def numel(self) -> int:
@@ -121,6 +143,16 @@ class Record:
             return first * self.shape[1]
         return first * self.shape[2] if self.order == "experts_transposed" else first
 
+    @property
+    def live_groups(self) -> int:
+        """Groups of a grid whose scales are stored."""
+        return self.groups if self.places else self.stored // self.group
+
+    @property
+    def bitmask_bits(self) -> int:
+        """Of the part `bitmask`."""
+        return self.live_groups * self.group if self.places == "live" else self.numel
+
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Part -> stored dtype and shape; "" is the tensor itself."""
         dtype, n = self.torch_dtype, self.numel
@@ -129,22 +161,22 @@ class Record:
         if self.layout == "dense":
             found[""] = (dtype, self.shape) if native else (torch.uint8, (self.dense_bytes,))
         elif self.layout == "grid":
-            kept, groups = self.stored // self.group, n // self.group
+            live, groups = self.live_groups, n // self.group
             found["integers"] = (torch.uint8, ((self.stored * self.bits + 7) // 8,))
-            found["scales"] = (torch.float16, (kept,))
+            found["scales"] = (torch.float16, (live,))
             if self.zeros:
-                found["zeros"] = (torch.uint8, ((kept * self.bits + 7) // 8,))
-            if kept < groups:
+                found["zeros"] = (torch.uint8, ((live * self.bits + 7) // 8,))
+            if live < groups and self.places in ("", "live"):
                 found["live"] = (torch.uint8, ((groups + 7) // 8,))
         else:
             found["values"] = (dtype, (self.stored,))
-            if self.layout == "bitmask":
-                found["bitmask"] = (torch.uint8, ((n + 7) // 8,))
-            else:
-                bits = n // self.m * code_bits(self.n, self.m)
-                found["codes"] = (torch.uint8, ((bits + 7) // 8,))
-            if self.signs:
-                found["signs"] = (torch.uint8, ((n - self.stored + 7) // 8,))
+        if self.layout == "bitmask" or self.places in ("live", "all"):
+            found["bitmask"] = (torch.uint8, ((self.bitmask_bits + 7) // 8,))
+        if "nm" in (self.layout, self.places):
+            bits = n // self.m * code_bits(self.n, self.m)
+            found["codes"] = (torch.uint8, ((bits + 7) // 8,))
+        if self.signs:
+            found["signs"] = (torch.uint8, ((n - self.stored + 7) // 8,))
         if self.mask == "own":
             found["mask"] = (torch.uint8, ((n + 7) // 8,))
         return found
@@ -177,83 +209,8 @@ class Record:
 
     def seal(self) -> bytes:
         """The bytes of this record that its hash begins with."""
-        unused = () if self.layout == "grid" else ("bits", "group", "zeros", "order")
-        plain = {k: v for k, v in asdict(self).items() if k != "hash" and k not in unused}
+        unused = {"hash"} if self.places else {"hash", "places", "groups"}
+        if self.layout != "grid":
+            unused |= {"bits", "group", "zeros", "order"}
+        plain = {k: v for k, v in asdict(self).items() if k not in unused}
         return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
-
-    @classmethod
-    def from_json(cls, where: str, entry: Any) -> Record:
-        """A record whose values make sense together.
-
-        Raises:
-            CheckpointError: they do not; begins with `where`.
-        """
-        record = _typed(where, entry)
-        total = record.numel
-        nm = record.layout == "nm"
-        runs = record.shape[record.axis] if nm and 0 <= record.axis < len(record.shape) else 0
-        sound = (
-            record.dtype in _ALL_DTYPES
-            and record.layout in _LAYOUTS
-            and record.mask in _MASKS
-            and record.stored <= total
-            and record.kept <= total
-            and record.nonzero <= total
-            and (record.layout == "dense" or record.torch_dtype in STORED_AS)
-            and (record.mask != "full" or record.kept == total)
-            and (record.mask != "stored" or record.kept == record.stored)
-            and (record.mask != "stored" or record.layout != "dense")
-            and ((record.mask != "none") == bool(record.names))
-            and (
-                not nm
-                or (
-                    0 < record.n <= record.m <= LARGEST_RUN
-                    and runs % record.m == 0
-                    and record.stored == total // record.m * record.n
-                )
-            )
-            and (record.layout != "grid" or _sound_grid(record))
-        )
-        if not sound:
-            raise CheckpointError(f"{where}: its record contradicts itself: {entry}")
-        return record
-
-
-def _sound_grid(record: Record) -> bool:
-    """A matrix of whole groups, in an order that the axes allow."""
-    axes = 3 if record.order.startswith("experts") else 2
-    return (
-        record.order in _ORDERS
-        and len(record.shape) >= axes
-        and (record.order in ("conv", "linear") or len(record.shape) == axes)
-        and 1 <= record.bits <= 8
-        and record.group > 0
-        and record.numel > 0
-        and record.numel // record.rows % record.group == 0
-        and record.stored % record.group == 0
-        and record.torch_dtype.is_floating_point
-    )
-
-
-def _typed(where: str, entry: Any) -> Record:
-    """A record with every field of its type; whole numbers are not negative."""
-    if not isinstance(entry, Mapping):
-        raise CheckpointError(f"{where}: its record is not a map")
-    values: dict[str, Any] = {}
-    known = {f.name: f.type for f in fields(Record)}
-    for key, value in entry.items():
-        kind = known.get(key)
-        if kind == "tuple[int, ...]":
-            good = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
-        elif kind == "tuple[str, ...]":
-            good = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        elif kind == "int":
-            good = type(value) is int and (value >= 0 or key == "axis")
-        else:
-            good = type(value).__name__ == kind
-        if not good:
-            raise CheckpointError(f"{where}: its record has a bad {key!r}: {value!r}")
-        values[key] = tuple(value) if isinstance(value, list) else value
-    if not {"dtype", "shape"} <= set(values):
-        raise CheckpointError(f"{where}: its record has no dtype or shape")
-    return Record(**values)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseworks.io.records import Record
+from sparseworks.io.records import Record, oldest_version
 
 __all__ = ["CheckpointInfo", "TensorInfo", "inspect", "of_records", "signed_zero_note"]
 
@@ -19,7 +19,8 @@ class TensorInfo:
 
     Args:
         name, shape, dtype: of the tensor.
-        layout: "dense", "bitmask", "2:4" and the like, "int4/16": 4 bits in groups of 16.
+        layout: "dense", "bitmask", "2:4" and the like, "int4/16": 4 bits in groups of 16, "int4/16
+            bitmask" or "int4/16 2:4": of some of these integers.
         sparsity: fraction of zeros, or None where only the values can tell.
         mask_sparsity: fraction masked, or None without a mask record.
         pattern: of the mask.
@@ -51,6 +52,7 @@ class CheckpointInfo:
         tensors: one entry per tensor.
         file_bytes: of the files with weights, headers included.
         ties: other names of these tensors -> the name they are stored under.
+        version: of our own format; 0 where it is another.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class CheckpointInfo:
     tensors: tuple[TensorInfo, ...]
     file_bytes: int
     ties: Mapping[str, str] = field(default_factory=dict)
+    version: int = 0
 
     @property
     def dense_bytes(self) -> int:
@@ -126,6 +129,7 @@ def of_records(
         tensors=tuple(_of_record(name, r) for name, r in records.items()),
         file_bytes=file_bytes,
         ties=dict(ties),
+        version=oldest_version(records.values()),
     )
 
 
@@ -146,9 +150,11 @@ def _of_record(name: str, r: Record) -> TensorInfo:
 
 
 def _layout(r: Record) -> str:
+    runs = f"{r.n}:{r.m}"
     if r.layout == "grid":
-        return f"int{r.bits}/{r.group}"
-    return f"{r.n}:{r.m}" if r.layout == "nm" else r.layout
+        places = runs if r.places == "nm" else "bitmask" if r.places else ""
+        return f"int{r.bits}/{r.group} {places}".rstrip()
+    return runs if r.layout == "nm" else r.layout
 
 
 def inspect(path: str | os.PathLike[str], *, values: bool = False) -> CheckpointInfo:

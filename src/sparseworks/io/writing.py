@@ -24,7 +24,7 @@ from sparseworks.io.container import STORED_AS, Part, as_bytes, header_bytes, re
 from sparseworks.io.encoding import Plan, encode, plan
 from sparseworks.io.gather import ModelTensors, gather, integers_by_tensor, masks_by_tensor
 from sparseworks.io.packed import DIGEST_KEY, ZERO_DIGEST, hasher, header_digest
-from sparseworks.io.records import FORMAT_VERSION, METADATA_KEY, Record, dtype_name, part_name
+from sparseworks.io.records import METADATA_KEY, Record, dtype_name, oldest_version, part_name
 from sparseworks.io.summary import CheckpointInfo, of_records
 
 __all__ = ["refuse_pickle_target", "write_at", "write_dense", "write_packed"]
@@ -123,7 +123,7 @@ def _header(
     digest: str,
 ) -> bytes:
     own = {
-        "version": FORMAT_VERSION,
+        "version": oldest_version(records.values()),
         "method": method,
         "model": model,
         "ties": found.ties,

@@ -65,7 +65,10 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Codes, scales and zeros of the kept groups, and a bit a group where some are pruned."""
+        """Codes, scales and zeros of the kept groups, and a bit a group where some are pruned.
+
+        A file may take less: it leaves out codes of masked weights (see `io.records`).
+        """
         zeros = 0 if self.grid.zero is None else -(-self.groups * self.bits // 8)
         flags = 0 if self.live is None else -(-self.live.numel() // 8)
         return -(-self.groups * self.group * self.bits // 8) + 2 * self.groups + zeros + flags
