@@ -1,4 +1,9 @@
-"""BlockFFN against top-k experts of the same size: how few experts runs of tokens need."""
+"""BlockFFN against top-k experts of the same size: how few experts runs of tokens need.
+
+3 seeds left the loss beside that of top-k open, and their losses do not come again in the fourth
+digit on another machine. So all seeds are measured anew, up to 5, and the arms without one of the
+two losses, which no promise asks for, are left to the full setting.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +46,9 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     }  # as in the paper, of 60,000 steps
     active = arm("blockffn", "blockffn", hidden=HIDDEN, **LOSSES, **window)
     arm("without losses", "blockffn", hidden=HIDDEN, locality=0.0, chunks=0.0)
-    arm("without locality", "blockffn", hidden=HIDDEN, **{**LOSSES, "locality": 0.0}, **window)
-    arm("without chunks", "blockffn", hidden=HIDDEN, **{**LOSSES, "chunks": 0.0}, **window)
+    if setting == "full":
+        arm("without locality", "blockffn", hidden=HIDDEN, **{**LOSSES, "locality": 0.0}, **window)
+        arm("without chunks", "blockffn", hidden=HIDDEN, **{**LOSSES, "chunks": 0.0}, **window)
     arm("top-k", "upcycling", top_k=max(1, math.ceil(active)))
     found["active"] = active
     for other in ("without losses", "top-k"):
@@ -74,4 +80,6 @@ CLAIM = Claim(
         Promise("varied", "in every layer sparsity of tokens 3 points above that of chunks of 8"),
     ),
     measure=measure,
+    looks=(3, 5),
+    version=2,
 )

@@ -1,39 +1,51 @@
-"""DSnoT after magnitude's and Wanda's masks: the mean output error, and what the model loses."""
+"""DSnoT after magnitude's and Wanda's masks: the mean output error, and what the model loses.
+
+3 seeds left the error and both gains of 0.01 nats open, so there are up to 8. The error was that of
+a mean over 2,048 of the tokens that the swaps had seen, whose own noise was the larger part of what
+was left; now it is that of the expectation: over 256 other windows of the same text.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sparseworks as sw
-from sparseworks.diagnostics.claims import Claim, Promise, Setting
+from sparseworks.data import load
+from sparseworks.diagnostics.claims import Claim, Promise, Setting, data_root
 from sparseworks.diagnostics.subjects import language_model_windows
 
 SPARSITY = 0.6875  # 11 of 16: every matrix of the model reaches it exactly, row by row
 _LAYER = "model.layers.0.self_attn.q_proj"  # its inputs are the same in every arm
+UNSEEN = 256  # windows
 OFFICIAL = "dsnot:end=mean,cycles=50"
 
 
 @torch.no_grad()
-def _mean_input(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
-    seen: list[Tensor] = []
-    handle = model.get_submodule(_LAYER).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].flatten(0, 1))
-    )
-    for batch in batches[:1]:  # a quarter of what the swaps saw, so their error is not quite 0
-        model(**batch)
-    handle.remove()
-    return torch.cat(seen).mean(0)
+def _mean_input(model: Any, seed: int) -> Tensor:
+    """Of the layer, over other windows of the text that the calibration is drawn from."""
+    from transformers import AutoTokenizer
+
+    root = data_root()
+    batches = load(
+        root / "text" / "novels-train.txt", samples=UNSEEN, seed=1000 + seed,
+        tokenizer=AutoTokenizer.from_pretrained(root / "models" / "novel-llama-6m"),
+    )  # fmt: skip
+    norm = model.model.layers[0].input_layernorm
+    read = [norm(model.get_input_embeddings()(b["input_ids"])).flatten(0, 1) for b in batches]
+    return torch.cat(read).mean(0)
 
 
 def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     dense, calibration, _, metric = language_model_windows(seed, setting)
-    mean = _mean_input(dense, calibration)
+    mean = _mean_input(dense, seed)
     weight = dense.get_submodule(_LAYER).weight.detach()
-    found, errors, counts = {"dense loss": math.log(metric(dense))}, {}, {}
+    found: dict[str, float] = {}
+    errors, counts = {}, {}
     for method in ("magnitude", "wanda"):
         arms = {"": None, "+dsnot": "dsnot", "+official": OFFICIAL}
         for suffix, recovery in arms.items():
@@ -62,7 +74,8 @@ CLAIM = Claim(
     model="a 6M-parameter Llama of 6 blocks, 68.75 % in every row",
     data="novels: 32 x 256 calibration tokens, 32 windows held out; both drawn anew per seed",
     baseline="the mask before its repair: magnitude's or Wanda's, per row",
-    metric="loss per token (log-perplexity) on the same windows; mean output error of one layer",
+    metric="loss per token (log-perplexity) on the same windows; mean output error of one layer "
+    "over 256 other windows of the calibration text",
     promises=(
         Promise("error cancelled", "mean output error, all swaps: below 0.3 of the mask's"),
         Promise("rows keep their number", "every row keeps as many weights", exact=True),
@@ -75,4 +88,6 @@ CLAIM = Claim(
         Promise("gain of official after wanda", "loss below that of Wanda's mask, the same"),
     ),
     measure=measure,
+    looks=(3, 5, 8),
+    version=2,
 )
