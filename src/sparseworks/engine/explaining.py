@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparseworks.engine.experts import Experts
 from sparseworks.engine.ir import Precision, Product
 from sparseworks.engine.measuring import median_ms, one_thread
 from sparseworks.engine.programs import Instance, lone_product
@@ -88,7 +89,9 @@ def program_lines(plan: Plan) -> list[str]:
         ]
         total, dense = (sum(getattr(r, k) for r in table) for k in ("milliseconds", "dense_ms"))
         lines.append(f"  products: {total:.3f} ms, dense {dense:.3f} ms")
-    others = sorted({s.target for s in plan.steps if isinstance(s, Call)})
+    experts = [s for s in plan.steps if isinstance(s, Experts)]
+    lines += [bank.line() for bank in experts]
+    others = sorted({s.target for s in plan.steps if isinstance(s, Call) and s not in experts})
     if others:
         lines.append(f"torch runs: {', '.join(others)}")
     return lines
@@ -125,6 +128,7 @@ def left_dense(
     if kind == "program":
         ops = (op for part in run.parts for op in part.ops)
         taken |= {op.name for op in ops if isinstance(op, Product)}
+        taken |= {s.bank for s in run.steps if isinstance(s, Experts)}
     return {name: why for name, why in left.items() if name not in taken}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparseworks.engine.experts import Experts
 from sparseworks.engine.measuring import one_thread
 from sparseworks.engine.plan import Plan
 from sparseworks.engine.steps import Call
@@ -66,7 +67,7 @@ def outside(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Out
     for number, step in enumerate(plan.steps):
         if id(step) in counted:
             total += least[number]
-            if isinstance(step, Call):
+            if isinstance(step, Call) and not isinstance(step, Experts):
                 spent[step.target] = spent.get(step.target, 0.0) + least[number]
     ranked = sorted(spent.items(), key=lambda item: -item[1])
     operators = {name: seconds / max(total, 1e-12) for name, seconds in ranked}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparseworks.core.errors import InvalidArgument
+from sparseworks.engine.experts import Experts, with_experts
 from sparseworks.engine.graph import Captured, Signature
 from sparseworks.engine.guards import guards_of
 from sparseworks.engine.ir import Precision, Product
@@ -50,6 +51,8 @@ class Plan:
         constants: dict[str, Tensor],
         cache_bytes: int = LIMIT,
     ) -> None:
+        threads = next(s.threads for s in steps if isinstance(s, Part))
+        steps = with_experts(steps, constants, threads)
         self.signature, self.steps, self.constants = signature, steps, constants
         calls = [s for s in steps if isinstance(s, Call)]
         fixed = _of_sizes(calls, constants, signature)
@@ -68,6 +71,10 @@ class Plan:
         for part in self.parts:
             part.recent, part.shared.arena = self.recent, self.parts[0].shared.arena
             part.shared.prepare(part.ops)
+        for experts in (s for s in steps if isinstance(s, Experts)):
+            for expert in experts.experts:  # their programs are many and small, and stay
+                expert.rows.shared.arena = self.parts[0].shared.arena
+                expert.rows.shared.prepare(expert.rows.ops)
         self.__signature__ = signature.binding.signature
         self.own_out = "out" in self.__signature__.parameters
         self.origin: Origin | None = None  # warns where the model's weights have changed
@@ -207,7 +214,10 @@ def make_plan(
     needed |= {n for s in steps if isinstance(s, Part) for n in (*s.inputs, *s.masks)}
     needed |= {o.name for o in signature.outputs if isinstance(o, Ref)}
     constants = {n: t for n, t in captured.constants.items() if n in needed}
-    return Plan(signature, steps, constants, cache_bytes)
+    plan = Plan(signature, steps, constants, cache_bytes)
+    for experts in (s for s in plan.steps if isinstance(s, Experts)):
+        experts.bank = captured.names.get(experts.bank, experts.bank)
+    return plan
 
 
 def _guards(graph: torch.fx.Graph) -> list[Any]:
