@@ -68,7 +68,8 @@ def with_experts(steps: Sequence[Any], constants: Mapping[str, Tensor], threads:
         read = _operands(step)[1].name if grouped else ""
         name = turned.get(read, read)
         bank = constants.get(name)
-        if not grouped or bank is None or bank.dtype != torch.float32 or _zeros(bank) < _SPARSE:
+        plain = bank is not None and bank.ndim == 3 and bank.dtype == torch.float32
+        if not grouped or bank is None or not plain or _zeros(bank) < _SPARSE:
             found.append(step)
             continue
         bank = bank if read in turned else bank.transpose(1, 2).contiguous()
