@@ -247,7 +247,7 @@ def _check_finite(views: Sequence[View]) -> None:
     for view in views:
         weight = view.parameter.detach()
         # numbers of 16 bits are summed a tenth as fast as those that they become in the cache
-        parts = weight.flatten().split(_CACHED)
+        parts = torch.split(weight.flatten(), _CACHED)
         if not all(bool(torch.isfinite(part.float().sum())) for part in parts):
             bad = int((~torch.isfinite(weight)).sum())
             if bad:
