@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from sparseworks.engine.compiled import Compiled
 from sparseworks.engine.graph import capture
 from sparseworks.engine.plan import make_plan
 from sparseworks.engine.steps import Call, decode, encode
+from sparseworks.io.thinning import thickened
 from sparseworks.kernels.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels are not built")
@@ -56,6 +58,26 @@ def test_a_loaded_plan_computes_the_same(compiled, tmp_path):
     assert loaded.times == made.times and loaded.error == made.error
 
 
+def test_zeros_take_a_bit_and_plans_of_before_are_read(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+    sw.prune(model, "magnitude", sparsity=0.9, include="0.weight")
+    plan = make_plan(capture(model, (torch.randn(2, 96),), {}), 1)
+    made = Compiled(plan, "program", 1e-7, {"torch": 2.0, "program": 1.0})
+    path, x = tmp_path / "net.plan", torch.randn(3, 96)
+    made.save(path)
+    n, kept = 96 * 64, int(sw.masks(model)["0.weight"].sum())
+    stored = {t.numel() * t.element_size() for t in load_file(path).values()}
+    assert {4 * kept, n // 8} <= stored and 4 * n not in stored
+    assert torch.equal(sw.load_compiled(path)(x), made(x))
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["sparseworks_plan"])
+    old = thickened(load_file(path), about.pop("thin"))
+    about["format"] = 5
+    save_file(old, tmp_path / "old.plan", {"sparseworks_plan": json.dumps(about)})
+    assert torch.equal(sw.load_compiled(tmp_path / "old.plan")(x), made(x))
+
+
 def test_only_programs_are_saved(tmp_path):
     for kind, why in (("torch", "torch runs .* fastest"), ("layers", "layer by layer")):
         with pytest.raises(InvalidArgument, match=f"nothing was written: .*{why}.*no plan;"):
@@ -64,8 +86,6 @@ def test_only_programs_are_saved(tmp_path):
 
 
 def changed(path, change):
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["sparseworks_plan"])
     change(about)
@@ -77,6 +97,8 @@ def changed(path, change):
     [
         (lambda a: a.update(format=99), "format 99"),
         (lambda a: a.pop("steps"), "damaged"),
+        (lambda a: a.update(thin={"t0": [-3, -1]}), "damaged"),
+        (lambda a: a.update(thin=3), "damaged"),
         (lambda a: a["steps"].insert(0, {"call": ["x", "os.system", ["true"], {"map": {}}]}),
          "not one that a plan may run"),
         (lambda a: a["steps"].insert(0, {"call": ["x", "operator.__class__.x", [], {"map": {}}]}),

@@ -1,7 +1,7 @@
 """A compiled plan as one file: tensors in safetensors, everything else as JSON in its header.
 
-Weights are stored as they are in the model (dense values of the kept taps only matter at load time,
-where zeros are skipped again); nothing is measured when a plan is loaded.
+Weights are those of the model, without their zeros where that is less; they are whole again when a
+plan is loaded, and packed as compiling packed them. Nothing is measured then.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from sparseworks.engine.recent import LIMIT
 from sparseworks.engine.steps import Call, decode, encode
 from sparseworks.io.atomic import atomic_file
 from sparseworks.io.sealed import check_seal, write_sealed
+from sparseworks.io.thinning import thickened, thinned
 from sparseworks.kernels.native import available
 
 __all__ = ["read_plan", "save_plan", "unpacked"]
 
-_FORMAT = 5
+_FORMAT = 6  # 5 has whole tensors only
 _KINDS = (
     Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL,
     Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD,
@@ -62,7 +63,14 @@ def save_plan(
             f"the model's inputs or outputs cannot be saved: a type in {odd} is not registered in "
             "torch.utils._pytree with a serialized_type_name"
         )
-    about |= {"format": _FORMAT, "error": error, "times": times, "shown": shown.to_json()}
+    tensors, thin = thinned(tensors)
+    about |= {
+        "format": _FORMAT,
+        "thin": thin,
+        "error": error,
+        "times": times,
+        "shown": shown.to_json(),
+    }
     with atomic_file(Path(path)) as file:
         write_sealed(tensors, file, {"sparseworks_plan": json.dumps(about)})
 
@@ -152,11 +160,12 @@ def read_plan(
     check_seal(path, tensors, metadata)
     try:
         about = json.loads(metadata["sparseworks_plan"])
-        if about["format"] != _FORMAT:
+        if about["format"] not in (5, _FORMAT):
             raise CheckpointError(
-                f"{path}: a plan of format {about['format']}, this version reads {_FORMAT}: "
+                f"{path}: a plan of format {about['format']}, this version reads 5 and {_FORMAT}: "
                 "compile the model again"
             )
+        tensors = thickened(tensors, dict(about.get("thin", {})))
         count = torch.get_num_threads() if threads is None else threads
         plan = _read(about, tensors, count, cache_bytes)
         return plan, about["error"], about["times"], Attributes.from_json(about["shown"])
