@@ -1,4 +1,10 @@
-"""Masks that depend on sample and time over a frozen denoiser, and masks found for one chain."""
+"""Masks that depend on sample and time over a frozen denoiser, and masks found for one chain.
+
+8 seeds of half of these steps, of 8 chains and of 5 updates left gain, time and reward open: so
+short a training hardly moved the masks. Now steps are as many as five CPU-minutes allow, in the
+ratio of the full setting, updates are the paper's, and figures without a promise are measured on
+the first 3 seeds.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +24,7 @@ from sparseworks.training.lora import LowRankUpdates
 from sparseworks.weights.dynamic.mask_search import search_masks
 from sparseworks.weights.dynamic.maskunet import layers_of
 
-GRID, BATCH, CHAINS, LR = 10, 32, 8, 3e-3
+GRID, BATCH, CHAINS, LR = 10, 32, 64, 3e-3
 
 
 def images() -> tuple[Tensor, Tensor, Tensor]:
@@ -111,8 +117,33 @@ def reader(train: Tensor, labels: Tensor, seed: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def low_rank(
+    base: UNet, names: list[str], train: Tensor, test: Tensor, steps: int, seed: int
+) -> float:
+    """The error with low-rank updates of the same matrices, trained as long."""
+    low = copy.deepcopy(base).requires_grad_(False)
+    layers = {n: m for n, m in low.named_modules() if f"{n}.weight" in names}
+    updates = LowRankUpdates(layers, rank=8, alpha=8.0, dropout=0.0, seed=seed)
+    handles = list(updates.handles())
+    tuned(low, list(updates.parameters()), train, steps, 1e-3, seed)
+    found = errors(low, test, seed)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def random_masks(base: UNet, names: list[str], sparsity: float, test: Tensor, seed: int) -> float:
+    """The error with one drawn mask of that sparsity."""
+    g, drawn = torch.Generator().manual_seed(100_000 + seed), copy.deepcopy(base)
+    for name in names:
+        weight = drawn.get_parameter(name)
+        weight.mul_(torch.rand(weight.shape, generator=g) >= sparsity)
+    return errors(drawn, test, seed)
+
+
 def measure(seed: int, setting: Setting) -> Mapping[str, float]:
-    base_steps, steps = (4000, 3000) if setting == "full" else (300, 150)
+    base_steps, steps = (4000, 3000) if setting == "full" else (600, 450)
     train, labels, test = images()
     base = base_model(train, base_steps, seed)
     weights = {n: p.clone() for n, p in base.state_dict().items()}
@@ -132,34 +163,24 @@ def measure(seed: int, setting: Setting) -> Mapping[str, float]:
     found |= {"neighbours": near, "early to late": far, "between samples": between}
     found["masks follow the time"] = far - 2 * near
 
-    low = copy.deepcopy(base).requires_grad_(False)
-    layers = {n: m for n, m in low.named_modules() if f"{n}.weight" in layers_of(model)}
-    updates = LowRankUpdates(layers, rank=8, alpha=8.0, dropout=0.0, seed=seed)
-    handles = list(updates.handles())
-    tuned(low, list(updates.parameters()), train, steps, 1e-3, seed)
-    found["low-rank updates"] = errors(low, test, seed)
-    for handle in handles:
-        handle.remove()
-    g = torch.Generator().manual_seed(90_000 + seed)
-    drawn = copy.deepcopy(base)
-    with torch.no_grad():
-        for name in layers_of(model):
-            weight = drawn.get_parameter(name)
-            weight.mul_(torch.rand(weight.shape, generator=g) >= found["sparsity"])
-    found["random masks"] = errors(drawn, test, seed)
+    names = list(layers_of(model))
+    if seed < 3:
+        found["low-rank updates"] = low_rank(base, names, train, test, steps, seed)
+        found["random masks"] = random_masks(base, names, found["sparsity"], test, seed)
 
     judge = reader(train, labels, seed)
+    g = torch.Generator().manual_seed(90_000 + seed)
     noise = torch.randn(CHAINS, 1, 8, 8, generator=g)
     wanted = torch.randint(10, (CHAINS,), generator=g)
 
     def reward(x: Tensor) -> Tensor:
         return F.log_softmax(judge(x), 1).gather(1, wanted[:, None])[:, 0]
 
-    sampler, names = DDIM(steps=8), list(layers_of(model))
+    sampler = DDIM(steps=8)
     with torch.no_grad():
         before = float(reward(sampler.sample(base, noise, torch.zeros(CHAINS))).mean())
     searched = search_masks(
-        base, noise, torch.zeros(CHAINS), reward, sampler, names, iterations=(1, 5), few=4,
+        base, noise, torch.zeros(CHAINS), reward, sampler, names, iterations=(1, 10), few=4,
         target=0.0, seed=seed,
     )  # fmt: skip
     with torch.no_grad():
@@ -175,11 +196,11 @@ CLAIM = Claim(
     "chain raise its reward",
     model="U-Net of two levels (16 and 32 channels), attention on the way up, whose q, k, v, out "
     "are masked; 8 steps of DDIM",
-    data="sklearn digits: 1,400 to train, 397 to test; 300 steps for the denoiser, then frozen, "
-    "150 for the masks (full: 4,000 and 3,000), batches of 32",
+    data="sklearn digits: 1,400 to train, 397 to test; 600 steps for the denoiser, then frozen, "
+    "450 for the masks (full: 4,000 and 3,000), batches of 32",
     baseline="the frozen denoiser; beside it low-rank updates of rank 8 and random masks",
     metric="squared error of the noise on test images; share of masks that differ; mean "
-    "log-probability of the wanted digit over 8 chains",
+    "log-probability of the wanted digit over 64 chains",
     promises=(
         Promise("below frozen", "error with masks below that of the frozen denoiser"),
         Promise("some are masked", "some weights are masked"),
@@ -189,4 +210,5 @@ CLAIM = Claim(
     ),
     measure=measure,
     looks=(3, 5, 8),
+    version=2,
 )
