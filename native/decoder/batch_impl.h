@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "widen_avx2_impl.h"
+#include "widen_avx512_impl.h"
 
 namespace sparseworks {
 namespace {

@@ -1,7 +1,7 @@
 // The same with AVX-512 VBMI2 and VNNI: all formats, inputs as two bytes. Part of vector_impl.h.
 #pragma once
 
-#include "widen_impl.h"
+#include "widen_avx512_impl.h"
 
 namespace sparseworks {
 namespace {
