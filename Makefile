@@ -55,6 +55,7 @@ bench:  ## speed and memory against peers, on demand
 	@$(PY) benchmarks/oneshot.py --out benchmarks/results/oneshot.json
 	@$(PY) benchmarks/kernels.py --out benchmarks/results/kernels.json
 	@$(PY) benchmarks/decoding.py --out benchmarks/results/decoding.json
+	@$(PY) benchmarks/active_inputs.py --out benchmarks/results/active_inputs.json
 	@$(PY) benchmarks/speed.py --out benchmarks/results
 	@$(PY) benchmarks/memory.py --out benchmarks/results/memory.json
 
