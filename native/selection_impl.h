@@ -40,7 +40,7 @@ bool KEEP_LARGEST_NAME(const float* scores, int64_t n, int64_t keep, uint8_t* ma
   if (n != 0 && (most > kInfinity || least < kMinusInfinity)) return false;
   if (least == kMinusInfinity && count_from(keys, n, kMinusInfinity + 1) < keep) return false;
   if (keep == 0) {
-    std::memset(mask, 0, n);
+    std::fill(mask, mask + n, uint8_t{0});  // there may be none, and no memory for them
     return true;
   }
   int64_t low = least, high = static_cast<int64_t>(most) + 1, reaching = n;  // those from `low` on

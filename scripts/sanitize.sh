@@ -21,6 +21,12 @@ mkdir -p $build/package
 cp -rs "$PWD/src/sparseworks" $build/package/
 rm -f $build/package/sparseworks/kernels/_native*
 cp $build/_native*.so $build/package/sparseworks/kernels/
+# an editable installation would import the package that it stands for, whatever the path says
+cat >$build/package/sitecustomize.py <<'EOF'
+import sys
+
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
+EOF
 
 # the runtimes must come first; without libstdc++ beside them no exception could be thrown
 preload=
@@ -29,8 +35,17 @@ for library in libasan.so libubsan.so libstdc++.so; do
 done
 if [ $# -eq 0 ]; then set -- tests/kernels tests/engine/test_{program,products,bands,rules,int8,decoder}.py; fi
 # leaks: Python and torch keep much until the end
-env LD_PRELOAD="${preload# }" PYTHONMALLOC=malloc PYTHONPATH="$PWD/$build/package" \
-  OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
-  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:"${ASAN_OPTIONS:-}" \
-  UBSAN_OPTIONS=print_stacktrace=1:"${UBSAN_OPTIONS:-}" \
-  "$python" -m pytest -p no:cacheprovider -q "$@"
+sanitized() {
+  env LD_PRELOAD="${preload# }" PYTHONMALLOC=malloc PYTHONPATH="$PWD/$build/package" \
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:"${ASAN_OPTIONS:-}" \
+    UBSAN_OPTIONS=print_stacktrace=1:"${UBSAN_OPTIONS:-}" \
+    "$python" "$@"
+}
+sanitized - <<EOF
+from sparseworks.kernels.native import module
+
+if not module().__file__.startswith("$PWD/$build/"):
+    raise SystemExit(f"sanitize: {module().__file__} is imported, not what was built here")
+EOF
+sanitized -m pytest -p no:cacheprovider -q "$@"
