@@ -23,22 +23,19 @@ from sparseworks.diagnostics.decoding import measure_decoding
 from sparseworks.diagnostics.decoding_runtimes import our_candidate
 from sparseworks.diagnostics.machines import machine
 from sparseworks.engine.decoder import packing
-from sparseworks.kernels.panels import Format
-
-COLUMNS = {"int4": Format.COLUMN_INT4, "int8": Format.COLUMN_INT8}
 
 
 def decoders(shape: str) -> dict[tuple[str, str], Any]:
     model = llama(shape)
     ids = torch.randint(0, 32_000, (4, 64))
-    found = {(t, "all"): sw.compile_decoder(model, dtype=t) for t in COLUMNS}
-    for dtype, format in COLUMNS.items():
+    found = {(t, "all"): sw.compile_decoder(model, dtype=t) for t in packing.GATHERED}
+    for dtype, format in packing.GATHERED.items():
         with mock.patch.dict(packing.DTYPES, {dtype: (format,)}):
             found[dtype, "all, by columns"] = sw.compile_decoder(model, dtype=dtype)
     for name, more in (("half, head whole", {}), ("half", {"include": "*", "exclude": ()})):
         options: dict[str, Any] = {"sparsity": 0.5, "per": "input", "data": [ids], **more}
         run = sw.sparse_activations(model, "teal", **options)
-        for dtype in COLUMNS:
+        for dtype in packing.GATHERED:
             found[dtype, name] = sw.compile_decoder(model, dtype=dtype)
         run.remove()
     return found

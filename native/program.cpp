@@ -18,7 +18,6 @@
 namespace sparseworks {
 namespace {
 
-
 // Bytes for so many floats: of few different sizes, so that what is given back fits again.
 size_t rounded(int64_t floats) {
   const size_t size = static_cast<size_t>(floats) * sizeof(float);

@@ -2,8 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "attention_impl.h"

@@ -352,7 +352,7 @@ def test_columns_are_gathered_where_inputs_are_sparse(dtype, tmp_path, monkeypat
     from sparseworks.engine.decoder import packing
 
     def seconds(panels, *rest):  # whichever is faster on the processor of the tests
-        return 1.0 if panels.format in packing._GATHERED.values() else 2.0
+        return 1.0 if panels.format in packing.GATHERED.values() else 2.0
 
     monkeypatch.setattr(packing, "_seconds", seconds)
     model = gated("llama", keep=20, share=20 / 64)
@@ -361,12 +361,12 @@ def test_columns_are_gathered_where_inputs_are_sparse(dtype, tmp_path, monkeypat
     assert f"column-{dtype}" in {x.format for x in decoder.report.lines[:-1]}
     assert decoder.report.lines[-1].format == dtype
     assert decoder.report.read < decoder.report.nbytes
-    held = dict(packing._GATHERED)
-    packing._GATHERED.clear()
+    held = dict(packing.GATHERED)
+    packing.GATHERED.clear()
     try:
         plain = sw.compile_decoder(model, dtype=dtype)
     finally:
-        packing._GATHERED.update(held)
+        packing.GATHERED.update(held)
     assert {x.format for x in plain.report.lines} == {dtype}
     ids = batch()["input_ids"][1:2]
     wanted = torch.cat(one_by_one(plain, ids))

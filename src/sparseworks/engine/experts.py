@@ -28,13 +28,14 @@ class Experts(Call):
         call: of that operator.
         bank: `[experts, outputs, inputs]`.
         name: of the bank.
+        sparsity: of the bank.
         threads: of the native kernels.
     """
 
-    def __init__(self, call: Call, bank: Tensor, name: str, threads: int) -> None:
+    def __init__(self, call: Call, bank: Tensor, name: str, sparsity: float, threads: int) -> None:
         super().__init__(call.name, call.target, call.args, call.kwargs)
         self.bank, self.shape = name, tuple(bank.shape)
-        self.sparsity = _zeros(bank)
+        self.sparsity = sparsity
         self.experts = [SparseLinear(weight, None, threads) for weight in bank]
 
     def __call__(self, values: Mapping[str, Any]) -> Tensor:
@@ -69,11 +70,12 @@ def with_experts(steps: Sequence[Any], constants: Mapping[str, Tensor], threads:
         name = turned.get(read, read)
         bank = constants.get(name)
         plain = bank is not None and bank.ndim == 3 and bank.dtype == torch.float32
-        if not grouped or bank is None or not plain or _zeros(bank) < _SPARSE:
+        sparsity = _zeros(bank) if bank is not None and plain and grouped else 0.0
+        if bank is None or sparsity < _SPARSE:
             found.append(step)
             continue
         bank = bank if read in turned else bank.transpose(1, 2).contiguous()
-        found.append(Experts(step, bank, name, threads))
+        found.append(Experts(step, bank, name, sparsity, threads))
     return found
 
 

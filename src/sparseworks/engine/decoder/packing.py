@@ -16,7 +16,7 @@ from sparseworks.kernels.native import module
 from sparseworks.kernels.panel_packing import pack_panels
 from sparseworks.kernels.panels import Format, Panels
 
-__all__ = ["DTYPES", "Line", "Report", "pack_model", "read_bandwidth"]
+__all__ = ["DTYPES", "GATHERED", "Line", "Report", "pack_model", "read_bandwidth"]
 
 DTYPES = {
     "fp32": (Format.FLOAT,),
@@ -24,7 +24,7 @@ DTYPES = {
     "int8": (Format.INT8, Format.MASKED_INT8, Format.LISTED_INT8),
     "int4": (Format.INT4, Format.MASKED_INT4, Format.GROUP_INT4),
 }
-_GATHERED = {"int8": Format.COLUMN_INT8, "int4": Format.COLUMN_INT4}
+GATHERED = {"int8": Format.COLUMN_INT8, "int4": Format.COLUMN_INT4}
 _SKIPPING = 0.8  # speed of the memory where columns are left out, which it fetches in part
 _CLOSE = 1.05  # ratio of times below which the smaller format is taken
 _ROWS = 16
@@ -219,8 +219,8 @@ def _choose(
     if key in chosen:
         return chosen[key]
     tried = [f for f in DTYPES[dtype] if _may_serve(f, density, live)]
-    if share is not None and dtype in _GATHERED:
-        tried.append(_GATHERED[dtype])
+    if share is not None and dtype in GATHERED:
+        tried.append(GATHERED[dtype])
     rows = max(_STRIP, min(dense.shape[0], _SAMPLE // dense.shape[1] // _STRIP * _STRIP))
     found = []
     for format in tried if len(tried) > 1 else []:

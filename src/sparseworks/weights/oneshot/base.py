@@ -23,13 +23,17 @@ from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.calls import Batch, Loss
 from sparseworks.models.views import View
 
-__all__ = ["Found", "OneShot", "Search", "Solution", "Staged", "Target", "Work", "in_cache"]
+__all__ = [
+    "CACHED", "Found", "OneShot", "Search", "Solution", "Staged", "Target", "Work", "in_cache",
+]  # fmt: skip
+
+CACHED = 1 << 18  # numbers, of which some fp32 copies stay in a cache
 
 
 def in_cache(matrix: Tensor) -> Iterator[tuple[int, int]]:
     """Rows (from, to) of which some fp32 copies stay in a cache: a pass over memory that is new to
     the process takes several times one over what is at hand."""
-    step = max(1, (1 << 18) // max(1, matrix.shape[1]))
+    step = max(1, CACHED // max(1, matrix.shape[1]))
     for first in range(0, matrix.shape[0], step):
         yield first, min(first + step, matrix.shape[0])
 

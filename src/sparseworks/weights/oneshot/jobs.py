@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparseworks.core.errors import ModelError
 from sparseworks.core.evidence import Collector
 from sparseworks.core.masks import MaskEntry, Masks
 from sparseworks.core.types import TensorResult
@@ -15,9 +16,9 @@ from sparseworks.kernels.zeroing import keep_only
 from sparseworks.models.hooks import refresh
 from sparseworks.models.ranks import Ranks
 from sparseworks.models.views import View
-from sparseworks.weights.oneshot.base import in_cache
+from sparseworks.weights.oneshot.base import CACHED, in_cache
 
-__all__ = ["LazyScores", "diagonal_error", "put", "share"]
+__all__ = ["LazyScores", "check_finite", "diagonal_error", "put", "share"]
 
 
 class LazyScores(Mapping[str, Tensor]):
@@ -98,3 +99,19 @@ def put(view: View, weight: Tensor, mask: Tensor) -> None:
     for first, last in in_cache(weight):
         keep_only(mask[first:last], view.parameter[first:last].copy_(weight[first:last]))
     refresh(view.module)
+
+
+def check_finite(views: Sequence[View], told: str = "") -> None:
+    """Raise where a weight is NaN or Inf.
+
+    Args:
+        told: after that, of what this means.
+    """
+    for view in views:
+        weight = view.parameter.detach()
+        # numbers of 16 bits are summed a tenth as fast as those that they become in the cache
+        sums = torch.stack([p.float().sum() for p in torch.split(weight.flatten(), CACHED)])
+        if not bool(torch.isfinite(sums).all()):
+            bad = int((~torch.isfinite(weight)).sum())
+            if bad:
+                raise ModelError(f"{view.name}: {bad} weights are NaN or Inf{told}")

@@ -25,6 +25,7 @@ from sparseworks.models.seen import look_at
 from sparseworks.models.views import View, find_prunable
 from sparseworks.weights.oneshot.base import OneShot, Search, Staged
 from sparseworks.weights.oneshot.job import Job
+from sparseworks.weights.oneshot.jobs import check_finite
 from sparseworks.weights.oneshot.recovery import Recovery, get_recovery, name_of
 from sparseworks.weights.oneshot.sensitivity import Sensitivity, measured_budget
 
@@ -151,7 +152,7 @@ def prune(
     found = find_prunable(model, include, exclude, torch_masked=True, look=look)
     views, skipped = fitting(found.views, legal, skip_indivisible)
     skipped = found.reasons() | skipped
-    _check_finite(views)
+    check_finite(views, "; nothing was pruned")
 
     target = model
     if copy:
@@ -246,15 +247,6 @@ def fitting(
     if not fitting:
         raise ModelError(f"no weight can take pattern {pattern}: {next(iter(skipped.items()))}")
     return fitting, skipped
-
-
-def _check_finite(views: Sequence[View]) -> None:
-    for view in views:
-        total = view.parameter.detach().float().sum() if view.parameter.numel() else None
-        if total is not None and not bool(torch.isfinite(total)):
-            bad = int((~torch.isfinite(view.parameter)).sum())
-            if bad:
-                raise ModelError(f"{view.name}: {bad} weights are NaN or Inf; nothing was pruned")
 
 
 def budget_name(given: Any, method: OneShot, pattern: Pattern) -> str:

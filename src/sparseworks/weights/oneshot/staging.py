@@ -18,10 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from sparseworks.core.errors import CheckpointError, InvalidArgument, ModelError
+from sparseworks.core.errors import CheckpointError, InvalidArgument
 from sparseworks.core.masks import MaskEntry, Masks
 from sparseworks.core.types import TensorResult
 from sparseworks.io.atomic import atomic_file, sync_folder
@@ -33,8 +32,7 @@ from sparseworks.models.ranks import Ranks
 from sparseworks.models.residence import HiddenStates, KeptHiddenStates, Residence
 from sparseworks.models.views import View
 from sparseworks.weights.oneshot.job import Job
-
-_CACHED = 1 << 18  # numbers
+from sparseworks.weights.oneshot.jobs import check_finite
 
 __all__ = ["Journal", "Staging"]
 
@@ -173,7 +171,7 @@ class Staging(Residence):
         elif block and unit not in self.model.held:
             self._load(unit)
         if not done:
-            _check_finite(self.pending.get(unit, ()))
+            check_finite(self.pending.get(unit, ()))
         yield
         assert self.job is not None
         complete = all(v.name in self.job.results for v in self.pending.get(unit, ()))
@@ -241,17 +239,6 @@ class Staging(Residence):
                 f"{asked[odd[0]]!r}; go on with the same options and data, or start anew"
             )
         self.shards.check()
-
-
-def _check_finite(views: Sequence[View]) -> None:
-    for view in views:
-        weight = view.parameter.detach()
-        # numbers of 16 bits are summed a tenth as fast as those that they become in the cache
-        parts = torch.split(weight.flatten(), _CACHED)
-        if not all(bool(torch.isfinite(part.float().sum())) for part in parts):
-            bad = int((~torch.isfinite(weight)).sum())
-            if bad:
-                raise ModelError(f"{view.name}: {bad} weights are NaN or Inf")
 
 
 def refuse_missing(work: Path) -> None:
